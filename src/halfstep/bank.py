@@ -1,0 +1,283 @@
+"""Bank: named denoisers that can stand in for one another at any step, saved with shared weights stored once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from halfstep.disk import read_json, write_atomic
+from halfstep.errors import ModelError
+from halfstep.slices import Slices, cut_all, slices_from_json, slices_to_json
+
+DIGITS_MODEL = Path(__file__).parent / "assets" / "digits_model"
+MODEL_CLASSES: dict[str, type[ModelMixin]] = {"UNet2DModel": diffusers.UNet2DModel}
+"""The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """That an entry's weights are slices of another entry's: it is stored without weights of its own."""
+
+    source: str
+    slices: Slices
+
+
+class Bank(torch.nn.Module):
+    """Denoisers by name, with one reference.
+
+    `entries`: name -> diffusers model; `shared`: how an entry's weights follow from another entry's.
+    `prediction_type`: what all of them predict ("epsilon", "v_prediction" or "sample").
+    Raises ModelError when an entry's input, output or class conditioning differs from the reference's.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, torch.nn.Module],
+        reference: str,
+        prediction_type: str,
+        shared: Mapping[str, Shared] | None = None,
+    ):
+        super().__init__()
+        if reference not in entries:
+            raise ModelError(
+                got=f"reference {reference!r}",
+                expected=f"one of {', '.join(entries)}",
+                where="bank",
+                do="name an entry",
+            )
+        self.names = tuple(entries)
+        self.reference = reference
+        self.prediction_type = prediction_type
+        self.shared = dict(shared or {})
+        self.models = torch.nn.ModuleList(entries.values())  # names may hold dots, which ModuleDict refuses
+        for name in self.names:
+            self._check_stands_in(name)
+        self.eval()
+
+    def __getitem__(self, name: str) -> torch.nn.Module:
+        if name not in self.names:
+            raise ModelError(
+                got=f"entry {name!r}",
+                expected=f"one of {', '.join(self.names)}",
+                where="bank",
+                do="use the bank's names",
+            )
+        return self.models[self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The reference's config: sample size, channels, class conditioning."""
+        return self[self.reference].config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def with_entry(self, name: str, model: torch.nn.Module, prediction_type: str, shared: Shared | None = None) -> Bank:
+        """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
+        if prediction_type != self.prediction_type:
+            raise ModelError(
+                got=f"prediction type {prediction_type!r}",
+                expected=repr(self.prediction_type),
+                where=f"bank entry {name!r}",
+                do="train it with the reference's prediction type",
+            )
+        more = {**self.shared, name: shared} if shared else self.shared
+        return Bank(
+            {**dict(zip(self.names, self.models, strict=True)), name: model}, self.reference, prediction_type, more
+        )
+
+    def _check_stands_in(self, name: str) -> None:
+        mine, theirs = self[name].config, self.config
+        for key in ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
+            if mine.get(key) != theirs.get(key):
+                raise ModelError(
+                    got=f"{key} {mine.get(key)}",
+                    expected=f"{theirs.get(key)}, as the reference {self.reference!r}",
+                    where=f"bank entry {name!r}",
+                    do="only denoisers of the same input and output can share a bank",
+                )
+
+    def save_pretrained(self, folder: str | Path, **_: object) -> None:
+        """Write bank.json and one folder per entry; an entry that shares weights has slices.json in their place."""
+        write_atomic(Path(folder), self._write)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        for name, model in zip(self.names, self.models, strict=True):
+            (folder / name).mkdir()
+            config = {"_class_name": type(model).__name__, **_plain(model.config)}
+            (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if name in self.shared:
+                record = {"of": self.shared[name].source, "slices": slices_to_json(self.shared[name].slices)}
+                (folder / name / "slices.json").write_text(json.dumps(record) + "\n")
+            else:
+                tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+                save_file(tensors, folder / name / _WEIGHTS, metadata={"format": "pt"})
+        record = {
+            "format": 1,
+            "reference": self.reference,
+            "prediction_type": self.prediction_type,
+            "entries": list(self.names),
+        }
+        (folder / "bank.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **_: object) -> Bank:
+        """Read a bank. Raises RunError or ModelError for missing, foreign or cut files."""
+        folder = Path(folder)
+        record = read_json(folder / "bank.json", what="a bank.json", do="give a folder that Bank.save_pretrained wrote")
+        try:
+            names, reference, kind = list(record["entries"]), record["reference"], record["prediction_type"]
+        except (KeyError, TypeError) as error:
+            raise ModelError(
+                got=f"no {error}",
+                expected="entries, reference, prediction_type",
+                where=folder / "bank.json",
+                do="save it again",
+            ) from error
+        entries: dict[str, torch.nn.Module] = {}
+        shared: dict[str, Shared] = {}
+        for name in sorted(names, key=lambda n: (folder / n / "slices.json").is_file()):  # sources come first
+            if (folder / name / "slices.json").is_file():
+                link = read_json(folder / name / "slices.json", what="slices", do="save the bank again")
+                shared[name] = Shared(link["of"], slices_from_json(link["slices"]))
+                entries[name] = _cut_model(folder / name, entries[shared[name].source], shared[name].slices)
+            else:
+                entries[name] = load_model(folder / name)
+        return cls({name: entries[name] for name in names}, reference, kind, shared)
+
+
+def _cut_model(folder: Path, source: torch.nn.Module, slices: Slices) -> torch.nn.Module:
+    model = build_model(_config(folder), where=folder)
+    try:
+        model.load_state_dict({name: value.clone() for name, value in cut_all(source.state_dict(), slices).items()})
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise ModelError(
+            got="slices that do not fit the stored weights",
+            expected="matching files",
+            where=folder,
+            do="save the bank again",
+        ) from error
+    return model.eval()
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            got="no config.json",
+            expected="a diffusers model or pipeline folder",
+            where=folder,
+            do="give the folder that save_pretrained wrote, or 'digits' for the bundled model",
+        ) from None
+    except (json.JSONDecodeError, OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            got=f"an unreadable file ({error})",
+            expected="JSON",
+            where=folder / "config.json",
+            do="save the model again",
+        ) from error
+
+
+def build_model(config: Mapping[str, Any], *, where: object) -> ModelMixin:
+    """A model with fresh weights from a diffusers config that names one of `MODEL_CLASSES`. Raises ModelError."""
+    name = config.get("_class_name") if isinstance(config, Mapping) else None
+    if name not in MODEL_CLASSES:
+        raise ModelError(
+            got=f"a {name or 'config without a class'}",
+            expected=f"an image denoiser of class {' or '.join(MODEL_CLASSES)}",
+            where=where,
+            do="give a denoising U-Net in diffusers format",
+        )
+    try:
+        model = MODEL_CLASSES[name].from_config(dict(config))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            got=f"a config that builds nothing ({error})", expected=f"a {name}", where=where, do="mend it"
+        ) from error
+    return model
+
+
+def load_model(folder: Path) -> ModelMixin:
+    """A diffusers model from a folder with config.json and safetensors weights. Raises ModelError."""
+    folder = Path(folder)
+    model = build_model(_config(folder), where=folder)
+    file = folder / _WEIGHTS
+    if not file.is_file():
+        others = [p.name for p in folder.glob("*.bin")]
+        raise ModelError(
+            got=f"only {others[0]}, a pickle" if others else "no weights",
+            expected=_WEIGHTS,
+            where=folder,
+            do="save it again with safe_serialization=True",
+        )
+    try:
+        model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            got=f"an unreadable file ({error})",
+            expected="whole safetensors weights",
+            where=file,
+            do="copy or save it again",
+        ) from error
+    except RuntimeError as error:
+        raise ModelError(
+            got="weights of another network",
+            expected="weights that fit config.json",
+            where=file,
+            do="save the model again",
+        ) from error
+    return model.eval()
+
+
+def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
+    """A denoiser and the config of its noise scheduler.
+
+    `source`: "digits" (bundled), a diffusers pipeline folder (its `unet` and `scheduler`), a run folder of
+    `halfstep train`, or a model folder (then DDPM's linear schedule with epsilon prediction is assumed, unless a
+    folder `scheduler` stands beside or inside it). Raises ModelError.
+    """
+    folder = DIGITS_MODEL if source == "digits" else Path(source)
+    if not folder.is_dir():
+        raise ModelError(
+            got="no such folder", expected="a diffusers model or pipeline folder", where=folder, do="check --model"
+        )
+    if (folder / "pipeline" / "model_index.json").is_file():
+        folder = folder / "pipeline"
+    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+    model = load_model(inner)
+    for place in (folder / "scheduler", folder.parent / "scheduler"):
+        if (place / "scheduler_config.json").is_file():
+            record = read_json(place / "scheduler_config.json", what="a scheduler config", do="save the pipeline again")
+            return model, record
+    return model, dict(diffusers.DDPMScheduler().config)

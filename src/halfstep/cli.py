@@ -1,0 +1,288 @@
+"""The command line: a thin face over `run`. Errors of the user are one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from halfstep.errors import HalfstepError
+from halfstep.recipe import Recipe
+from halfstep.recipes import RECIPES, named
+from halfstep.watch import Watch
+
+console = Console()
+notes = Console(stderr=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Make a diffusion model cheap to run, and prove that its pictures held.\n\n"
+    "Start with `halfstep demo`, then `halfstep optimize --model DIR --data folder:DIR --budget 0.5 --out RUN`.",
+)
+compress_app = typer.Typer(
+    no_args_is_help=True, help="Make cheaper denoisers that can stand in for yours: one METHOD each."
+)
+app.add_typer(compress_app, name="compress")
+
+Model = Annotated[str, typer.Option("--model", help="A diffusers model or pipeline folder, or `digits` (bundled).")]
+Data = Annotated[
+    str,
+    typer.Option("--data", help="`digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`."),
+]
+Out = Annotated[Path, typer.Option("--out", help="The run folder: made if absent, resumed if it is this run's.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help=f"A named recipe: {', '.join(RECIPES)}.")]
+Edits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Edit a field of the recipe, e.g. `--set train.steps=2000`; may be repeated.", show_default=False
+    ),
+]
+Budget = Annotated[float | None, typer.Option(help="Share of the reference's MACs that the plan may use, in (0, 1].")]
+MaxLoss = Annotated[
+    float | None, typer.Option("--max-loss", help="Instead of a budget: how much the score may rise, e.g. 0.05.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+class RichWatch(Watch):
+    """Progress bars with rates and remaining time on standard error."""
+
+    def say(self, text: str) -> None:
+        notes.print(f"[dim]{text}[/dim]")
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[float, str], None]]:
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(),
+            MofNCompleteColumn() if total > 1 else TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=notes) as progress:
+            task = progress.add_task(name, total=total, note="", rate="")
+
+            def told(done: float, note: str = "") -> None:
+                speed = progress.tasks[0].speed
+                rate = f"{speed:.1f}/s" if speed and total > 1 else ""
+                progress.update(task, completed=done, note=note, rate=rate)
+
+            yield told
+
+
+def recipe_for(name: str, data: str, edits: list[str] | None, *, dense: bool = False) -> Recipe:
+    """The named recipe with its edits; without a name, the bundled data's own recipe or the default."""
+    if not name:
+        name = "default" if data != "digits" else "digits-dense" if dense else "digits"
+    return named(name).edit(edits or [])
+
+
+def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
+    """Print a result as JSON, or as what `table` returns."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        console.print(table())
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    budget: Budget = 0.5,
+    edits: Edits = None,
+) -> None:
+    """The main job on the bundled digits and model: at most 5 minutes on 2 CPU cores.
+
+    Example: `halfstep demo --out runs/demo`
+    """
+    optimize(model="digits", data="digits", out=out, budget=budget, max_loss=None, recipe="digits", edits=edits)
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Out,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Train on from this folder instead of from scratch.")
+    ] = None,
+    recipe: RecipeName = "",
+    edits: Edits = None,
+) -> None:
+    """Train a dense denoiser; writes a stock diffusers DDPMPipeline to OUT/pipeline.
+
+    Killed or stopped runs resume when the command is repeated.
+
+    Example: `halfstep train --data folder:photos --out runs/dense --set data.size=32 --set train.steps=20000`
+    """
+    from halfstep import run
+
+    done = run.train(data, out, recipe_for(recipe, data, edits, dense=True), model=model, watch=RichWatch())
+    console.print(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
+
+
+@compress_app.command()
+def slimmable(model: Model, data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None) -> None:
+    """DDSM: a supernet whose narrower widths share its weights; writes a bank of widths to OUT/pipeline.
+
+    Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim --set slim.widths=1,0.5`
+    """
+    from halfstep import run
+
+    done = run.compress_slimmable(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
+    console.print(f"pipeline: {done}\nsamples (dense, widest, narrowest): {out / 'samples.png'}")
+
+
+@app.command()
+def optimize(
+    model: Model,
+    data: Data,
+    out: Out,
+    budget: Budget = None,
+    max_loss: MaxLoss = None,
+    recipe: RecipeName = "",
+    edits: Edits = None,
+) -> None:
+    """Your model and images in; a cheaper pipeline, its plan and a report out.
+
+    Profiles the model, fine-tunes a supernet from it, searches which width runs at which step, and measures the result
+    beside the reference. Killed or stopped runs resume when the command is repeated.
+
+    Example: `halfstep optimize --model runs/dense --data folder:photos --budget 0.5 --out runs/half`
+    """
+    from halfstep import disk, run, story
+    from halfstep.plan import StepPlan
+    from halfstep.report import rich_table
+
+    settings = recipe_for(recipe, data, edits)
+    page = run.optimize(model, data, out, settings, budget=budget, max_loss=max_loss, watch=RichWatch())
+    record = disk.read_json(out / "quality.json", what="qualities", do="run again")
+    plan = StepPlan.load(out / "plan.json")
+    console.print(rich_table(story.plans_table(record)))
+    console.print(plan, highlight=False)
+    console.print(story.summary(record, plan), highlight=False)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def search(
+    model: Model,
+    data: Data,
+    out: Out,
+    budget: Budget = None,
+    max_loss: MaxLoss = None,
+    recipe: RecipeName = "",
+    edits: Edits = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search a plan for a bank that `compress` wrote, for a budget or a tolerated loss.
+
+    Example: `halfstep search --model runs/slim --data folder:photos --budget 0.4 --out runs/plan40`
+    """
+    from halfstep import run
+
+    settings = recipe_for(recipe, data, edits)
+    found = run.search(model, data, out, settings, budget=budget, max_loss=max_loss, watch=RichWatch())
+    show(found.plan.to_json(), as_json, lambda: str(found.plan))
+
+
+@app.command()
+def sample(
+    model: Model,
+    out: Out,
+    count: Annotated[int, typer.Option(help="How many images.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Image k depends on the seed and k alone.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images per batch; changes the speed, not the images.", min=1)] = 64,
+) -> None:
+    """Draw images with a step-aware pipeline: one PNG each, and grid.png.
+
+    Example: `halfstep sample --model runs/half --count 64 --out pictures`
+    """
+    from halfstep import run
+
+    grid = run.sample(model, out, count=count, seed=seed, batch=batch, watch=RichWatch())
+    console.print(f"images: {out}\ngrid:   {grid}")
+
+
+@app.command()
+def evaluate(
+    model: Model, data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None, as_json: AsJson = False
+) -> None:
+    """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
+
+    Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
+    """
+    from halfstep import run, story
+    from halfstep.report import rich_table
+
+    record = run.evaluate(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
+    show(record, as_json, lambda: rich_table(story.plans_table(record)))
+
+
+@app.command()
+def profile(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Batch size of the latency.", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed calls per entry.", min=1)] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
+
+    Example: `halfstep profile --model digits --batch 64`
+    """
+    from halfstep import run
+    from halfstep.profiling import profile_table
+
+    costs = run.profile(model, batch=batch, repeats=repeats)
+    record = {name: cost.to_json() for name, cost in costs.items()}
+    show(record, as_json, lambda: profile_table(costs, next(iter(costs))))
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Option("--out", help="The folder of a finished optimize run.")]) -> None:
+    """Write the report of a finished run again (after an update of Halfstep, say).
+
+    Example: `halfstep report --out runs/half`
+    """
+    from halfstep import run
+
+    console.print(f"report: {run.report(out)}", soft_wrap=True)
+
+
+@app.command()
+def features(data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None) -> None:
+    """Train the feature classifier that Fréchet distances on your data rest on.
+
+    Example: `halfstep features --data folder:photos --out runs/features --set eval.feature_steps=3000`
+    """
+    from halfstep import run
+
+    console.print(f"features: {run.features(data, out, recipe_for(recipe, data, edits), watch=RichWatch())}")
+
+
+def main() -> None:
+    """Run the command line; a user's error becomes one line on standard error and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except HalfstepError as error:
+        notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        notes.print("stopped; repeat the command to resume", style="yellow")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Files of a run folder: every write is whole or absent, and errors of the file system speak plainly."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfstep.errors import RunError
+
+
+@contextmanager
+def plain_os_errors(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals (read-only, full, no permission) into a RunError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                got="a full disk", expected="room to write", where=path, do="free some space and run again to resume"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise RunError(
+                got=(error.strerror or "a refusal").lower(),
+                expected="a folder that can be written",
+                where=path,
+                do="choose another --out or change its permissions",
+            ) from error
+        raise
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary sibling (a file or a folder) of `path`, flush it to disk, then rename it to `path`.
+
+    The temporary name starts with a dot and carries the process id. An old file or folder at `path` is replaced only
+    after the new one is whole.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with plain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            _flush(temporary)
+            if temporary.is_dir() and path.exists():  # a folder cannot be renamed over a full folder
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, record: object) -> None:
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def read_json(path: Path, *, what: str, do: str) -> dict:
+    """Read a JSON object; `what` it should be and what to `do` go into the error.
+
+    Raises RunError when the file is missing, cut off, or no JSON object.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(got="no such file", expected=what, where=path, do=do) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(got=f"an unreadable file ({error})", expected=what, where=path, do=do) from error
+    if not isinstance(record, dict):
+        raise RunError(got=f"a JSON {type(record).__name__}", expected=what, where=path, do=do)
+    return record
+
+
+def append_record(path: Path, record: dict) -> None:
+    """Append one line of JSON and flush it, so that a killed run keeps every line but perhaps the last."""
+    with plain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSON-lines file; a last line that a kill cut off is left out, a missing file has none."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
+    """Rewrite a JSON-lines file with the records that `keep` accepts: what lies behind a resumed step is dropped."""
+    if path.is_file():
+        write_text(path, "".join(json.dumps(r) + "\n" for r in read_records(path) if keep(r)))
+
+
+def require_writable(folder: Path) -> Path:
+    """Make `folder` and prove, before any work is done, that a file can be written there. Raises RunError."""
+    folder = Path(folder)
+    with plain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    return folder

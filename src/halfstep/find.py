@@ -1,0 +1,201 @@
+"""Find a plan with a judge: error table, frontier, surrogate fitted to measured plans, NSGA-II; resumable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfstep import disk
+from halfstep import search as searching
+from halfstep.errors import PlanError
+from halfstep.judge import Judge
+from halfstep.plan import StepPlan
+from halfstep.recipe import Recipe
+from halfstep.watch import SILENT, Watch
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search returns: the plan, the modelled frontier and every measured plan."""
+
+    plan: StepPlan
+    table: searching.ErrorTable
+    frontier: tuple[searching.Point, ...]
+    records: tuple[searching.SearchRecord, ...]
+    reference_score: float
+    space: searching.Space
+
+
+def search_plan(
+    judge: Judge,
+    plan: StepPlan,
+    recipe: Recipe,
+    out: Path,
+    *,
+    budget: float | None = None,
+    max_loss: float | None = None,
+    watch: Watch = SILENT,
+) -> Found:
+    """Find a plan for a budget (share of the reference's MACs) or for a tolerated loss (share of its score).
+
+    Writes errors.json, search.jsonl (every measured plan; read again when resumed) and plan.json into `out`.
+    """
+    spec, bank = recipe.search, judge.bank
+    space = searching.Space.of(plan, bank.names, spec.genes)
+    macs = space.require_budget(budget) if budget is not None else space.full_macs
+    table = _table(judge, plan, space, recipe, out, watch)
+    costs = table.costs(spec.weights, space.rows)
+    log = _Measured(judge, plan, space, recipe, out / "search.jsonl")
+    reference = log("reference", (space.reference,) * len(space.rows))
+    points = searching.frontier(costs, space.gene_macs)
+    if spec.fit and spec.method != "nsga2":
+        points = _fitted(log, space, costs, points, spec.fit, macs, recipe.seed, watch)
+    limit = reference * (1 + max_loss) if max_loss is not None else math.inf
+    if budget is None:
+        macs = _cheapest_that_holds(log, space, points, limit, watch)
+    if spec.method == "frontier":
+        best = searching.best_within(points, macs).genes
+        log("frontier", best)
+    else:
+        goal = searching.Goal("budget", macs=macs) if max_loss is None else searching.Goal("loss", limit=limit)
+        if max_loss is None and spec.objective != "budget":
+            goal = searching.Goal(spec.objective, trade=spec.trade)
+        seeds = _seeds(space, points, macs, log) if spec.method == "both" else []
+        best = _evolved(log, space, goal, spec, seeds, macs, limit, watch)
+    chosen = plan.with_entries(space.expand(best))
+    chosen.save(out / "plan.json")
+    return Found(chosen, table, tuple(points), tuple(log.records), reference, space)
+
+
+def _table(
+    judge: Judge, plan: StepPlan, space: searching.Space, recipe: Recipe, out: Path, watch: Watch
+) -> searching.ErrorTable:
+    file = out / "errors.json"
+    if file.is_file():
+        return searching.ErrorTable.from_json(
+            disk.read_json(file, what="an error table", do="delete it to measure again")
+        )
+    steps = searching.error_table(
+        judge.bank,
+        plan,
+        space,
+        judge.measure,
+        images=recipe.search.error_images,
+        seed=recipe.seed + 1,
+        batch=judge.batch,
+    )
+    table = None
+    with watch.stage("error table", 1) as told:
+        for done, total, table in steps:
+            told(done / total, f"{done} of {total} swaps")
+    assert table is not None
+    disk.write_json(file, table.to_json())
+    return table
+
+
+class _Measured:
+    """Scores plans, logs each, and knows those of an earlier, interrupted search."""
+
+    def __init__(self, judge: Judge, plan: StepPlan, space: searching.Space, recipe: Recipe, file: Path):
+        self.judge, self.plan, self.space, self.file = judge, plan, space, file
+        self.count, self.seed = recipe.search.images, recipe.seed + 2
+        self.known = {tuple(r["genes"]): r["score"] for r in disk.read_records(file)}
+        self.records: list[searching.SearchRecord] = []
+
+    def __call__(self, stage: str, genes: searching.Genes) -> float:
+        fresh = genes not in self.known
+        if fresh:
+            self.known[genes] = self.judge.score(
+                self.plan.with_entries(self.space.expand(genes)), self.count, self.seed
+            )
+        if all(r.genes != genes for r in self.records):
+            images = (len(self.records) + 1) * self.count
+            record = searching.SearchRecord(stage, genes, self.space.share(genes), self.known[genes], images)
+            self.records.append(record)
+            if fresh:
+                disk.append_record(self.file, record.to_json())
+        return self.known[genes]
+
+
+def _fitted(
+    log: _Measured,
+    space: searching.Space,
+    costs: Any,
+    points: list[searching.Point],
+    count: int,
+    macs: int,
+    seed: int,
+    watch: Watch,
+) -> list[searching.Point]:
+    """The frontier after the error model was fitted to `count` measured plans: half on the frontier, half random."""
+    spread = [searching.best_within(points, int(m)).genes for m in _around(space, macs, points[0].macs, count // 2)]
+    plans = list(dict.fromkeys([*spread, *searching.random_plans(space, macs, count - count // 2, seed, slack=0.1)]))
+    scores = []
+    with watch.stage("fit error model", len(plans)) as told:
+        for i, genes in enumerate(plans):
+            scores.append(log("fit", genes))
+            told(i + 1, f"score {scores[-1]:.3g} at {space.share(genes):.0%}")
+    return searching.frontier(searching.fit_costs(costs, plans, scores), space.gene_macs)
+
+
+def _around(space: searching.Space, macs: int, least: int, count: int) -> list[float]:
+    """Budgets spread from somewhat below `macs` to `macs`."""
+    low = max(least, int(macs - 0.25 * space.full_macs))
+    return [low + (macs - low) * (i + 1) / count for i in range(count)]
+
+
+def _cheapest_that_holds(
+    log: _Measured, space: searching.Space, points: Sequence[searching.Point], limit: float, watch: Watch
+) -> int:
+    """The least MACs at which the frontier's plan keeps the score within `limit`, by bisection on measured plans."""
+    low, high = 0, len(points) - 1
+    with watch.stage("bisect frontier", max(1, high.bit_length())) as told:
+        for i in range(max(1, high.bit_length())):
+            middle = (low + high) // 2
+            if log("bisect", points[middle].genes) <= limit:
+                high = middle
+            else:
+                low = min(middle + 1, high)
+            told(i + 1, f"{space.share(points[high].genes):.0%} of the MACs")
+            if low == high:
+                break
+    return points[high].macs
+
+
+def _seeds(
+    space: searching.Space, points: Sequence[searching.Point], macs: int, log: _Measured
+) -> list[searching.Genes]:
+    """What the refinement starts from: the frontier's best plans within the budget and the best measured ones."""
+    fitting = [p.genes for p in points if p.macs <= macs][-4:][::-1]
+    measured = sorted((r for r in log.records if space.cost(r.genes) <= macs), key=lambda r: r.score)
+    return list(dict.fromkeys([*fitting, *(r.genes for r in measured[:4])]))
+
+
+def _evolved(
+    log: _Measured,
+    space: searching.Space,
+    goal: searching.Goal,
+    spec: Any,
+    seeds: Sequence[searching.Genes],
+    macs: int,
+    limit: float,
+    watch: Watch,
+) -> searching.Genes:
+    """Run NSGA-II and return the best measured plan of the whole search for the goal."""
+    total = spec.population * spec.generations
+    steps = searching.evolve(space, lambda genes: log("nsga2", genes), goal, spec, seeds=seeds)
+    with watch.stage("NSGA-II", total) as told:
+        for i, (genes, score) in enumerate(steps):
+            told(i + 1, f"score {score:.3g} at {space.share(genes):.0%}")
+    if goal.kind == "loss":
+        held = [r for r in log.records if r.score <= limit]
+        return min(held, key=lambda r: (r.share, r.score)).genes if held else (space.reference,) * len(space.rows)
+    if goal.kind == "scalar":
+        return min(log.records, key=lambda r: r.score + goal.trade * r.share).genes
+    fitting = [r for r in log.records if space.cost(r.genes) <= macs]
+    if not fitting:
+        raise PlanError(got="no measured plan", expected="one within the budget", where="search", do="raise the budget")
+    return min(fitting, key=lambda r: r.score).genes

@@ -1,0 +1,99 @@
+"""Judge: how good and how fast a plan of a bank is, against one set of real images and one feature network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfstep.bank import Bank
+from halfstep.data import Images
+from halfstep.errors import DataError
+from halfstep.evaluate import Reference, evaluate, extract, frechet_distance, reference_stats
+from halfstep.features import Extractor, load_features
+from halfstep.plan import StepPlan
+from halfstep.profiling import interleave
+from halfstep.results import Quality
+from halfstep.sampling import denoise, image_generators, sample_images, start_noise
+
+
+class Judge:
+    """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers)."""
+
+    def __init__(self, bank: Bank, images: Images, extractor: Extractor, *, cache: Path | None, batch: int):
+        check_fit(bank, images)
+        self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
+        self.reference: Reference = reference_stats(extractor, images, cache=cache)
+
+    def features(self, plan: StepPlan, count: int, seed: int, keep: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]."""
+        kept: list[torch.Tensor] = []
+
+        def watched() -> Iterator[torch.Tensor]:
+            for batch in sample_images(self.bank, plan, count, seed=seed, batch=self.batch):
+                if sum(len(k) for k in kept) < keep:
+                    kept.append(batch.cpu())
+                yield batch
+
+        found = extract(self.extractor, watched())
+        pictures = to_uint8(torch.cat(kept)[:keep]) if kept else np.zeros((0, 1, 1, 1), np.uint8)
+        return found, pictures
+
+    def fd(self, features: np.ndarray) -> float:
+        """The Fréchet distance to the real images, without interval."""
+        return frechet_distance(
+            features.mean(axis=0), np.cov(features, rowvar=False), self.reference.mu, self.reference.cov
+        )
+
+    def score(self, plan: StepPlan, count: int, seed: int) -> float:
+        """Fréchet distance of `count` images of a plan."""
+        return self.fd(self.features(plan, count, seed)[0])
+
+    def measure(self, images: torch.Tensor) -> float:
+        """Fréchet distance of given images [N,C,H,W] in [-1, 1]."""
+        return self.fd(extract(self.extractor, images.split(self.batch)))
+
+    def quality(self, features: np.ndarray, seed: int, bootstrap: int) -> dict[str, Quality]:
+        """Every metric, each with its interval."""
+        return evaluate(features, self.reference, seed=seed, n_boot=bootstrap)
+
+    def wall_ms(self, plans: Mapping[str, StepPlan], *, batch: int = 64, repeats: int = 5) -> dict[str, list[float]]:
+        """Milliseconds of whole trajectories at `batch`, several times in turns."""
+        calls = {name: self._trajectory(plan, batch) for name, plan in plans.items()}
+        return interleave(calls, repeats=repeats, warmup=1)
+
+    def _trajectory(self, plan: StepPlan, batch: int) -> Callable[[], torch.Tensor]:
+        classes = self.bank.config.get("num_class_embeds")
+        labels = torch.arange(batch, device=self.bank.device) % classes if classes else None
+
+        def call() -> torch.Tensor:
+            generators = image_generators(0, 0, batch)
+            return denoise(self.bank, plan, start_noise(self.bank, generators), generators, labels)
+
+        return call
+
+
+def check_fit(bank: Bank, images: Images) -> None:
+    """Raise DataError when the images' channels or size are not the model's."""
+    size = bank.config["sample_size"]
+    size = size if isinstance(size, int) else size[0]
+    wanted = (bank.config["in_channels"], size)
+    if (images.channels, images.size) != wanted:
+        raise DataError(
+            got=f"{images.channels} channels at {images.size}x{images.size}",
+            expected=f"{wanted[0]} at {size}x{size}, as the model",
+            where=images.name,
+            do=f"add --set data.size={size} --set data.channels={wanted[0]}, or bring another model",
+        )
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """[-1, 1] float [N,C,H,W] -> uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def extractor_for(source: str, own: Path) -> Extractor:
+    """The feature network of a recipe; "own" is the one that `halfstep features` left in the folder `own`."""
+    return load_features(f"file:{own}" if source == "own" else source)

@@ -1,0 +1,157 @@
+"""StepPlan: which denoiser runs at which step of which sampler, as one immutable value."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from halfstep.disk import read_json, write_json
+from halfstep.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network evaluation: the scheduler's timestep (larger is noisier) and the bank entry that runs there."""
+
+    timestep: float
+    entry: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The whole recipe of a trajectory: one row per network evaluation, noisiest first, and the scheduler.
+
+    `scheduler`: class name of a diffusers scheduler; `scheduler_config`: its config; `steps`: the number that its
+    `set_timesteps` takes (a second-order scheduler has more rows than steps).
+    `reference`: the bank's reference entry; `entry_macs`: MACs per image of one call of each entry.
+    Raises PlanError for an entry without MACs and for a plan without rows.
+    """
+
+    rows: tuple[Row, ...]
+    scheduler: str
+    scheduler_config: Mapping[str, Any] = field(repr=False)
+    steps: int
+    reference: str
+    entry_macs: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise PlanError(got="no rows", expected="one row per step", where="plan", do="give at least one row")
+        for name in (self.reference, *(row.entry for row in self.rows)):
+            if name not in self.entry_macs:
+                raise PlanError(
+                    got=f"entry {name!r}",
+                    expected=f"one of {', '.join(self.entry_macs)}",
+                    where="plan",
+                    do="use the bank's names",
+                )
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The entry of every row, in order."""
+        return tuple(row.entry for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        """MACs per image of the whole trajectory: the sum over its rows."""
+        return sum(self.entry_macs[row.entry] for row in self.rows)
+
+    @property
+    def mean_macs(self) -> float:
+        """MACs per image and row."""
+        return self.macs / len(self.rows)
+
+    @property
+    def share(self) -> float:
+        """MACs as a share of the same plan with the reference in every row."""
+        return self.macs / (self.entry_macs[self.reference] * len(self.rows))
+
+    def with_entries(self, entries: Sequence[str]) -> StepPlan:
+        """The same sampler with other entries, one per row. Raises PlanError for a wrong length or an unknown name."""
+        if len(entries) != len(self.rows):
+            raise PlanError(
+                got=f"{len(entries)} entries",
+                expected=f"{len(self.rows)}, one per row",
+                where="plan",
+                do="give one per row",
+            )
+        return replace(self, rows=tuple(Row(r.timestep, e) for r, e in zip(self.rows, entries, strict=True)))
+
+    def uniform(self, entry: str | None = None) -> StepPlan:
+        """The same sampler with one entry everywhere (the reference by default)."""
+        return self.with_entries([entry or self.reference] * len(self.rows))
+
+    def runs(self) -> list[tuple[str, float, float, int]]:
+        """Stretches of equal entries, noisiest first: (entry, first timestep, last timestep, number of rows)."""
+        found = []
+        for entry, group in itertools.groupby(self.rows, key=lambda row: row.entry):
+            rows = list(group)
+            found.append((entry, rows[0].timestep, rows[-1].timestep, len(rows)))
+        return found
+
+    def __str__(self) -> str:
+        saving = 1 - self.share
+        lines = [
+            f"{self.scheduler}, {self.steps} steps, {len(self.rows)} network calls: "
+            f"{self.macs / 1e6:,.1f} MMACs per image, {saving:.0%} less than {self.reference!r} everywhere"
+        ]
+        for entry, first, last, count in self.runs():
+            share = self.entry_macs[entry] / self.entry_macs[self.reference]
+            lines.append(
+                f"  t {first:>6g} … {last:>6g}  {entry:<12} {count:>4} calls at {share:>4.0%} of the reference"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "scheduler": self.scheduler,
+            "scheduler_config": dict(self.scheduler_config),
+            "steps": self.steps,
+            "reference": self.reference,
+            "entry_macs": dict(self.entry_macs),
+            "macs": self.macs,
+            "rows": [[row.timestep, row.entry] for row in self.rows],
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], *, where: object = "plan.json") -> StepPlan:
+        """Rebuild a plan. Raises PlanError when a field is missing or has another shape."""
+        try:
+            return cls(
+                rows=tuple(Row(float(timestep), str(entry)) for timestep, entry in record["rows"]),
+                scheduler=str(record["scheduler"]),
+                scheduler_config=dict(record["scheduler_config"]),
+                steps=int(record["steps"]),
+                reference=str(record["reference"]),
+                entry_macs={str(name): int(macs) for name, macs in record["entry_macs"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                got=f"a plan without a usable {error}",
+                expected="rows, scheduler, scheduler_config, steps, reference, entry_macs",
+                where=where,
+                do="write it with StepPlan.save",
+            ) from error
+        except PlanError:
+            raise
+        except ValueError as error:
+            raise PlanError(
+                got=str(error), expected="numbers", where=where, do="write it with StepPlan.save"
+            ) from error
+
+    def save(self, file: Path) -> None:
+        write_json(Path(file), self.to_json())
+
+    @classmethod
+    def load(cls, file: Path) -> StepPlan:
+        """Read plan.json. Raises RunError when it cannot be read, PlanError when it is no plan."""
+        record = read_json(Path(file), what="a plan.json", do="give the file that a search wrote")
+        return cls.from_json(record, where=file)
+
+    def __hash__(self) -> int:
+        return hash((self.rows, self.scheduler, self.steps, json.dumps(dict(self.scheduler_config), default=str)))

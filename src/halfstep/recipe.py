@@ -1,0 +1,347 @@
+"""Recipe: everything a run depends on, as one frozen value with a JSON record and typed `--set` edits."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from halfstep.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A `UNet2DModel` to train from scratch. `config` names a diffusers config.json and then replaces the rest."""
+
+    channels: tuple[int, ...] = (64, 128)
+    layers: int = 1
+    attention: tuple[bool, ...] = (False, False)
+    head_dim: int = 32
+    groups: int = 8
+    dropout: float = 0.0
+    class_conditional: bool = False
+    config: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSpec:
+    """The forward process: T timesteps, the beta schedule, and what the denoiser predicts."""
+
+    timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """How images are decoded: `size` in pixels and `channels` (1 or 3) as they are when None; random mirror flips."""
+
+    size: int | None = None
+    channels: int | None = None
+    flip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """The training loop. `batch` is per process; `precision` "auto" takes bf16 where the device has fast bf16."""
+
+    steps: int = 4000
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 200
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    compile: bool = False
+    log_every: int = 20
+    save_every: int = 250
+    sample_every: int = 1000
+    tracker: Literal["", "tensorboard", "wandb", "trackio", "aim"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimSpec:
+    """DDSM's supernet. `sandwich` is the n of the sandwich rule: widest, narrowest and n - 2 random widths a step.
+
+    `concat`: "aligned" slices each segment of a concatenated input, "leading" is the released code's prefix.
+    `sort`: order the pretrained channels by importance first (the function at full width is kept).
+    `distill`: what the narrow nets regress to: the noise ("none", the paper), or the widest net's prediction, or the
+    dense teacher's.
+    `shared_noise`: one draw of timestep and noise for all widths of a step instead of one each.
+    """
+
+    widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    sandwich: int = 3
+    concat: Literal["aligned", "leading"] = "aligned"
+    sort: bool = True
+    distill: Literal["none", "widest", "dense"] = "none"
+    shared_noise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSpec:
+    """The sampler: a diffusers scheduler by its short name, and the number of steps."""
+
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"] = "ddim"
+    steps: int = 50
+    batch: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """Error table, frontier and NSGA-II.
+
+    `images`: images per candidate; `error_images`: trajectories of the error table. `weights`: how an error at a step
+    is weighted. `fit`: measured plans that the additive surrogate is fitted to (0: none).
+    `objective`: "budget" minimises quality under the budget, "scalar" is DDSM's quality + lambda * MACs share,
+    "pareto" keeps both. `mutation` "released" is DDSM's code, whose mutation never acts; `rate` 0 means 1 / genes.
+    `init`: "frontier" starts from the frontier's plans, "uniform" is DDSM's (uniform plans + random), or "random".
+    """
+
+    method: Literal["frontier", "nsga2", "both"] = "both"
+    weights: Literal["influence", "uniform"] = "influence"
+    images: int = 1024
+    error_images: int = 64
+    fit: int = 24
+    population: int = 12
+    generations: int = 6
+    crossover: float = 0.9
+    mutation: Literal["intended", "released"] = "intended"
+    rate: float = 0.0
+    objective: Literal["budget", "scalar", "pareto"] = "budget"
+    trade: float = 6.0
+    init: Literal["frontier", "uniform", "random"] = "frontier"
+    genes: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """The final measurement. `features`: "own" trains a classifier on the data, else digits, file:, inception, dinov2."""
+
+    images: int = 4096
+    features: str = "own"
+    feature_steps: int = 1500
+    bootstrap: int = 500
+    tolerance: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All settings of one run. Sections are frozen dataclasses; variants by `dataclasses.replace` or `edit`."""
+
+    name: str = "default"
+    seed: int = 0
+    model: ModelSpec = field(default_factory=ModelSpec)
+    noise: NoiseSpec = field(default_factory=NoiseSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    slim: SlimSpec = field(default_factory=SlimSpec)
+    sample: SampleSpec = field(default_factory=SampleSpec)
+    search: SearchSpec = field(default_factory=SearchSpec)
+    eval: EvalSpec = field(default_factory=EvalSpec)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], *, where: object = "recipe.json") -> Recipe:
+        """Rebuild a recipe. Raises RecipeError for an unknown field or a value of another type."""
+        return _build(cls, record, "", where)
+
+    def edit(self, edits: Iterable[str]) -> Recipe:
+        """A copy with `name=value` edits, e.g. `train.steps=2000`; a name is the dotted path of a field.
+
+        Raises RecipeError with the nearest name for an unknown one, and for a value that does not parse.
+        """
+        record = self.to_json()
+        for text in edits:
+            path, equals, value = text.partition("=")
+            if not equals:
+                raise RecipeError(got=text, expected="name=value", where="--set", do="write e.g. train.steps=2000")
+            hint = _hint(path.strip())
+            *sections, name = path.strip().split(".")
+            target = record
+            for section in sections:
+                target = target[section]
+            target[name] = _parse(value.strip(), hint, path)
+        return Recipe.from_json(record, where="--set")
+
+    def differences(self, other: Recipe) -> list[str]:
+        """The names of the fields in which two recipes differ, e.g. ["train.steps"]."""
+        mine, theirs = dict(_leaves(self)), dict(_leaves(other))
+        return [name for name in mine if mine[name] != theirs[name]]
+
+
+def field_names() -> list[str]:
+    """Every editable name, e.g. "train.steps"."""
+    return [name for name, _ in _leaves(Recipe())]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for item in dataclasses.fields(value):
+        inner = getattr(value, item.name)
+        if dataclasses.is_dataclass(inner):
+            yield from _leaves(inner, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", inner
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The known name closest to a mistyped one, for error messages."""
+    names = list(names)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return match[0] if match else ""
+
+
+def _hint(path: str) -> Any:
+    """The type of the field at a dotted path."""
+    if path not in field_names():
+        raise RecipeError(
+            got=repr(path),
+            expected="a field of the recipe",
+            where="--set",
+            do=f"did you mean {nearest(path, field_names())}?",
+        )
+    cls: Any = Recipe
+    for part in path.split("."):
+        cls = typing.get_type_hints(cls)[part]
+    return cls
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    """A value of type `hint` from its text; tuples are separated by commas."""
+    refuse = RecipeError(
+        got=repr(text), expected=_describe(hint), where=f"--set {path}", do="give a value of that type"
+    )
+    if isinstance(hint, types.UnionType):
+        if text.lower() == "none":
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_parse(part.strip(), inner, path) for part in text.split(",") if part.strip())
+    if typing.get_origin(hint) is Literal:
+        return text
+    if hint is bool:
+        if text.lower() in ("true", "yes", "1", "false", "no", "0"):
+            return text.lower() in ("true", "yes", "1")
+        raise refuse
+    try:
+        return hint(text)
+    except ValueError:
+        raise refuse from None
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"{_describe(typing.get_args(hint)[0])}s separated by commas"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(h) for h in typing.get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "none")
+
+
+def _build(cls: Any, record: Any, prefix: str, where: object) -> Any:
+    hints = typing.get_type_hints(cls)
+    if not isinstance(record, Mapping):
+        raise RecipeError(
+            got=repr(record), expected="a section of fields", where=where, do=f"mend {prefix or 'the file'}"
+        )
+    values = {}
+    for name, value in record.items():
+        if name not in hints:
+            close = prefix + nearest(name, hints)
+            raise RecipeError(
+                got=repr(prefix + name), expected="a field of the recipe", where=where, do=f"did you mean {close}?"
+            )
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, f"{prefix}{name}.", where)
+        else:
+            values[name] = _typed(value, hint, prefix + name, where)
+    return cls(**values)
+
+
+def _typed(value: Any, hint: Any, path: str, where: object) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(v, typing.get_args(hint)[0], path, where) for v in value)
+    if typing.get_origin(hint) is Literal and value in typing.get_args(hint):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise RecipeError(
+        got=repr(value), expected=_describe(hint), where=f"{where}: {path}", do="give a value of that type"
+    )
+
+
+_POSITIVE = [
+    "model.layers",
+    "model.head_dim",
+    "model.groups",
+    "noise.timesteps",
+    "train.steps",
+    "train.batch",
+    "train.lr",
+    "train.log_every",
+    "train.save_every",
+    "sample.steps",
+    "sample.batch",
+    "search.images",
+    "search.error_images",
+    "search.population",
+    "search.generations",
+    "search.genes",
+    "eval.images",
+    "eval.feature_steps",
+    "eval.bootstrap",
+]
+_SHARES = ["train.ema_decay", "model.dropout", "search.crossover", "search.rate", "eval.tolerance"]
+
+
+def _check(recipe: Recipe) -> None:
+    values = dict(_leaves(recipe))
+    for name in _POSITIVE:
+        if not values[name] > 0:
+            raise RecipeError(got=values[name], expected="a number above 0", where=name, do="change it with --set")
+    for name in _SHARES:
+        if not 0 <= values[name] <= 1:
+            raise RecipeError(got=values[name], expected="a number in [0, 1]", where=name, do="change it with --set")
+    widths = recipe.slim.widths
+    if not widths or max(widths) != 1.0 or min(widths) <= 0 or len(set(widths)) != len(widths):
+        raise RecipeError(
+            got=widths,
+            expected="different widths in (0, 1] with 1 among them",
+            where="slim.widths",
+            do="write e.g. --set slim.widths=1,0.75,0.5,0.25",
+        )
+    if recipe.slim.sandwich < 2:
+        raise RecipeError(
+            got=recipe.slim.sandwich, expected="2 or more", where="slim.sandwich", do="use 3, as the paper"
+        )
+    if recipe.eval.images < 2 or recipe.search.images < 2:
+        raise RecipeError(got=1, expected="2 images or more", where="eval.images", do="change it with --set")
+    if len(recipe.model.attention) != len(recipe.model.channels):
+        raise RecipeError(
+            got=f"{len(recipe.model.attention)} flags",
+            expected=f"one for each of the {len(recipe.model.channels)} levels",
+            where="model.attention",
+            do="write e.g. --set model.attention=false,true",
+        )

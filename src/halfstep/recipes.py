@@ -1,0 +1,103 @@
+"""Named recipes: functions that return a Recipe; each says what it should reach, and where that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from halfstep.errors import RecipeError
+from halfstep.recipe import DataSpec, EvalSpec, ModelSpec, Recipe, SampleSpec, SearchSpec, SlimSpec, TrainSpec, nearest
+
+
+def default() -> Recipe:
+    """A user's own model and images: 50 DDIM steps, four widths, 6,000 sandwich steps. No score is promised."""
+    return Recipe(name="default", train=TrainSpec(steps=6000, batch=64, lr=5e-4))
+
+
+def digits_dense() -> Recipe:
+    """The bundled dense model: a 0.65 M U-Net on the 8x8 digits. About 5 minutes on 2 CPU cores."""
+    return Recipe(
+        name="digits-dense",
+        model=ModelSpec(channels=(32, 64), attention=(False, False), head_dim=32, groups=8),
+        data=DataSpec(size=8, channels=1),
+        train=TrainSpec(steps=6000, batch=128, lr=1e-3, sample_every=2000, save_every=500),
+    )
+
+
+def digits() -> Recipe:
+    """The demo: the bundled digits model to half its MACs in at most 5 minutes on 2 CPU cores."""
+    return Recipe(
+        name="digits",
+        data=DataSpec(size=8, channels=1),
+        train=TrainSpec(steps=800, batch=64, lr=5e-4, warmup=50, sample_every=400, save_every=200, ema_decay=0.99),
+        slim=SlimSpec(),
+        sample=SampleSpec(steps=20, batch=512),
+        search=SearchSpec(images=1024, error_images=512, fit=12, population=8, generations=3, genes=5),
+        eval=EvalSpec(images=2048, features="digits", bootstrap=300),
+    )
+
+
+def fashion16_dense() -> Recipe:
+    """A 1.5 M U-Net on Fashion-MNIST at 16x16, 6,000 steps of 128: clean pictures after about 30 minutes on 2 cores."""
+    return Recipe(
+        name="fashion16-dense",
+        model=ModelSpec(channels=(64, 64, 64), attention=(False, False, False), head_dim=32, groups=8),
+        data=DataSpec(size=16, channels=1),
+        train=TrainSpec(steps=6000, batch=128, lr=1e-3, save_every=500, sample_every=2000),
+    )
+
+
+def fashion16() -> Recipe:
+    """Half the MACs of the 16x16 Fashion-MNIST model; `benchmarks/fashion.py` prints what it reaches."""
+    return Recipe(
+        name="fashion16",
+        data=DataSpec(size=16, channels=1),
+        train=TrainSpec(steps=4000, batch=128, lr=1e-3, save_every=250, sample_every=2000),
+        sample=SampleSpec(steps=20, batch=256),
+        search=SearchSpec(images=1024, error_images=512, fit=16, population=12, generations=4, genes=10),
+        eval=EvalSpec(images=4096),
+    )
+
+
+def fashion32_dense() -> Recipe:
+    """A 1.5 M U-Net on Fashion-MNIST at 32x32; about an hour on 2 cores."""
+    return Recipe(
+        name="fashion32-dense",
+        model=ModelSpec(channels=(32, 64, 64), attention=(False, False, False), head_dim=32, groups=8),
+        data=DataSpec(size=32, channels=1),
+        train=TrainSpec(steps=6000, batch=64, lr=1e-3, save_every=250, sample_every=2000),
+    )
+
+
+def fashion32() -> Recipe:
+    """Half the MACs of the 32x32 Fashion-MNIST model; `benchmarks/fashion.py` prints what it reaches."""
+    return Recipe(
+        name="fashion32",
+        data=DataSpec(size=32, channels=1),
+        train=TrainSpec(steps=4000, batch=64, lr=1e-3, save_every=250, sample_every=2000),
+        sample=SampleSpec(steps=20, batch=128),
+        search=SearchSpec(images=512, error_images=256, fit=12, population=8, generations=3, genes=10),
+        eval=EvalSpec(images=2048),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "default": default,
+    "digits": digits,
+    "digits-dense": digits_dense,
+    "fashion16": fashion16,
+    "fashion16-dense": fashion16_dense,
+    "fashion32": fashion32,
+    "fashion32-dense": fashion32_dense,
+}
+
+
+def named(name: str) -> Recipe:
+    """A recipe by name. Raises RecipeError with the nearest name."""
+    if name not in RECIPES:
+        raise RecipeError(
+            got=repr(name),
+            expected=f"one of {', '.join(RECIPES)}",
+            where="--recipe",
+            do=f"did you mean {nearest(name, RECIPES)}?",
+        )
+    return RECIPES[name]()

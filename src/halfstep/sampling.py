@@ -1,0 +1,255 @@
+"""Run a plan: a diffusers pipeline whose denoiser may change at every step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from halfstep.bank import Bank
+from halfstep.disk import read_json, write_atomic
+from halfstep.errors import PlanError
+from halfstep.plan import Row, StepPlan
+from halfstep.recipe import SampleSpec
+
+SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+}
+"""The samplers that a recipe names. Others enter through `plan_for` with a scheduler of the user's own."""
+
+Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""(row, sample before the call as the scheduler holds it, prediction) -> None"""
+
+
+def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, entry_macs: Mapping[str, int]) -> StepPlan:
+    """The plan that runs the bank's reference at every step of any diffusers scheduler."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(steps)
+    config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    return StepPlan(
+        rows=tuple(Row(float(t), bank.reference) for t in fresh.timesteps),
+        scheduler=type(scheduler).__name__,
+        scheduler_config=json.loads(json.dumps(config)),
+        steps=steps,
+        reference=bank.reference,
+        entry_macs=dict(entry_macs),
+    )
+
+
+def reference_plan(bank: Bank, noise: Mapping[str, Any], sample: SampleSpec, entry_macs: Mapping[str, int]) -> StepPlan:
+    """The reference plan of a recipe's sampler; `noise` is the config of the scheduler that the model was trained with.
+
+    Only the forward process is taken over (betas, prediction type, clipping), so that any sampler fits any model.
+    """
+    cls, options = SCHEDULERS[sample.scheduler]
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    own = {key: noise[key] for key in (*kept, "clip_sample", "clip_sample_range") if key in noise}
+    return plan_for(bank, cls.from_config(own, **options), sample.steps, entry_macs)
+
+
+def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> SchedulerMixin:
+    """A fresh scheduler for one trajectory, its timesteps set. Raises PlanError when they are not the plan's."""
+    cls = getattr(diffusers, plan.scheduler, None)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise PlanError(got=plan.scheduler, expected="a diffusers scheduler", where="plan", do="name a scheduler class")
+    scheduler = cls.from_config(dict(plan.scheduler_config))
+    scheduler.set_timesteps(plan.steps, device=device)
+    own = [float(t) for t in scheduler.timesteps]
+    for i, row in enumerate(plan.rows):
+        if i >= len(own) or abs(own[i] - row.timestep) > 1e-3:
+            raise PlanError(
+                got=f"timestep {row.timestep:g} in row {i}",
+                expected=f"{own[i]:g}" if i < len(own) else f"{len(own)} rows",
+                where=f"plan for {plan.scheduler} with {plan.steps} steps",
+                do="make the plan with the same scheduler and number of steps",
+            )
+    if len(own) != len(plan.rows):
+        raise PlanError(
+            got=f"{len(plan.rows)} rows",
+            expected=f"{len(own)}",
+            where=f"plan for {plan.scheduler}",
+            do="give one per call",
+        )
+    return scheduler
+
+
+def image_generators(seed: int, start: int, count: int) -> list[torch.Generator]:
+    """One generator per image: image k depends on (seed, k) alone, not on the batch it is drawn in."""
+    return [torch.Generator().manual_seed((seed * 1_000_003 + start + i) % 2**63) for i in range(count)]
+
+
+@torch.inference_mode()
+def denoise(
+    bank: Bank,
+    plan: StepPlan,
+    sample: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    labels: torch.Tensor | None = None,
+    *,
+    start: int = 0,
+    scheduler: SchedulerMixin | None = None,
+    trace: Trace | None = None,
+    progress: Callable[[Sequence], Iterator] = iter,
+) -> torch.Tensor:
+    """One trajectory: noise [B,C,H,W] (unit variance, before the scheduler's scaling) -> image in about [-1, 1].
+
+    With `start` and a `scheduler` that was stopped there, a trajectory is continued from row `start`: `sample` is then
+    the scheduler's own. `trace` sees every row.
+    """
+    if scheduler is None:
+        scheduler = build_scheduler(plan, sample.device)
+        sample = sample * scheduler.init_noise_sigma
+    models = {name: bank[name] for name in set(plan.entries)}
+    calls = [models[entry] for entry in plan.entries]
+    kwargs = {} if labels is None else {"class_labels": labels}
+    step_kwargs = {"generator": list(generators)} if _takes_generator(scheduler) else {}
+    timesteps = scheduler.timesteps
+    for i in progress(range(start, len(calls))):
+        inputs = scheduler.scale_model_input(sample, timesteps[i])
+        prediction = calls[i](inputs, timesteps[i], return_dict=False, **kwargs)[0]
+        if trace is not None:
+            trace(i, sample, prediction)
+        sample = scheduler.step(prediction, timesteps[i], sample, return_dict=False, **step_kwargs)[0]
+    return sample
+
+
+def _takes_generator(scheduler: SchedulerMixin) -> bool:
+    return "generator" in scheduler.step.__code__.co_varnames
+
+
+def start_noise(bank: Bank, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Unit noise [B,C,H,W], one image per generator, drawn on the CPU so that devices agree."""
+    config = bank.config
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, config["in_channels"], height, width)
+    noise = [torch.randn(shape, generator=g) for g in generators]
+    return torch.cat(noise).to(device=bank.device, dtype=bank.dtype)
+
+
+def sample_images(
+    bank: Bank,
+    plan: StepPlan,
+    count: int,
+    *,
+    seed: int,
+    batch: int = 256,
+    labels: Callable[[int], int] | None = None,
+    first: int = 0,
+) -> Iterator[torch.Tensor]:
+    """Images first … first + count - 1 of a seed, as batches in [-1, 1] (clamped).
+
+    `labels`: image number -> class, for class-conditional models (default: the classes in turn).
+    """
+    classes = bank.config.get("num_class_embeds")
+    choose = labels or (lambda k: k % classes)
+    for begin in range(first, first + count, batch):
+        n = min(batch, first + count - begin)
+        generators = image_generators(seed, begin, n)
+        chosen = None
+        if classes:
+            chosen = torch.tensor([choose(begin + i) for i in range(n)], device=bank.device)
+        noise = start_noise(bank, generators)
+        yield denoise(bank, plan, noise, generators, chosen).clamp(-1, 1)
+
+
+class StepAwarePipeline(DiffusionPipeline):
+    """A diffusers pipeline that runs a `StepPlan` over a `Bank`.
+
+    `pipe(batch_size=4, seed=0).images` gives PIL images; image k depends on the seed and k alone. `save_pretrained`
+    writes `model_index.json`, `scheduler/`, `bank/…` and `plan.json`; weights are safetensors.
+    Raises PlanError when the plan names entries that the bank lacks.
+    """
+
+    def __init__(self, bank: Bank, plan: StepPlan):
+        super().__init__()
+        for name in plan.entries:
+            if name not in bank:
+                raise PlanError(
+                    got=f"entry {name!r}", expected=f"one of {', '.join(bank)}", where="plan", do="use the bank's names"
+                )
+        self.register_modules(bank=bank, scheduler=build_scheduler(plan))
+        self.plan = plan
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        seed: int = 0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        plan: StepPlan | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw `batch_size` images. `generator` (one, or one per image) takes the place of `seed`; `plan` replaces the
+        pipeline's own. `output_type`: "pil", "np" ([B,H,W,C] in [0, 1]) or "pt" ([B,C,H,W] in [0, 1])."""
+        bank, plan = self.bank, plan or self.plan
+        if class_labels is None and bank.config.get("num_class_embeds"):
+            class_labels = [i % bank.config["num_class_embeds"] for i in range(batch_size)]
+        labels = None if class_labels is None else torch.as_tensor(class_labels, device=bank.device)
+        if generator is None:
+            generator = image_generators(seed, 0, batch_size)
+        if isinstance(generator, list):
+            if len(generator) != batch_size:
+                raise PlanError(
+                    got=f"{len(generator)} generators",
+                    expected=f"{batch_size}",
+                    where="generator",
+                    do="give one per image",
+                )
+            noise, generators = start_noise(bank, generator), generator
+        else:
+            size = bank.config["sample_size"]
+            height, width = (size, size) if isinstance(size, int) else size
+            shape = (batch_size, bank.config["in_channels"], height, width)
+            noise = torch.randn(shape, generator=generator, device=generator.device).to(bank.device, bank.dtype)
+            generators = [generator]
+        image = denoise(bank, plan, noise, generators, labels, progress=self.progress_bar)
+        image = (image / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            image = image.cpu().float().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                image = self.numpy_to_pil(image)
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def save_pretrained(self, save_directory: str | Path, **_: object) -> None:
+        """Write the pipeline folder, whole or not at all."""
+        write_atomic(Path(save_directory), self._write)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        self.bank.save_pretrained(folder / "bank")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        self.plan.save(folder / "plan.json")
+        index = {
+            "_class_name": "StepAwarePipeline",
+            "_diffusers_version": diffusers.__version__,
+            "bank": ["halfstep.bank", "Bank"],
+            "scheduler": ["diffusers", self.plan.scheduler],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **_: object) -> StepAwarePipeline:
+        """Read a pipeline folder. Raises RunError, ModelError or PlanError for what is missing, cut or foreign."""
+        folder = Path(pretrained_model_name_or_path)
+        index = read_json(folder / "model_index.json", what="a pipeline", do="give the pipeline/ folder of a run")
+        if index.get("_class_name") != "StepAwarePipeline":
+            raise PlanError(
+                got=f"a {index.get('_class_name')}",
+                expected="a StepAwarePipeline",
+                where=folder,
+                do="load it with diffusers, or make a step-aware one with halfstep optimize",
+            )
+        return cls(Bank.from_pretrained(folder / "bank"), StepPlan.load(folder / "plan.json"))

@@ -1,0 +1,472 @@
+"""Find a plan for a budget: error table -> exact frontier -> NSGA-II refinement, on evaluators given as callables.
+
+The search knows entries, their MACs and a score (lower is better); it does not know what an entry is or how a score is
+measured. Rows of a plan are grouped into genes, stretches of neighbouring rows that share an entry: few genes search
+better than many (DDSM's own vector has one per timestep).
+
+Sources: DDSM (arXiv 2310.03337) for the evolutionary search, its initial population and operators; HarmoniCa
+(arXiv 2410.01723) for weighing a step by what swapping it alone does to the final image.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from halfstep.bank import Bank
+from halfstep.errors import PlanError
+from halfstep.plan import StepPlan
+from halfstep.recipe import SearchSpec
+from halfstep.sampling import build_scheduler, denoise, image_generators, start_noise
+
+Genes = tuple[int, ...]
+"""The entry's index of every gene."""
+Score = Callable[[Genes], float]
+"""Measured quality of a plan, lower is better."""
+Measure = Callable[[torch.Tensor], float]
+"""Quality of images [N,C,H,W] in [-1, 1], lower is better."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may choose: `entries` by name, their `macs` per call, and the number of rows of each gene."""
+
+    entries: tuple[str, ...]
+    macs: tuple[int, ...]
+    rows: tuple[int, ...]
+    reference: int
+
+    @classmethod
+    def of(cls, plan: StepPlan, entries: Sequence[str], genes: int) -> Space:
+        """Group the plan's rows into at most `genes` stretches of nearly equal length."""
+        count = min(genes, len(plan.rows))
+        edges = np.linspace(0, len(plan.rows), count + 1).round().astype(int)
+        names = tuple(entries)
+        macs = tuple(plan.entry_macs[name] for name in names)
+        return cls(names, macs, tuple(int(n) for n in np.diff(edges)), names.index(plan.reference))
+
+    @property
+    def gene_macs(self) -> np.ndarray:
+        """MACs per image of every (gene, entry), int64 [K, E]."""
+        return np.outer(self.rows, self.macs).astype(np.int64)
+
+    @property
+    def full_macs(self) -> int:
+        return sum(self.rows) * self.macs[self.reference]
+
+    def cost(self, genes: Sequence[int]) -> int:
+        """MACs per image of a plan."""
+        return int(self.gene_macs[np.arange(len(self.rows)), list(genes)].sum())
+
+    def share(self, genes: Sequence[int]) -> float:
+        return self.cost(genes) / self.full_macs
+
+    def expand(self, genes: Sequence[int]) -> list[str]:
+        """The entry of every row."""
+        return [self.entries[g] for g, n in zip(genes, self.rows, strict=True) for _ in range(n)]
+
+    def require_budget(self, budget: float) -> int:
+        """The budget in MACs. Raises PlanError outside of (0, 1] or below the cheapest plan."""
+        cheapest = sum(self.rows) * min(self.macs) / self.full_macs
+        if not 0 < budget <= 1:
+            raise PlanError(got=budget, expected="a share of the MACs in (0, 1]", where="budget", do="write e.g. 0.5")
+        if budget < cheapest - 1e-9:
+            raise PlanError(
+                got=budget,
+                expected=f"at least {cheapest:.3f}, the cheapest entry everywhere",
+                where="budget",
+                do="raise the budget or add narrower widths",
+            )
+        return int(budget * self.full_macs + 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------ error table
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """`local` [T, E]: mean squared distance of each entry's prediction from the reference's, at each row of the
+    reference's own trajectories; `damage` [K, E]: how much the measure rises when one gene alone runs the entry."""
+
+    timesteps: tuple[float, ...]
+    entries: tuple[str, ...]
+    local: np.ndarray
+    damage: np.ndarray
+    images: int
+
+    def costs(self, weights: str, rows: Sequence[int]) -> np.ndarray:
+        """The additive error model [K, E]: measured damage ("influence") or unweighted local errors ("uniform")."""
+        if weights == "influence":
+            return self.damage
+        return np.add.reduceat(self.local, np.cumsum([0, *rows[:-1]]), axis=0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "timesteps": list(self.timesteps),
+            "entries": list(self.entries),
+            "local": self.local.tolist(),
+            "damage": self.damage.tolist(),
+            "images": self.images,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ErrorTable:
+        local, damage = np.array(record["local"]), np.array(record["damage"])
+        return cls(tuple(record["timesteps"]), tuple(record["entries"]), local, damage, record["images"])
+
+
+@torch.inference_mode()
+def error_table(
+    bank: Bank, plan: StepPlan, space: Space, measure: Measure, *, images: int, seed: int, batch: int = 256
+) -> Iterator[tuple[int, int, ErrorTable | None]]:
+    """Measure the table on `images` trajectories of the plan's own sampler; yields (done, total, None), then the table.
+
+    Each gene is swapped alone: the reference runs up to it, the entry inside it, the reference after it.
+    """
+    swaps = [(k, e) for k in range(len(space.rows)) for e in range(len(space.entries)) if e != space.reference]
+    starts = np.cumsum([0, *space.rows])
+    total, done = len(swaps) * -(-images // batch), 0
+    local = np.zeros((len(plan.rows), len(space.entries)))
+    finals: dict[tuple[int, int], list[torch.Tensor]] = {swap: [] for swap in [*swaps, (0, space.reference)]}
+    for first in range(0, images, batch):
+        n = min(batch, images - first)
+        walk = _ReferenceWalk(bank, plan, space, seed, first, n)
+        local += walk.local * n / images
+        finals[0, space.reference].append(walk.final)
+        for k, e in swaps:
+            row_entries = [plan.reference] * len(plan.rows)
+            row_entries[starts[k] : starts[k + 1]] = [space.entries[e]] * space.rows[k]
+            finals[k, e].append(walk.resume(int(starts[k]), plan.with_entries(row_entries)))
+            done += 1
+            yield done, total, None
+    base = measure(torch.cat(finals[0, space.reference]))
+    damage = np.zeros((len(space.rows), len(space.entries)))
+    for k, e in swaps:
+        damage[k, e] = measure(torch.cat(finals[k, e])) - base
+    timesteps = tuple(row.timestep for row in plan.rows)
+    yield total, total, ErrorTable(timesteps, space.entries, local, damage, images)
+
+
+class _ReferenceWalk:
+    """One batch of reference trajectories, with what is needed to leave them at the start of any gene."""
+
+    def __init__(self, bank: Bank, plan: StepPlan, space: Space, seed: int, first: int, n: int):
+        self.bank, self.seed, self.first = bank, seed, first
+        self.generators = image_generators(seed, first, n)
+        classes = bank.config.get("num_class_embeds")
+        self.labels = torch.arange(first, first + n, device=bank.device) % classes if classes else None
+        self.kwargs = {} if self.labels is None else {"class_labels": self.labels}
+        self.saved: dict[int, tuple[torch.Tensor, Any, list[torch.Tensor]]] = {}
+        self.local = np.zeros((len(plan.rows), len(space.entries)))
+        starts = {int(s) for s in np.cumsum([0, *space.rows[:-1]])}
+        scheduler = build_scheduler(plan, bank.device)
+        sample = start_noise(bank, self.generators) * scheduler.init_noise_sigma
+
+        def visit(row: int, sample: torch.Tensor, prediction: torch.Tensor) -> None:
+            if row in starts:
+                states = [g.get_state() for g in self.generators]
+                self.saved[row] = (sample.clone(), copy.deepcopy(scheduler), states)
+            inputs = copy.deepcopy(scheduler).scale_model_input(sample, scheduler.timesteps[row])
+            for e, name in enumerate(space.entries):
+                if e != space.reference:
+                    other = bank[name](inputs, scheduler.timesteps[row], **self.kwargs).sample
+                    self.local[row, e] = (other - prediction).square().mean().item()
+
+        reference = plan.uniform()
+        final = denoise(bank, reference, sample, self.generators, self.labels, scheduler=scheduler, trace=visit)
+        self.final = final.clamp(-1, 1)
+
+    def resume(self, row: int, plan: StepPlan) -> torch.Tensor:
+        """Leave the reference trajectory at `row` and follow `plan` from there."""
+        sample, scheduler, states = self.saved[row]
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+        scheduler = copy.deepcopy(scheduler)
+        out = denoise(self.bank, plan, sample.clone(), self.generators, self.labels, start=row, scheduler=scheduler)
+        return out.clamp(-1, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- frontier
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan on the frontier: its MACs per image, its modelled error, its genes."""
+
+    macs: int
+    error: float
+    genes: Genes
+
+
+def frontier(costs: np.ndarray, macs: np.ndarray, resolution: int = 8_000) -> list[Point]:
+    """Every plan that is best for some budget when errors add up, cheapest first, by dynamic programming.
+
+    costs, macs: [K, E], the error and the MACs of entry e in gene k. Exact: equal to trying all E^K plans, as long as
+    no more than `resolution` partial plans stay undominated; beyond that, partial plans whose MACs agree to
+    1 / resolution of the total are merged (the better one stays), so budgets are still kept exactly and errors are
+    best up to that grain. Raises PlanError for an empty or mismatched table.
+    """
+    costs, macs = np.asarray(costs, dtype=np.float64), np.asarray(macs, dtype=np.int64)
+    if costs.shape != macs.shape or costs.ndim != 2 or 0 in costs.shape or not np.isfinite(costs).all():
+        raise PlanError(
+            got=f"tables of shape {costs.shape} and {macs.shape}",
+            expected="finite [genes, entries]",
+            where="frontier",
+            do="measure the error table again",
+        )
+    grain = max(1, int(macs.max(axis=1).sum()) // resolution)
+    total_macs, total_error = np.zeros(1, dtype=np.int64), np.zeros(1)
+    trail: list[tuple[np.ndarray, np.ndarray]] = []  # per gene: (parent state, chosen entry) of every kept state
+    entries = costs.shape[1]
+    for k in range(len(costs)):
+        new_macs = (total_macs[:, None] + macs[k]).ravel()
+        new_error = (total_error[:, None] + costs[k]).ravel()
+        kept = _undominated(new_macs, new_error)
+        if len(kept) > resolution:
+            _, first = np.unique(new_macs[kept][::-1] // grain, return_index=True)  # last of a bin: its least error
+            kept = kept[::-1][first]
+        total_macs, total_error = new_macs[kept], new_error[kept]
+        trail.append((kept // entries, kept % entries))
+    return [Point(int(total_macs[i]), float(total_error[i]), _walk_back(trail, i)) for i in range(len(total_macs))]
+
+
+def _undominated(macs: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Indices of the points that no cheaper or equal one beats, by rising MACs."""
+    order = np.lexsort((error, macs))
+    best_before = np.concatenate([[np.inf], np.minimum.accumulate(error[order])[:-1]])
+    return order[error[order] < best_before]
+
+
+def _walk_back(trail: list[tuple[np.ndarray, np.ndarray]], state: int) -> Genes:
+    genes = []
+    for parents, entries in reversed(trail):
+        genes.append(int(entries[state]))
+        state = int(parents[state])
+    return tuple(reversed(genes))
+
+
+def best_within(points: Sequence[Point], macs: int) -> Point:
+    """The frontier's plan with the least error among those of at most `macs`. Raises PlanError when there is none."""
+    fitting = [p for p in points if p.macs <= macs]
+    if not fitting:
+        raise PlanError(
+            got=f"{macs} MACs", expected=f"at least {points[0].macs}", where="budget", do="raise the budget"
+        )
+    return fitting[-1]
+
+
+def fit_costs(costs: np.ndarray, plans: Sequence[Genes], scores: Sequence[float], strength: float = 0.3) -> np.ndarray:
+    """Rescale an additive error model to measured plans: score = base + sum over genes of a[k] * costs[k, g_k] + b[k, e].
+
+    Non-negative a[k] near one common factor and entry offsets near zero, by ridge-regularised least squares on the
+    differences to the mean; returns the new costs [K, E] (in units of the score, up to a constant).
+    """
+    count, entries = costs.shape
+    rows = np.arange(count)
+    scale = max(float(np.abs(costs).max()), 1e-12)
+    unit = costs / scale
+    x = np.zeros((len(plans), count + count * entries))
+    for i, genes in enumerate(plans):
+        x[i, :count] = unit[rows, list(genes)]
+        x[i, count + rows * entries + np.array(genes)] = 1.0
+    y = np.asarray(scores, dtype=np.float64)
+    total = x[:, :count].sum(axis=1)
+    centred = total - total.mean()
+    common = max(float(centred @ (y - y.mean())) / max(float(centred @ centred), 1e-12), 1e-6)
+    residual = y - y.mean() - common * centred
+    design = x - x.mean(axis=0)
+    penalty = strength * np.concatenate([np.full(count, 1.0), np.full(count * entries, 4.0)])
+    solved = np.linalg.solve(design.T @ design + np.diag(penalty), design.T @ residual)
+    factors = np.maximum(common + solved[:count], 0.0)
+    return factors[:, None] * unit + solved[count:].reshape(count, entries)
+
+
+# ---------------------------------------------------------------------------------------------------------- NSGA-II
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """One measured plan. `images`: images generated by the search so far, this plan's included."""
+
+    stage: str
+    genes: Genes
+    share: float
+    score: float
+    images: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "genes": list(self.genes),
+            "share": self.share,
+            "score": self.score,
+            "images": self.images,
+        }
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the refinement minimises.
+
+    "budget": the score, MACs at most `macs`. "loss": the MACs, score at most `limit`. "scalar": DDSM's weighted sum
+    score + trade * share. "pareto": score and share, both.
+    """
+
+    kind: str
+    macs: int = 0
+    limit: float = 0.0
+    trade: float = 0.0
+
+
+def evolve(
+    space: Space, score: Score, goal: Goal, spec: SearchSpec, *, seeds: Sequence[Genes] = (), seed: int = 1
+) -> Iterator[tuple[Genes, float]]:
+    """NSGA-II over genes (pymoo); yields every plan as it is measured, (genes, score), best known or not.
+
+    `spec`: population, generations (the initial population is the first), crossover and mutation. `seeds` enter the
+    initial population. Plans over the budget are never measured. Deterministic for a seed and a deterministic score.
+    """
+    problem, algorithm = _algorithm(space, goal, spec, _initial(space, goal, spec, seeds, seed))
+    algorithm.setup(problem, termination=("n_gen", spec.generations), seed=seed, verbose=False)
+    known: dict[Genes, float] = {}
+    while algorithm.has_next():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            population = algorithm.ask()
+        objectives, constraints = [], []
+        for individual in population:
+            genes = tuple(int(g) for g in individual.X)
+            over = goal.kind == "budget" and space.cost(genes) > goal.macs
+            if not over and genes not in known:
+                known[genes] = score(genes)
+                yield genes, known[genes]
+            value = known.get(genes, 1e9)
+            objectives.append(_objectives(space, goal, genes, value))
+            constraints.append(_constraint(space, goal, genes, value))
+        population.set("F", np.array(objectives))
+        if goal.kind in ("budget", "loss"):
+            population.set("G", np.array(constraints)[:, None])
+        algorithm.evaluator.n_eval += len(population)
+        algorithm.tell(infills=population)
+
+
+def _objectives(space: Space, goal: Goal, genes: Genes, value: float) -> list[float]:
+    match goal.kind:
+        case "loss":
+            return [space.share(genes)]
+        case "scalar":
+            return [value + goal.trade * space.share(genes)]
+        case "pareto":
+            return [value, space.share(genes)]
+        case _:
+            return [value]
+
+
+def _constraint(space: Space, goal: Goal, genes: Genes, value: float) -> float:
+    if goal.kind == "loss":
+        return value - goal.limit
+    return (space.cost(genes) - goal.macs) / space.full_macs if goal.kind == "budget" else 0.0
+
+
+def _algorithm(space: Space, goal: Goal, spec: SearchSpec, initial: np.ndarray) -> tuple[Any, Any]:
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.pntx import SinglePointCrossover
+
+    problem = Problem(
+        n_var=len(space.rows),
+        n_obj=2 if goal.kind == "pareto" else 1,
+        n_ieq_constr=1 if goal.kind in ("budget", "loss") else 0,
+        xl=0,
+        xu=len(space.entries) - 1,
+        vtype=int,
+    )
+    rate = spec.rate or 1.0 / len(space.rows)
+    algorithm = NSGA2(
+        pop_size=spec.population,
+        sampling=initial,
+        crossover=SinglePointCrossover(prob=spec.crossover),
+        mutation=reset_mutation(rate, released=spec.mutation == "released"),
+        eliminate_duplicates=True,
+    )
+    return problem, algorithm
+
+
+def reset_mutation(rate: float, *, released: bool = False) -> Any:
+    """Per-gene uniform reset with probability `rate`.
+
+    The released DDSM code keeps its rate in the field `prob`, which pymoo also reads as the probability that the
+    mutated copy is kept at all, so that mutation practically never acts; `released=True` does the same.
+    """
+    from pymoo.core.mutation import Mutation
+
+    class Reset(Mutation):
+        def __init__(self) -> None:
+            super().__init__(prob=rate if released else 1.0)
+
+        def _do(self, problem: Any, X: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
+            draw = random_state or np.random.default_rng()
+            hit = draw.random(X.shape) < rate
+            fresh = draw.integers(problem.xl, problem.xu + 1, size=X.shape)
+            return np.where(hit, fresh, X)
+
+    return Reset()
+
+
+def _initial(space: Space, goal: Goal, spec: SearchSpec, seeds: Sequence[Genes], seed: int) -> np.ndarray:
+    """The first population: the seeds, or uniform plans, then random ones (within the budget where there is one)."""
+    draw = np.random.default_rng(seed)
+    count, entries = len(space.rows), len(space.entries)
+    chosen: list[Genes] = list(dict.fromkeys(seeds))[: spec.population]
+    if spec.init == "uniform":
+        chosen += [(e,) * count for e in range(entries)]
+    budget = goal.macs if goal.kind == "budget" else None
+    tries = 0
+    while len(chosen) < spec.population and tries < 1000 * spec.population:
+        tries += 1
+        if spec.init == "frontier" and seeds:  # neighbours of the frontier: two genes changed
+            genes = list(seeds[int(draw.integers(len(seeds)))])
+            for k in draw.integers(count, size=2):
+                genes[k] = int(draw.integers(entries))
+        else:
+            genes = list(draw.integers(entries, size=count))
+            if budget is not None:
+                genes = _cheapen(space, genes, budget, draw)
+        candidate = tuple(int(g) for g in genes)
+        if candidate not in chosen and (budget is None or space.cost(candidate) <= budget):
+            chosen.append(candidate)
+    return np.array(chosen[: spec.population], dtype=int)
+
+
+def _cheapen(space: Space, genes: list[int], budget: int, draw: np.random.Generator) -> list[int]:
+    """Make random genes cheaper, one notch at a time, until the plan keeps the budget."""
+    order = np.argsort(space.macs, kind="stable")
+    rank = {int(e): i for i, e in enumerate(order)}
+    while space.cost(genes) > budget:
+        able = [k for k, g in enumerate(genes) if rank[int(g)] > 0]
+        if not able:
+            break
+        k = able[int(draw.integers(len(able)))]
+        genes[k] = int(order[rank[int(genes[k])] - 1])
+    return genes
+
+
+def random_plans(space: Space, macs: int, count: int, seed: int, slack: float = 0.02) -> list[Genes]:
+    """Different random plans of between `macs` minus a slack (share of the full MACs) and `macs`: the control."""
+    draw = np.random.default_rng(seed)
+    found: list[Genes] = []
+    for _ in range(20_000):
+        genes = tuple(
+            int(g) for g in _cheapen(space, list(draw.integers(len(space.entries), size=len(space.rows))), macs, draw)
+        )
+        if macs - slack * space.full_macs <= space.cost(genes) <= macs and genes not in found:
+            found.append(genes)
+        if len(found) == count:
+            break
+    return found

@@ -1,0 +1,57 @@
+"""Parameters that are slices of another network's parameters: the shared-weight form of a narrow network.
+
+`Slices` maps a parameter's name to one tuple of (start, length) pieces per dimension; the pieces of a dimension are
+concatenated in order. A plain prefix slice has one piece (0, n); an input that is itself a concatenation has one
+piece per segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+Pieces = tuple[tuple[int, int], ...]
+Slices = Mapping[str, tuple[Pieces, ...]]
+
+
+def cut(tensor: torch.Tensor, pieces_by_dim: Sequence[Pieces]) -> torch.Tensor:
+    """The slice of one tensor; differentiable, a view wherever every dimension is one piece."""
+    for dim, pieces in enumerate(pieces_by_dim):
+        if len(pieces) == 1:
+            start, length = pieces[0]
+            if length != tensor.shape[dim]:
+                tensor = tensor.narrow(dim, start, length)
+        elif len(pieces) == 2:
+            tensor = torch.cat([tensor.narrow(dim, start, length) for start, length in pieces], dim)
+        else:
+            index = torch.cat([torch.arange(start, start + length) for start, length in pieces])
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
+
+
+def cut_all(weights: Mapping[str, torch.Tensor], slices: Slices) -> dict[str, torch.Tensor]:
+    """The slices of every tensor that `slices` names."""
+    return {name: cut(weights[name], pieces) for name, pieces in slices.items()}
+
+
+def pieces_of(indices: Sequence[int]) -> Pieces:
+    """Write a list of indices as the fewest (start, length) pieces."""
+    pieces: list[tuple[int, int]] = []
+    for index in indices:
+        if pieces and index == sum(pieces[-1]):
+            pieces[-1] = (pieces[-1][0], pieces[-1][1] + 1)
+        else:
+            pieces.append((index, 1))
+    return tuple(pieces)
+
+
+def slices_to_json(slices: Slices) -> dict[str, list]:
+    return {name: [[list(piece) for piece in pieces] for pieces in dims] for name, dims in slices.items()}
+
+
+def slices_from_json(record: Mapping[str, list]) -> dict[str, tuple[Pieces, ...]]:
+    return {
+        name: tuple(tuple((int(start), int(length)) for start, length in pieces) for pieces in dims)
+        for name, dims in record.items()
+    }

@@ -1,0 +1,324 @@
+"""DDSM: one U-Net whose narrower versions share its weights, trained together by the sandwich rule.
+
+Paper: Denoising Diffusion Step-aware Models, Yang et al., ICLR 2024, arXiv 2310.03337; slimmable networks and the
+sandwich rule come from arXiv 1812.08928 and 1903.05134.
+
+Implemented: the supernet (leading slices of every layer, group count held for all widths, time MLP slimmed too) and
+its training (widest + narrowest + random widths between, losses summed, own timesteps and noise each). The search for a
+width per step is in `search.py`, since it does not care what its entries are.
+
+What differs, and why:
+- Layers are not rewritten. A width is a plain, narrower `UNet2DModel` whose parameters are slices of the full one's
+  (`slices_for`), run by `torch.func.functional_call`: gradients reach the shared weights, stock diffusers loads what
+  comes out, and a narrow step costs what a narrow model costs. Any `UNet2DModel` config works.
+- Inputs that are concatenations are sliced segment by segment (`concat="aligned"`): the slim net's skip half uses the
+  weights that the full net uses for its skip. The released code takes the leading columns of the whole concatenation,
+  which the full net uses for the hidden half; `concat="leading"` does that.
+- The paper's time table stays at full size in front of the slim time MLP. A plain narrow U-Net has a narrower
+  sinusoid, so its first time layer takes the columns of the *nearest frequencies* (exact for widths 1/2, 1/4, …).
+- Widths that give no whole groups are refused instead of rounded.
+- Optional, not in the paper: sorting the pretrained channels by importance first (`sort_channels`), and distillation
+  from the widest or the dense net (`distill`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+
+from halfstep.errors import ModelError
+from halfstep.recipe import SlimSpec
+from halfstep.slices import Pieces, Slices, cut_all, pieces_of
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""clean [B,C,H,W] -> (noisy sample, timestep [B], target)"""
+
+
+def width_name(width: float) -> str:
+    """The bank name of a width: 0.5 -> "w0.50"."""
+    return f"w{width:.2f}"
+
+
+# ----------------------------------------------------------------------------------------- which weights a width uses
+
+
+def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
+    """The `UNet2DModel` config at `width` in (0, 1]. Raises ModelError when a level gets no whole channel groups."""
+    narrow = {key: value for key, value in config.items() if not key.startswith("_")}
+    groups = config["norm_num_groups"] or 1
+    channels = []
+    for full in config["block_out_channels"]:
+        c = round(full * width, 6)
+        if c != int(c) or c < 1 or c % groups:
+            usable = sorted({k * groups / full for k in range(1, full // groups + 1)})
+            raise ModelError(
+                got=f"{full} channels x {width} = {c:g}",
+                expected=f"a multiple of the model's {groups} norm groups",
+                where="slim.widths",
+                do=f"choose widths such as {', '.join(f'{u:g}' for u in _some(usable))}",
+            )
+        channels.append(int(c))
+    narrow["block_out_channels"] = tuple(channels)
+    if config.get("class_embed_type") == "identity":  # the caller hands in embeddings of the full size
+        narrow["time_embedding_dim"] = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+    elif config.get("time_embedding_dim"):
+        narrow["time_embedding_dim"] = max(2, round(config["time_embedding_dim"] * width))
+    if head := config.get("attention_head_dim"):  # a head must not be wider than the narrowest attended level
+        narrow["attention_head_dim"] = min(head, *(_attended(config, channels) or [head]))
+    return narrow
+
+
+def _some(values: Sequence[float]) -> Sequence[float]:
+    return values if len(values) <= 8 else [values[round(i * (len(values) - 1) / 7)] for i in range(8)]
+
+
+def _attended(config: Mapping[str, Any], channels: Sequence[int]) -> list[int]:
+    found = [c for kind, c in zip(config["down_block_types"], channels, strict=True) if "Attn" in kind]
+    found += [c for kind, c in zip(config["up_block_types"], reversed(channels), strict=True) if "Attn" in kind]
+    if config.get("mid_block_type", "UNetMidBlock2D") and config.get("add_attention", True):
+        found.append(channels[-1])
+    return found
+
+
+def skeleton(config: Mapping[str, Any]) -> UNet2DModel:
+    """A `UNet2DModel` without memory (on the meta device), to be run with weights from elsewhere."""
+    with torch.device("meta"):
+        return UNet2DModel.from_config(dict(config))
+
+
+def slices_for(config: Mapping[str, Any], width: float, concat: str = "aligned") -> dict[str, tuple[Pieces, ...]]:
+    """Which part of every parameter of the full U-Net the U-Net at `width` uses."""
+    narrow = narrow_config(config, width)
+    full_shapes = {name: value.shape for name, value in skeleton(config).state_dict().items()}
+    slim_shapes = {name: value.shape for name, value in skeleton(narrow).state_dict().items()}
+    slices = {name: tuple(((0, n),) for n in shape) for name, shape in slim_shapes.items()}
+    for name, dim, pieces in _exceptions(config, narrow, slim_shapes, concat):
+        slices[name] = (*slices[name][:dim], pieces, *slices[name][dim + 1 :])
+    for name, dims in slices.items():
+        for dim, pieces in enumerate(dims):
+            fits = all(start + length <= full_shapes[name][dim] for start, length in pieces)
+            assert fits and sum(n for _, n in pieces) == slim_shapes[name][dim], (name, dim, pieces)
+    return slices
+
+
+def _exceptions(
+    config: Mapping[str, Any], narrow: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], concat: str
+) -> Iterator[tuple[str, int, Pieces]]:
+    """The dimensions that are no plain prefix, as (parameter, dimension, pieces)."""
+    for name in shapes:
+        if name in ("time_embedding.linear_1.weight", "class_embedding.linear_1.weight"):
+            yield name, 1, _time_columns(config, narrow)
+        if ".time_emb_proj." in name and config.get("resnet_time_scale_shift") == "scale_shift":
+            half = shapes[name][0] // 2  # scale and shift are the two halves of one output
+            yield name, 0, ((0, half), (_full_out(config, name), half))
+    if concat == "leading":
+        return
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if parts[:1] != ["up_blocks"] or parts[2] != "resnets" or parts[4] not in ("norm1", "conv1", "conv_shortcut"):
+            continue
+        dim = 0 if parts[4] == "norm1" else 1
+        if dim >= len(shape):  # a bias of a convolution sees no input
+            continue
+        hidden, slim = (
+            _hidden_channels(c["block_out_channels"], int(parts[1]), int(parts[3])) for c in (config, narrow)
+        )
+        yield name, dim, ((0, slim), (hidden, shape[dim] - slim))
+
+
+def _hidden_channels(channels: Sequence[int], block: int, resnet: int) -> int:
+    """Channels of the hidden part of the concatenation that enters `up_blocks[block].resnets[resnet]`."""
+    upward = list(reversed(channels))
+    return upward[max(0, block - 1)] if resnet == 0 else upward[block]
+
+
+def _full_out(config: Mapping[str, Any], name: str) -> int:
+    """Output channels of the full ResNet block that owns a `time_emb_proj` parameter."""
+    where, *rest = name.split(".")
+    channels = list(config["block_out_channels"])
+    if where == "mid_block":
+        return channels[-1]
+    level = int(rest[0])
+    return channels[level] if where == "down_blocks" else channels[::-1][level]
+
+
+def _time_columns(config: Mapping[str, Any], narrow: Mapping[str, Any]) -> Pieces:
+    """Columns of the first time layer: the features that the narrow net's own time embedding has."""
+    full, slim = config["block_out_channels"][0], narrow["block_out_channels"][0]
+    kind = config.get("time_embedding_type", "positional")
+    if kind == "learned":
+        return ((0, slim),)
+    if kind == "fourier":  # sin and cos of `slim` random frequencies, which are a prefix of the full ones
+        return ((0, slim), (full, slim))
+    shift = config.get("freq_shift", 0)
+    full, slim = full // 2, slim // 2
+    ratio = (full - shift) / max(slim - shift, 1)
+    nearest = [min(full - 1, math.floor(i * ratio + 0.5)) for i in range(slim)]
+    return pieces_of(nearest + [full + i for i in nearest])
+
+
+# ----------------------------------------------------------------------------------------------------------- supernet
+
+
+class Supernet:
+    """A U-Net with its widths. The weights live in `model`; nothing is written onto modules.
+
+    `predict(width)` runs a width on the shared weights (differentiable); `subnet(width)` copies them out as a plain
+    `UNet2DModel`. Raises ModelError for a model that is no UNet2DModel and for widths without whole channel groups.
+    """
+
+    def __init__(self, model: UNet2DModel, widths: Sequence[float], concat: str = "aligned"):
+        if not isinstance(model, UNet2DModel):
+            raise ModelError(
+                got=type(model).__name__, expected="a UNet2DModel", where="the model to slim", do="bring a pixel U-Net"
+            )
+        self.model, self.widths = model, tuple(sorted(widths, reverse=True))
+        self.slices: dict[float, Slices] = {}
+        self._skeletons: dict[float, UNet2DModel] = {}
+        for width in self.widths:
+            if width != 1.0:
+                self.slices[width] = slices_for(model.config, width, concat)
+                self._skeletons[width] = skeleton(narrow_config(model.config, width))
+
+    def predict(self, width: float) -> Predict:
+        """(sample, timestep, class_labels) -> prediction of the network at `width`."""
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            kwargs = {} if labels is None else {"class_labels": labels}
+            if width == 1.0:
+                return self.model(sample, timestep, **kwargs).sample
+            narrow = self._skeletons[width].train(self.model.training)
+            weights = cut_all(self.model.state_dict(keep_vars=True), self.slices[width])
+            return torch.func.functional_call(narrow, weights, (sample, timestep), kwargs).sample
+
+        return predict
+
+    def subnet(self, width: float) -> UNet2DModel:
+        """A plain `UNet2DModel` that computes what the supernet computes at `width`, with its own copy of the weights."""
+        config = dict(self.model.config) if width == 1.0 else narrow_config(self.model.config, width)
+        weights = (
+            dict(self.model.state_dict()) if width == 1.0 else cut_all(self.model.state_dict(), self.slices[width])
+        )
+        model = UNet2DModel.from_config(config)
+        model.load_state_dict({name: value.clone() for name, value in weights.items()})
+        return model.to(self.model.device).eval()
+
+
+def sandwich_objective(
+    supernet: Supernet, draw: Draw, spec: SlimSpec, teacher: Predict | None = None
+) -> Callable[[Any], Iterator[torch.Tensor]]:
+    """The losses of one sandwich step (spec section 2.4): widest, narrowest, then `spec.sandwich - 2` widths between.
+
+    Each loss draws its own timestep and noise on the same images unless `spec.shared_noise`. With `spec.distill` the
+    narrower widths regress to a prediction instead of the target: the widest net's, or `teacher`'s.
+    """
+    widest, narrowest, *between = supernet.widths[0], supernet.widths[-1], *supernet.widths[1:-1]
+    if spec.distill == "widest":
+        teacher = supernet.predict(widest)
+
+    def objective(batch: Any) -> Iterator[torch.Tensor]:
+        widths = [widest] + ([narrowest] if narrowest != widest else [])
+        if between:
+            widths += [between[int(i)] for i in torch.randint(len(between), (spec.sandwich - 2,))]
+        drawn = draw(batch.clean)
+        for i, width in enumerate(widths):
+            if i and not spec.shared_noise:
+                drawn = draw(batch.clean)
+            noisy, timestep, target = drawn
+            if teacher is not None and spec.distill != "none" and width != widest:
+                with torch.no_grad():
+                    target = teacher(noisy, timestep, batch.labels).float()
+            yield F.mse_loss(supernet.predict(width)(noisy, timestep, batch.labels).float(), target)
+
+    return objective
+
+
+# ------------------------------------------------------------------------------------------------- channel importance
+
+
+@torch.no_grad()
+def sort_channels(model: UNet2DModel) -> UNet2DModel:
+    """A copy of `model` with its inner channels ordered by importance; it computes the same function.
+
+    Sorted are the channels whose order is free: those inside each ResNet block (by group, then inside each group,
+    because group norm must see the same sets), the heads and head channels of attention, and the time MLP. The
+    residual streams stay as they are: several group norms of different group sizes read each of them, so that their
+    order is not free. A channel's importance is the size of its contribution to the next layer.
+    """
+    copy = UNet2DModel.from_config(dict(model.config)).to(model.device)
+    copy.load_state_dict(model.state_dict())
+    for module in copy.modules():
+        if isinstance(module, ResnetBlock2D):
+            _sort_resnet(module)
+        elif isinstance(module, Attention):
+            _sort_attention(module)
+    _sort_time_mlp(copy)
+    return copy.train(model.training)
+
+
+def _sort_resnet(block: ResnetBlock2D) -> None:
+    # after group norm every channel has unit scale, so gamma times the outgoing weights is what it contributes
+    score = block.norm2.weight.abs() * block.conv2.weight.flatten(2).norm(dim=(0, 2))
+    order = _grouped_order(score, block.norm2.num_groups)
+    _reorder(block.conv1, order, 0)
+    _reorder(block.norm2, order, 0)
+    _reorder(block.conv2, order, 1)
+    if block.time_emb_proj is not None:
+        both = [order, order + len(order)] if block.time_embedding_norm == "scale_shift" else [order]
+        _reorder(block.time_emb_proj, torch.cat(both), 0)
+
+
+def _sort_attention(attention: Attention) -> None:
+    heads = attention.heads
+    value = attention.to_v.weight.norm(dim=1) * attention.to_out[0].weight.norm(dim=0)
+    key = attention.to_q.weight.norm(dim=1) * attention.to_k.weight.norm(dim=1)
+    best = value.view(heads, -1).sum(1).argsort(descending=True, stable=True)
+    inner = len(value) // heads
+
+    def order(score: torch.Tensor) -> torch.Tensor:
+        within = score.view(heads, -1)[best].argsort(dim=1, descending=True, stable=True)
+        return (best[:, None] * inner + within).flatten()
+
+    for layer in (attention.to_q, attention.to_k):
+        _reorder(layer, order(key), 0)
+    _reorder(attention.to_v, order(value), 0)
+    _reorder(attention.to_out[0], order(value), 1)
+
+
+def _sort_time_mlp(model: UNet2DModel) -> None:
+    first, second = model.time_embedding.linear_1, model.time_embedding.linear_2
+    hidden = (first.weight.norm(dim=1) * second.weight.norm(dim=0)).argsort(descending=True, stable=True)
+    _reorder(first, hidden, 0)
+    _reorder(second, hidden, 1)
+    readers = [m.time_emb_proj for m in model.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+    if model.config.class_embed_type is not None or not readers:
+        return  # other embeddings of the caller's own order are added to this one
+    reads = torch.stack([layer.weight.norm(dim=0) for layer in readers]).norm(dim=0)
+    order = (reads * second.weight.norm(dim=1)).argsort(descending=True, stable=True)
+    _reorder(second, order, 0)
+    for layer in readers:
+        _reorder(layer, order, 1)
+    if model.class_embedding is not None:
+        model.class_embedding.weight.copy_(model.class_embedding.weight[:, order])
+
+
+def _grouped_order(score: torch.Tensor, groups: int) -> torch.Tensor:
+    """Channel order, best first, that keeps every group together: groups by total score, then inside each group."""
+    by_group = score.view(groups, -1)
+    best = by_group.sum(1).argsort(descending=True, stable=True)
+    within = by_group[best].argsort(dim=1, descending=True, stable=True)
+    return (best[:, None] * by_group.shape[1] + within).flatten()
+
+
+def _reorder(layer: torch.nn.Module, order: torch.Tensor, dim: int) -> None:
+    layer.weight.copy_(layer.weight.index_select(dim, order))
+    if dim == 0 and layer.bias is not None:
+        layer.bias.copy_(layer.bias[order])

@@ -1,0 +1,176 @@
+"""Tell a finished run as a report: the summary sentence, the tables, the pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfstep import disk
+from halfstep.plan import StepPlan
+from halfstep.report import Curve, Grid, Heatmap, Pareto, PlanChart, Report, Series, Table, picture_grid, write_report
+from halfstep.search import ErrorTable
+
+
+def quality_cell(record: dict[str, Any]) -> str:
+    return f"{record['value']:.3g} [{record['low']:.3g}, {record['high']:.3g}]"
+
+
+def plans_table(record: dict[str, Any], title: str = "Reference, plan and controls") -> Table:
+    """The table of `run.measure_plans`: cost, speed, quality with intervals, difference to the first row."""
+    about, rows = record["about"], []
+    for name, row in record["plans"].items():
+        difference = row["difference"]
+        change = f"{difference['share']:+.1%} [{difference['relative_low']:+.1%}, {difference['relative_high']:+.1%}]"
+        rows.append(
+            (
+                name,
+                f"{row['macs'] / 1e6:,.0f}",
+                f"{row['share']:.0%}",
+                f"{row['wall_ms']:,.0f}",
+                f"{row['wall_share']:.0%}",
+                quality_cell(row["quality"]["fd"]),
+                "—" if name == about["reference"] else change,
+                *(f"{row['quality'][m]['value']:.3g}" for m in ("kid", "precision", "recall")),
+            )
+        )
+    first = next(iter(record["plans"].values()))["quality"]["fd"]
+    note = (
+        f"MMACs per image and trajectory. Wall-clock of whole trajectories at batch {about['batch']} on "
+        f"{about['device']}, {about['dtype']}, median of {about['repeats']} taken in turns. Fréchet distance (FD, lower is "
+        f"better) on {about['n']} images of the same seeds against {first['n_reference']} real ones, features "
+        f"{first['features']}; 95 % bootstrap intervals, the change is paired."
+    )
+    columns = ("", "MMACs", "share", "ms", "share of ms", "FD", "change of FD", "KID", "precision", "recall")
+    names = list(record["plans"])
+    return Table(
+        title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
+    )
+
+
+def summary(record: dict[str, Any], plan: StepPlan) -> str:
+    """One sentence with the claim and its measure."""
+    row, about = record["plans"]["plan"], record["about"]
+    difference = row["difference"]
+    held = "held" if row["held"] else "did not hold"
+    return (
+        f"The plan saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of "
+        f"{len(plan.rows)} {plan.scheduler.removesuffix('Scheduler')} calls; the Fréchet distance changes by "
+        f"{difference['share']:+.1%} (95 % interval {difference['relative_low']:+.1%} to {difference['relative_high']:+.1%}, "
+        f"n = {about['n']}), so quality {held} within the tolerance of {about['tolerance']:.0%}."
+    )
+
+
+def pareto(record: dict[str, Any], searched: list[dict]) -> Pareto:
+    """Quality against MACs: the plans that the search measured, and the final rows with intervals."""
+    dots = tuple((r["share"], r["score"], None, None) for r in searched if r["stage"] != "reference")
+    series = [Series(name="measured by the search", points=dots, style="points")] if dots else []
+    for name, row in record["plans"].items():
+        fd = row["quality"]["fd"]
+        style: Any = "star" if name in ("plan", "reference") else "points"
+        series.append(Series(name=name, points=((row["share"], fd["value"], fd["low"], fd["high"]),), style=style))
+    reference = record["plans"][record["about"]["reference"]]["quality"]["fd"]
+    return Pareto(
+        title="Quality against cost",
+        metric_label="Fréchet distance (lower is better)",
+        series=tuple(series),
+        band=(reference["low"], reference["high"]),
+    )
+
+
+def plan_chart(plan: StepPlan) -> PlanChart:
+    shares = {name: macs / plan.entry_macs[plan.reference] for name, macs in plan.entry_macs.items()}
+    steps = tuple(row.timestep for row in plan.rows)
+    return PlanChart(title="What runs at each step", timesteps=steps, entries=plan.entries, shares=shares)
+
+
+def training_curves(out: Path) -> list[Curve]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for file in (out / "log.jsonl", out / "supernet" / "log.jsonl"):
+        for record in disk.read_records(file):
+            lines.setdefault(record["tag"], []).append((record["step"], record["loss"]))
+    if not lines:
+        return []
+    points = {name: tuple(values) for name, values in lines.items()}
+    return [Curve(title="Training loss", xlabel="step", ylabel="loss (summed over the widths)", lines=points)]
+
+
+def tell(out: Path) -> Path:
+    """Write report.html and samples.png of a finished `halfstep optimize` from what lies in its folder.
+
+    Returns the report's path. Raises RunError when a file of the run is missing.
+    """
+    out, again = Path(out), "finish the run with halfstep optimize"
+    record = disk.read_json(out / "quality.json", what="the qualities of a finished run", do=again)
+    run = disk.read_json(out / "recipe.json", what="a recipe", do=again)
+    costs = disk.read_json(out / "cost.json", what="costs", do=again)
+    table = ErrorTable.from_json(disk.read_json(out / "errors.json", what="an error table", do=again))
+    plan = StepPlan.load(out / "plan.json")
+    with np.load(out / "pictures.npz", allow_pickle=False) as arrays:
+        pictures = {name: arrays[name] for name in arrays.files}
+    searched = disk.read_records(out / "search.jsonl")
+    report = Report(
+        title="Halfstep report",
+        summary=summary(record, plan),
+        facts=_facts(run, record, searched, table),
+        tables=(plans_table(record), _bank_table(costs, plan.reference)),
+        figures=(pareto(record, searched), plan_chart(plan), _heatmap(table), *training_curves(out)),
+        grids=tuple(Grid(title=name, images=images, columns=8) for name, images in pictures.items()),
+        files=FILES,
+    )
+    side = picture_grid(np.concatenate([pictures["reference"][:16], pictures["plan"][:16]]), columns=16)
+    disk.write_atomic(out / "samples.png", lambda path: side.save(path, "PNG"))
+    return write_report(report, out)
+
+
+FILES = {
+    "pipeline/": "the cheaper diffusers pipeline: StepAwarePipeline.from_pretrained",
+    "plan.json": "what runs at each step",
+    "quality.json": "every number of this page",
+    "cost.json": "parameters, MACs, latency and memory of the bank",
+    "errors.json": "the error table",
+    "search.jsonl": "every plan that was measured",
+}
+
+
+def _facts(run: dict[str, Any], record: dict[str, Any], searched: list[dict], table: ErrorTable) -> dict[str, str]:
+    recipe, about = run["recipe"], record["about"]
+    return {
+        "model": run["inputs"]["model"],
+        "data": f"{run['inputs']['data']}, fingerprint {about['data']}",
+        "goal": run["inputs"]["goal"],
+        "recipe": f"{recipe['name']}, seed {recipe['seed']}, {recipe['train']['steps']} training steps",
+        "search": f"{len(searched)} plans of {recipe['search']['images']} images each, and an error table on "
+        f"{table.images} trajectories",
+        "time of the last call": f"{record['seconds']:.0f} s",
+        **{key: str(value) for key, value in about["machine"].items()},
+    }
+
+
+def _bank_table(costs: dict[str, Any], reference: str) -> Table:
+    rows = tuple(
+        (
+            name,
+            f"{cost['params']:,}",
+            f"{cost['macs'] / 1e6:,.2f}",
+            f"{cost['macs'] / costs[reference]['macs']:.0%}",
+            f"{cost['latency_ms']:.1f} ± {cost['latency_spread_ms']:.1f}",
+        )
+        for name, cost in costs.items()
+    )
+    batch = next(iter(costs.values()))["batch"]
+    note = f"One call; latency at batch {batch}: median and half the inter-quartile distance of calls taken in turns."
+    return Table(
+        title="The bank", columns=("", "params", "MMACs per image", "share", "ms per call"), rows=rows, note=note
+    )
+
+
+def _heatmap(table: ErrorTable) -> Heatmap:
+    return Heatmap(
+        title="Error of each entry at each step",
+        timesteps=table.timesteps,
+        entries=table.entries,
+        values=np.maximum(table.local, 1e-9),
+        label="mean squared distance to the reference's prediction",
+    )
