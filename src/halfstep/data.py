@@ -19,8 +19,9 @@ import tarfile
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -104,7 +105,7 @@ def load_images(
 
     source: `digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`.
     size: None keeps the one square size that all images share. Otherwise the largest centred square of each image is
-        resampled to size x size: by area (Pillow's BOX) when it shrinks, so that nothing aliases, BICUBIC when it grows.
+        resampled to size x size: by area (Pillow's BOX) to shrink it, so that nothing aliases, BICUBIC to grow it.
     channels: 1 or 3; None is 1 if every image is grey and 3 otherwise. Transparency is laid on white, 16-bit grey is
         scaled to 8 bits, and an EXIF orientation is applied.
     split: "train" is everything where a source has no splits.
@@ -170,9 +171,9 @@ def _plain(index: torch.Tensor | np.ndarray | slice) -> np.ndarray | slice:
 def _fingerprint(pixels: np.ndarray, labels: np.ndarray | None) -> str:
     digest = hashlib.sha256(f"{pixels.shape} {labels is not None}".encode())
     for start in range(0, len(pixels), 4096):
-        digest.update(np.ascontiguousarray(pixels[start : start + 4096]))
+        digest.update(pixels[start : start + 4096].tobytes())
     if labels is not None:
-        digest.update(np.ascontiguousarray(labels, dtype="<i8"))
+        digest.update(labels.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -185,9 +186,25 @@ def _stats(scheme: str, place: str) -> list:
         if scheme in schemes and not right():
             got = f"no {kind}" if path.exists() else "nothing there"
             raise _bad(path, got, f"a {kind} for {scheme}:", "check the path")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    stats = [(file, file.stat()) for file in files]
+    stats = [(file, file.stat()) for file in ([path] if path.is_file() else _files(path))]
     return [str(path.resolve()), [(str(file.relative_to(path)), s.st_size, s.st_mtime_ns) for file, s in stats]]
+
+
+def _files(root: Path) -> list[Path]:
+    """Every file below a folder, sorted; links are followed, a loop or a closed folder is refused."""
+    files, seen = [], set()
+    with _reading(root, "folders that can be listed"):
+        for folder, _, names in os.walk(root, followlinks=True, onerror=_raise):  # by default walk skips in silence
+            real = os.path.realpath(folder)
+            if real in seen:
+                raise _bad(folder, "a folder that was met before", "links without loops", "remove the link")
+            seen.add(real)
+            files += [Path(folder, name) for name in names]
+    return sorted(files)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 @contextmanager
@@ -207,14 +224,14 @@ def _opened(where: str, raw: Path | bytes | np.ndarray) -> Iterator[Image.Image]
 
 def _survey(decoded: _Source, size: int | None, channels: int | None) -> tuple[int, int]:
     """The side and channels that all images will have, from their headers alone."""
-    first, grey = None, True
+    first, grey = (0, 0), True
     for where, raw in decoded.items():
         with _opened(where, raw) as image:
             (width, height), mode = image.size, image.mode
         if mode in ("I", "F"):
             raise _bad(where, f"32-bit pixels (mode {mode})", "8-bit pixels, or 16-bit grey", "scale it to 8 bits")
         grey = grey and (mode in ("L", "1") or mode.startswith("I;16"))
-        first = first or (width, height)
+        first = first if any(first) else (width, height)
         if size is None and (width != height or (width, height) != first):
             expected = "a square image" if first == (width, height) else f"{first[0]}x{first[1]} as those before it"
             raise _bad(where, f"{width}x{height}", expected, "pass a size to crop and resample to")
@@ -261,21 +278,20 @@ def _open_cache(folder: Path, source: str) -> Images | None:
 
 def _build(decoded: _Source, source: str, size: int | None, channels: int | None, root: Path, key: str) -> Images:
     """Decode into a temporary sibling of the cache folder and rename it, so that a cache is whole or absent."""
-    side, channels = _survey(decoded, size, channels)
     temporary = None
     try:
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(f"{key}.tmp-*"):
             if time.time() - stale.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(root / key, ignore_errors=True)  # a cut or changed cache
         temporary = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=root))
-        _write(decoded, source, side, channels, temporary)
-        images = _open_cache(root / key, source)  # another process may have been faster
-        if images is None:
-            shutil.rmtree(root / key, ignore_errors=True)  # a cut or changed one
+        _write(decoded, source, *_survey(decoded, size, channels), temporary)
+        with suppress(OSError):  # of several processes that decode the same source, the first to rename wins
             os.replace(temporary, root / key)
-            images = _open_cache(root / key, source)
-        assert images is not None, "a cache that was just written opens"
+        images = _open_cache(root / key, source)
+        if images is None:
+            raise OSError(f"{root / key} cannot be written")
         return images
     except OSError as error:
         do = "set HALFSTEP_CACHE to a writable folder with enough space"
@@ -391,15 +407,16 @@ def _npz(place: str, split: str) -> _Source:
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise OSError("one .npy array")
         with loaded as file:
-            names = [f"x_{split}", f"{split}_images", f"images_{split}"]
-            targets = [f"y_{split}", f"{split}_labels", f"labels_{split}"]
+            pairs = [([f"x_{split}", f"{split}_images"], [f"y_{split}", f"{split}_labels"])]
             if split == "train":
-                names, targets = [*names, "images", "x", "arr_0"], [*targets, "labels", "y", "arr_1"]
-            name = next((name for name in names if name in file.files), None)
-            if name is None:
+                pairs.append((["images", "x", "arr_0"], ["labels", "y", "arr_1"]))
+            found = [(name, targets) for names, targets in pairs for name in names if name in file.files]
+            if not found:
+                known = ", ".join(name for names, _ in pairs for name in names)
                 got = f"arrays {', '.join(file.files) or 'none'}"
-                raise _bad(path, got, f"one of {', '.join(names)}", "rename the images' array")
-            target = next((name for name in targets if name in file.files), None)
+                raise _bad(path, got, f"one of {known} for split {split!r}", "rename the images' array")
+            name, targets = found[0]
+            target = next((target for target in targets if target in file.files), None)
             images, labels = file[name], None if target is None else file[target]
     return _arrays(_channels_last(_bytes(images, f"{path}: {name}"), f"{path}: {name}"), labels, path)
 
@@ -408,10 +425,11 @@ def _bytes(images: np.ndarray, where: str) -> np.ndarray:
     """uint8 from uint8, or from floats in [0, 1] or [-1, 1]."""
     if images.dtype == np.uint8 or images.size == 0:
         return images
-    low, high = (images.min(), images.max()) if images.dtype.kind == "f" else (None, None)
-    if low is None or not (low >= -1 and high <= 1):  # also refuses NaN
-        got = f"{images.dtype} values" + ("" if low is None else f" from {low} to {high}")
-        raise _bad(where, got, "uint8, or floats in [0, 1] or [-1, 1]", "convert them first")
+    if images.dtype.kind != "f":
+        raise _bad(where, f"{images.dtype} values", "uint8, or floats in [0, 1] or [-1, 1]", "convert them first")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1 and high <= 1):  # so that NaN is refused too
+        raise _bad(where, f"values from {low} to {high}", "floats in [0, 1] or [-1, 1]", "scale them first")
     values = images.astype(np.float32)
     return np.rint(values * 255 if low >= 0 else (values + 1) * 127.5).astype(np.uint8)
 
@@ -425,9 +443,8 @@ def _channels_last(images: np.ndarray, where: str) -> np.ndarray:
     if last and first:  # tiny images: only one reading is square
         last, first = images.shape[1] == images.shape[2], images.shape[2] == images.shape[3]
     if last == first:
-        raise _bad(
-            where, f"shape {list(images.shape)}", "NHW, NHWC or NCHW with 1, 3 or 4 channels", "reorder its axes"
-        )
+        expected = "NHW, NHWC or NCHW with 1, 3 or 4 channels"
+        raise _bad(where, f"shape {list(images.shape)}", expected, "reorder its axes")
     images = images if last else images.transpose(0, 2, 3, 1)
     return images[..., 0] if images.shape[3] == 1 else images
 
@@ -447,16 +464,16 @@ def _layout(paths: list[PurePosixPath], split: str, where: object) -> tuple[list
     parts = [path.parts for path in paths]
     tops = {part[0] if len(part) > 1 else "" for part in parts}
     chosen = list(range(len(paths)))
-    # A lone `train` may be a class (CIFAR-100 has one), so `train` and `test` must both be there, or nothing but splits.
+    # A lone `train` may be a class (CIFAR-100 has one): splits are `train` and `test` together, or nothing but splits.
     if tops >= {"train", "test"} or tops <= set(SPLITS):
         _known_split(split, tuple(sorted(tops & set(SPLITS))), where)
         chosen = [i for i in chosen if parts[i][0] == split]
-        parts = [part[1:] for part in parts]
+        parts = [part[1:] if part[0] in SPLITS else () for part in parts]
     else:
         _known_split(split, ("train",), where)
     if any(len(parts[i]) < 2 for i in chosen):
         return chosen, None, ()
-    classes = sorted({parts[i][0] for i in chosen})
+    classes = sorted({part[0] for part in parts if len(part) > 1})  # of all splits, so that they number them alike
     number = {name: label for label, name in enumerate(classes)}
     return chosen, [number[parts[i][0]] for i in chosen], tuple(classes)
 
@@ -464,31 +481,30 @@ def _layout(paths: list[PurePosixPath], split: str, where: object) -> tuple[list
 def _folder(place: str, split: str) -> _Source:
     """Image files at any depth; `train/` and `test/` are splits; the first sub-folder is the class."""
     root = Path(place).expanduser()
-    every = sorted(PurePosixPath(file.relative_to(root).as_posix()) for file in root.rglob("*") if file.is_file())
+    every = [PurePosixPath(file.relative_to(root).as_posix()) for file in _files(root)]
     paths = [path for path in every if _is_image(path, root)]
     chosen, labels, classes = _layout(paths, split, root)
-    items = lambda: ((str(root / paths[i]), root / paths[i]) for i in chosen)  # noqa: E731
-    return _Source(items=items, count=len(chosen), labels=labels, classes=classes)
+    files = [(str(root / paths[i]), root / paths[i]) for i in chosen]
+    return _Source(items=lambda: files, count=len(files), labels=labels, classes=classes)
 
 
 def _tar(place: str, split: str) -> _Source:
     """A tar, .tar.gz or .tar.xz laid out like a folder, inside one folder or not; read as a stream, in its order."""
-    path = Path(place).expanduser()
-    names = [name for name, _ in _members(path, None)]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _bad(f"{path}:{twice}", "a name that comes twice", "distinct names", "write the archive anew")
+    archive = Path(place).expanduser()
+    names = [name for name, _ in _members(archive, None)]
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise _bad(
+                f"{archive}:{name}", f"a name that comes {count} times", "distinct names", "write the archive anew"
+            )
     paths = [PurePosixPath(name) for name in names]
-    while (
-        len({p.parts[0] for p in paths}) == 1
-        and paths[0].parts[0] not in SPLITS
-        and all(len(p.parts) > 2 for p in paths)
-    ):  # the folder that was packed
-        paths = [PurePosixPath(*p.parts[1:]) for p in paths]
-    chosen, labels, classes = _layout(paths, split, path)
+    tops = {path.parts[0] for path in paths}
+    while len(tops) == 1 and not tops & set(SPLITS) and all(len(path.parts) > 2 for path in paths):
+        paths = [PurePosixPath(*path.parts[1:]) for path in paths]  # all lie in the folder that was packed
+        tops = {path.parts[0] for path in paths}
+    chosen, labels, classes = _layout(paths, split, archive)
     keep = {names[i] for i in chosen}
-    items = lambda: ((f"{path}:{name}", data) for name, data in _members(path, keep))  # noqa: E731
-    return _Source(items=items, count=len(chosen), labels=labels, classes=classes)
+    return _Source(items=lambda: _members(archive, keep), count=len(chosen), labels=labels, classes=classes)
 
 
 def _members(path: Path, keep: set[str] | None) -> Iterator[tuple[str, bytes]]:
@@ -503,11 +519,18 @@ def _members(path: Path, keep: set[str] | None) -> Iterator[tuple[str, bytes]]:
             if keep is None:
                 yield member.name, b""
             elif member.name in keep:
-                yield member.name, tar.extractfile(member).read()
-        # tarfile takes a cut or damaged header for the end; the real end is a block of zeros.
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                file = tar.extractfile(member)
+                assert file is not None, "a regular member has content"
+                yield f"{path}:{member.name}", file.read()
+        # tarfile takes a cut or damaged header for the end. The real end is a block of zeros; behind it, gzip and xz
+        # keep the checksum of everything, which they compare only when all is read.
+        stream = tar.fileobj
+        assert stream is not None, "an open archive has its file"
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise _bad(path, "an archive that is cut short or damaged", "a whole tar", "fetch the file again")
+        while stream.read(1 << 20):
+            pass
 
 
 def _hub(place: str, split: str) -> _Source:

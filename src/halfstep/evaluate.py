@@ -1,6 +1,6 @@
 """How good pictures are: Fréchet distance, KID, precision/recall, density/coverage, each with an interval.
 
-Images become features through an `Extractor`; real images become a `Reference` once; `evaluate` compares the two sets and
+Images become features through an `Extractor`; real images become a `Reference` once; `evaluate` compares the two and
 `compare` says how much worse one set of generated images is than another. Features are float64 numpy [N, F] throughout.
 
 A Fréchet distance is biased upward in small samples (roughly by a constant over n), and its covariance is singular
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,8 +54,14 @@ class FeatureNet(nn.Module):
 
     def __init__(self, *, channels: int, size: int, width: int = 32, n_classes: int, n_features: int = 64):
         super().__init__()
-        self.config = dict(channels=channels, size=size, width=width, n_classes=n_classes, n_features=n_features)
-        least = dict(channels=1, size=8, width=1, n_classes=2, n_features=1)
+        self.config = {
+            "channels": channels,
+            "size": size,
+            "width": width,
+            "n_classes": n_classes,
+            "n_features": n_features,
+        }
+        least = {"channels": 1, "size": 8, "width": 1, "n_classes": 2, "n_features": 1}
         for key, value in self.config.items():
             if type(value) is not int or not least[key] <= value <= 1 << 16:
                 expected = f"a whole number from {least[key]}"
@@ -90,7 +98,7 @@ class FeatureNet(nn.Module):
         return self.classify.weight.device
 
     def save(self, folder: Path) -> None:
-        """Write `features.safetensors` and `features.json` (config, data, accuracy, how trained), each whole or absent."""
+        """Write `features.safetensors` and `features.json` (config, data, how trained), each whole or absent."""
         folder = Path(folder)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         write_atomic(folder / "features.safetensors", lambda temporary: save_file(state, temporary))
@@ -157,7 +165,14 @@ def train_features(
     Raises: DataError for images of another shape than the net, ModelError for another number of classes.
     """
     _require_fit(net, images)
-    trained = dict(steps=steps, batch=batch, lr=lr, seed=seed, augment=augment, by_rotation=_by_rotation(images))
+    trained = {
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+        "augment": augment,
+        "by_rotation": _by_rotation(images),
+    }
     net.record = {"data": images.name, "fingerprint": images.fingerprint, "accuracy": None, "trained": trained}
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
@@ -172,7 +187,7 @@ def train_features(
             target = torch.randint(4, (batch,), generator=generator)
             x = torch.stack([x.rot90(turn, (2, 3)) for turn in range(4)], 1)[torch.arange(batch), target]
         else:
-            target = images.batch_labels(index)
+            target = _labels(images, index)
         logits, target = net(x.to(net.device)), target.to(net.device)
         loss = F.cross_entropy(logits, target)
         optimizer.zero_grad()
@@ -194,7 +209,7 @@ def accuracy(net: FeatureNet, images: Images) -> float:
         if _by_rotation(images):
             pairs = [(x.rot90(turn, (2, 3)), torch.full((len(x),), turn)) for turn in range(4)]
         else:
-            pairs = [(x, images.batch_labels(index))]
+            pairs = [(x, _labels(images, index))]
         for inputs, target in pairs:
             right += (net(inputs).argmax(1).cpu() == target).sum().item()
             total += len(target)
@@ -207,6 +222,12 @@ def _conv(c_in: int, c_out: int, stride: int) -> tuple[nn.Module, ...]:
 
 def _by_rotation(images: Images) -> bool:
     return images.labels is None or len(images.classes) < 2
+
+
+def _labels(images: Images, index: torch.Tensor | slice) -> torch.Tensor:
+    labels = images.batch_labels(index)
+    assert labels is not None, "_by_rotation was asked first"
+    return labels
 
 
 def _slices(n: int, size: int = 256) -> Iterator[slice]:
@@ -288,13 +309,13 @@ def extractor_of(net: FeatureNet) -> Extractor:
     return Extractor(net.name, net.config["n_features"], lambda x: net.features(x.to(net.device)))
 
 
-def _extra(package: str, purpose: str) -> object:
-    import importlib
-
+def _extra(module: str, purpose: str) -> ModuleType:
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        got, do = f"no {package} ({error})", f"pip install {package}, or use features of your own (`halfstep features`)"
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        got = f"no usable {package} ({error})"
+        do = f"pip install {package} to match torch, or train features of your own (`halfstep features`)"
         raise ModelError(got=got, expected=f"{package}, which {purpose} needs", where="features", do=do) from error
 
 
@@ -455,13 +476,14 @@ def _kid_of(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _neighbours(real: np.ndarray, fake: np.ndarray, k: int) -> dict[str, np.ndarray]:
     """Per image: is a fake in a real ball (precision), in how many over k (density); per real the other way round."""
-    real, fake = _features(real, least=k + 1), _features(fake, np.shape(real)[1], least=k + 1)
+    real = _features(real, least=k + 1)
+    fake = _features(fake, real.shape[1], least=k + 1)
     centre = real.mean(0)  # against cancellation in cdist
-    real, fake = torch.from_numpy(real - centre), torch.from_numpy(fake - centre)
-    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
-    counts, recall, coverage = [], torch.zeros(len(real), dtype=bool), torch.zeros(len(real), dtype=bool)
-    for rows in _slices(len(fake), CHUNK):
-        distance = torch.cdist(fake[rows], real)
+    reals, fakes = torch.from_numpy(real - centre), torch.from_numpy(fake - centre)
+    real_radius, fake_radius = _radii(reals, k), _radii(fakes, k)
+    counts, (recall, coverage) = [], torch.zeros(2, len(reals), dtype=torch.bool)
+    for rows in _slices(len(fakes), CHUNK):
+        distance = torch.cdist(fakes[rows], reals)
         inside = distance <= real_radius
         counts.append(inside.sum(1).double())
         coverage |= inside.any(0)
@@ -506,14 +528,14 @@ def reference_stats(extractor: Extractor, images: Images, *, cache: Path | None,
     limit: use that many images, drawn once and for all (they may lie sorted by class); the fingerprint then says so.
     A cache file that is cut or holds something else is computed again. Raises: DataError.
     """
-    limited = limit is not None and limit < len(images)
-    fingerprint = f"{images.fingerprint}[{limit}]" if limited else images.fingerprint
+    n = len(images) if limit is None else min(max(limit, 0), len(images))
+    fingerprint = images.fingerprint if n == len(images) else f"{images.fingerprint}[{n}]"
     key = hashlib.sha256(f"{fingerprint} {extractor.name} {KEPT_FEATURES}".encode()).hexdigest()[:24]
     path = None if cache is None else Path(cache) / f"reference-{key}.safetensors"
     found = None if path is None else _open_reference(path, extractor, fingerprint)
     if found is not None:
         return found
-    index = np.random.default_rng(0).permutation(len(images))[: max(limit, 0) if limited else None]
+    index = np.random.default_rng(0).permutation(len(images))[:n]
     features = _features(extract(extractor, (images.batch(index[rows]) for rows in _slices(len(index)))))
     reference = Reference(
         mu=features.mean(0),
@@ -616,25 +638,28 @@ class Difference:
     @property
     def share(self) -> float:
         """The difference as a share of a's distance: 0.05 is 5 % worse."""
-        return self.value / self.fd_a
+        return self._share_of(self.value)
 
     @property
     def relative_low(self) -> float:
-        return self.low / self.fd_a
+        return self._share_of(self.low)
 
     @property
     def relative_high(self) -> float:
-        return self.high / self.fd_a
+        return self._share_of(self.high)
 
     def held(self, tolerance: float) -> bool:
         """Whether the whole interval lies within a loss of `tolerance`, a share of a's distance."""
         return self.high <= tolerance * self.fd_a
 
+    def _share_of(self, difference: float) -> float:
+        return difference / self.fd_a if self.fd_a > 0 else math.nan  # a is the reference itself
+
     def __str__(self) -> str:
         return f"{self.share:+.1%} [{self.relative_low:+.1%}, {self.relative_high:+.1%}]"
 
     def to_json(self) -> dict[str, object]:
-        shares = dict(share=self.share, relative_low=self.relative_low, relative_high=self.relative_high)
+        shares = {"share": self.share, "relative_low": self.relative_low, "relative_high": self.relative_high}
         return dataclasses.asdict(self) | shares
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -157,7 +159,7 @@ def latency(
     """
     here = {name: _moved(model, device, dtype) for name, model in models.items()}
     inputs = {name: example_inputs(model, batch) for name, model in here.items()}
-    calls = {name: _Call(model, inputs[name]) for name, model in here.items()}
+    calls = {name: functools.partial(model, **inputs[name]) for name, model in here.items()}
     with _measuring(*here.values()):
         times = interleave(calls, repeats=repeats, warmup=warmup)
         peaks = {name: peak_mib(call, device=_home(here[name])[0]) for name, call in calls.items()}
@@ -189,9 +191,8 @@ def profile_table(costs: Mapping[str, Cost], reference: str) -> Table:
     shared = [f"{key} {found[0]}" for key, found in values.items() if len(set(found)) == 1 and found[0] is not None]
     differing = [key for key, found in values.items() if len(set(found)) > 1]
     table = Table(caption=" · ".join(["MACs per image", *shared]))
-    table.add_column("entry")
-    for header in ("params", "MACs", "MACs share", "latency ms", "latency share", "peak MiB", *differing):
-        table.add_column(header, justify="right")
+    for header in ("entry", "params", "MACs", "MACs share", "latency ms", "latency share", "peak MiB", *differing):
+        table.add_column(header, justify="left" if header == "entry" else "right")
     base = costs[reference]
     for name, cost in costs.items():
         table.add_row(
@@ -220,16 +221,6 @@ def machine() -> dict[str, object]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
     }
-
-
-class _Call:
-    """One forward call of a model on fixed inputs. A class, so that a dict of them binds no loop variable."""
-
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]):
-        self.model, self.inputs = model, inputs
-
-    def __call__(self) -> object:
-        return self.model(**self.inputs)
 
 
 def _cost(model: nn.Module, times: list[float], peak: float | None, batch: int) -> Cost:
@@ -299,7 +290,7 @@ def _meta_twin(model: nn.Module) -> nn.Module:
     Not rebuilt from the config, which a pruned or edited model no longer obeys.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    # deepcopy takes what the memo already holds, so no weight is copied.
+    # deepcopy takes what the memo already holds, so no weight is copied. Forward hooks travel along.
     return copy.deepcopy(model, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
 
 
@@ -340,14 +331,9 @@ def _peak_mib_cpu(call: Callable[[], object]) -> float:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    changes = [
-        (e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0
-    ]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak / 2**20
+    events = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0]
+    changes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(itertools.accumulate(changes, initial=0)) / 2**20
 
 
 def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -355,12 +341,10 @@ def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     signature = inspect.signature(model.forward)
     try:
         signature.bind(**inputs)
-    except TypeError as error:
-        expected = f"forward({', '.join(inputs)})"
+    except TypeError:
+        got, expected = f"forward({', '.join(signature.parameters)})", f"forward({', '.join(inputs)})"
         do = "use a denoiser of that form, or give `inputs` where they can be given"
-        raise ModelError(
-            got=f"forward{signature} ({error})", expected=expected, where=type(model).__name__, do=do
-        ) from None
+        raise ModelError(got=got, expected=expected, where=type(model).__name__, do=do) from None
 
 
 def _moved(model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:

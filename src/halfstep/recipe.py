@@ -82,7 +82,7 @@ class SlimSpec:
     sandwich: int = 3
     concat: Literal["aligned", "leading"] = "aligned"
     sort: bool = True
-    distill: Literal["none", "widest", "dense"] = "none"
+    distill: Literal["none", "widest", "dense"] = "dense"
     shared_noise: bool = False
 
 

@@ -33,7 +33,7 @@ from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
-from halfstep.slimmable import Supernet, sandwich_objective, sort_channels, width_name
+from halfstep.slimmable import Supernet, copy_of, sandwich_objective, sort_channels, width_name
 from halfstep.story import tell
 from halfstep.train import Diffusion, Objective, TrainState, dense_objective, predictor, stamp
 from halfstep.train import train as train_loop
@@ -246,7 +246,7 @@ def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watc
     """
     dense, noise = load_denoiser(model)
     recipe = _with_noise(fit_data(recipe, dense.config), noise)
-    net = sort_channels(dense) if recipe.slim.sort else build_copy(dense)
+    net = sort_channels(dense) if recipe.slim.sort else copy_of(dense)
     supernet = Supernet(net, recipe.slim.widths, recipe.slim.concat)  # refuses widths before anything is written
     out = open_run(out, recipe, {"verb": "compress slimmable", "model": str(model), "data": data})
     done = out / "pipeline"
@@ -258,7 +258,7 @@ def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watc
     narrowest = min(supernet.widths)
 
     def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        twin = build_copy(net)
+        twin = copy_of(net)
         twin.load_state_dict(weights)
         bank = slim_bank(dense, Supernet(twin, recipe.slim.widths, recipe.slim.concat), recipe.noise.prediction)
         plan = reference_plan(bank, noise, replace(recipe.sample, scheduler="ddim", steps=20), dict.fromkeys(bank, 1))
@@ -275,12 +275,6 @@ def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watc
     pipeline = StepAwarePipeline(bank, reference_plan(bank, noise, recipe.sample, macs))
     pipeline.save_pretrained(done)
     return done
-
-
-def build_copy(model: UNet2DModel) -> UNet2DModel:
-    copy = UNet2DModel.from_config(dict(model.config)).to(model.device)
-    copy.load_state_dict(model.state_dict())
-    return copy
 
 
 def slim_bank(dense: UNet2DModel, supernet: Supernet, prediction: str) -> Bank:

@@ -11,6 +11,7 @@ Sources: DDSM (arXiv 2310.03337) for the evolutionary search, its initial popula
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,13 +205,13 @@ class Point:
     genes: Genes
 
 
-def frontier(costs: np.ndarray, macs: np.ndarray, resolution: int = 8_000) -> list[Point]:
-    """Every plan that is best for some budget when errors add up, cheapest first, by dynamic programming.
+def frontier(costs: np.ndarray, macs: np.ndarray, most: int = 100_000) -> list[Point]:
+    """Every plan that is best for some budget when errors add up, cheapest first.
 
-    costs, macs: [K, E], the error and the MACs of entry e in gene k. Exact: equal to trying all E^K plans, as long as
-    no more than `resolution` partial plans stay undominated; beyond that, partial plans whose MACs agree to
-    1 / resolution of the total are merged (the better one stays), so budgets are still kept exactly and errors are
-    best up to that grain. Raises PlanError for an empty or mismatched table.
+    costs, macs: [K, E], the error and the MACs of entry e in gene k. Dynamic programming over undominated partial
+    plans: exact, equal to trying all E^K plans. Where more than `most` of them stay undominated (hundreds of genes),
+    the Lagrangian hull is returned instead: its points are exact, between them lies at most one gene's upgrade.
+    Raises PlanError for an empty or mismatched table.
     """
     costs, macs = np.asarray(costs, dtype=np.float64), np.asarray(macs, dtype=np.int64)
     if costs.shape != macs.shape or costs.ndim != 2 or 0 in costs.shape or not np.isfinite(costs).all():
@@ -220,7 +221,6 @@ def frontier(costs: np.ndarray, macs: np.ndarray, resolution: int = 8_000) -> li
             where="frontier",
             do="measure the error table again",
         )
-    grain = max(1, int(macs.max(axis=1).sum()) // resolution)
     total_macs, total_error = np.zeros(1, dtype=np.int64), np.zeros(1)
     trail: list[tuple[np.ndarray, np.ndarray]] = []  # per gene: (parent state, chosen entry) of every kept state
     entries = costs.shape[1]
@@ -228,12 +228,40 @@ def frontier(costs: np.ndarray, macs: np.ndarray, resolution: int = 8_000) -> li
         new_macs = (total_macs[:, None] + macs[k]).ravel()
         new_error = (total_error[:, None] + costs[k]).ravel()
         kept = _undominated(new_macs, new_error)
-        if len(kept) > resolution:
-            _, first = np.unique(new_macs[kept][::-1] // grain, return_index=True)  # last of a bin: its least error
-            kept = kept[::-1][first]
+        if len(kept) > most:
+            return hull(costs, macs)
         total_macs, total_error = new_macs[kept], new_error[kept]
         trail.append((kept // entries, kept % entries))
     return [Point(int(total_macs[i]), float(total_error[i]), _walk_back(trail, i)) for i in range(len(total_macs))]
+
+
+def hull(costs: np.ndarray, macs: np.ndarray) -> list[Point]:
+    """The frontier's lower convex hull: start from the cheapest plan, apply upgrades by error saved per MAC."""
+    genes, upgrades = [], []
+    for k in range(len(costs)):
+        kept = _undominated(macs[k], costs[k])
+        corners = [int(kept[0])]
+        for e in map(int, kept[1:]):
+            while len(corners) > 1 and _saving(costs, macs, k, corners[-2], e) >= _saving(
+                costs, macs, k, corners[-2], corners[-1]
+            ):
+                corners.pop()
+            corners.append(e)
+        genes.append(corners[0])
+        upgrades += [(_saving(costs, macs, k, a, b), k, a, b) for a, b in itertools.pairwise(corners)]
+    rows = np.arange(len(costs))
+    total_macs, total_error = int(macs[rows, genes].sum()), float(costs[rows, genes].sum())
+    points = [Point(total_macs, total_error, tuple(genes))]
+    for _, k, a, b in sorted(upgrades, key=lambda u: -u[0]):
+        genes[k] = b
+        total_macs, total_error = total_macs + int(macs[k, b] - macs[k, a]), total_error + float(costs[k, b] - costs[k, a])
+        points.append(Point(total_macs, total_error, tuple(genes)))
+    return points
+
+
+def _saving(costs: np.ndarray, macs: np.ndarray, k: int, a: int, b: int) -> float:
+    """Error saved per MAC when gene k goes from entry a to entry b."""
+    return float((costs[k, a] - costs[k, b]) / (macs[k, b] - macs[k, a]))
 
 
 def _undominated(macs: np.ndarray, error: np.ndarray) -> np.ndarray:

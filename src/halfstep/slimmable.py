@@ -244,6 +244,13 @@ def sandwich_objective(
 # ------------------------------------------------------------------------------------------------- channel importance
 
 
+def copy_of(model: UNet2DModel) -> UNet2DModel:
+    """A second `UNet2DModel` with the same config, weights and device."""
+    copy = UNet2DModel.from_config(dict(model.config)).to(model.device)
+    copy.load_state_dict(model.state_dict())
+    return copy.train(model.training)
+
+
 @torch.no_grad()
 def sort_channels(model: UNet2DModel) -> UNet2DModel:
     """A copy of `model` with its inner channels ordered by importance; it computes the same function.
@@ -253,15 +260,14 @@ def sort_channels(model: UNet2DModel) -> UNet2DModel:
     residual streams stay as they are: several group norms of different group sizes read each of them, so that their
     order is not free. A channel's importance is the size of its contribution to the next layer.
     """
-    copy = UNet2DModel.from_config(dict(model.config)).to(model.device)
-    copy.load_state_dict(model.state_dict())
+    copy = copy_of(model)
     for module in copy.modules():
         if isinstance(module, ResnetBlock2D):
             _sort_resnet(module)
         elif isinstance(module, Attention):
             _sort_attention(module)
     _sort_time_mlp(copy)
-    return copy.train(model.training)
+    return copy
 
 
 def _sort_resnet(block: ResnetBlock2D) -> None:

@@ -1,0 +1,178 @@
+"""The claim of DDSM on Fashion-MNIST, beside every control, as one table.
+
+    python benchmarks/fashion.py --size 16            # uses the trained models under benchmarks/models/, where they are
+    python benchmarks/fashion.py --size 16 --train    # trains them here first (resumable; about 1.5 hours on 2 cores)
+
+Rows: dense DDIM at 50 and 20 steps, uniform widths, random plans, fewer steps at equal MACs, a small model trained alone
+for as long as the dense one, the searched plan; and the three searches (frontier alone, NSGA-II alone, both) at the
+same number of generated images. Everything goes to runs/fashion<size>/, the table also to benchmarks/fashion<size>.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from halfstep import run, story
+from halfstep.bank import Bank, load_denoiser
+from halfstep.cli import RichWatch
+from halfstep.find import search_plan
+from halfstep.judge import Judge
+from halfstep.plan import StepPlan
+from halfstep.profiling import count_macs
+from halfstep.recipe import Recipe
+from halfstep.recipes import named
+from halfstep.report import Curve, Grid, Report, Table, rich_table, write_report
+from halfstep.sampling import reference_plan
+from halfstep.search import random_plans
+
+DATA = "idx:/usr/share/datasets/fashion-mnist"
+MODELS = Path(__file__).parent / "models"
+SMALL = {16: ((44, 44, 44), 4), 32: ((22, 44, 44), 2)}
+"""Channels and groups of the small model: just under half the dense model's MACs."""
+
+
+def trained(size: int, work: Path, watch: RichWatch) -> dict[str, Path]:
+    """The three trained models, from `benchmarks/models` or trained here: dense, small, supernet."""
+    dense_recipe, slim_recipe = named(f"fashion{size}-dense"), named(f"fashion{size}")
+    channels, groups = SMALL[size]
+    small_recipe = replace(dense_recipe, model=replace(dense_recipe.model, channels=channels, groups=groups))
+    stored = {name: MODELS / f"fashion{size}-{name}" for name in ("dense", "small", "supernet")}
+    found = {}
+    for name, recipe in (("dense", dense_recipe), ("supernet", slim_recipe), ("small", small_recipe)):
+        if stored[name].is_dir():
+            found[name] = stored[name]
+        elif name == "supernet":
+            found[name] = run.compress_slimmable(str(found["dense"]), DATA, work / name, recipe, watch=watch)
+        else:
+            found[name] = run.train(DATA, work / name, recipe, watch=watch)
+    return found
+
+
+def with_small(bank: Bank, folder: Path) -> Bank:
+    """The bank with the small model as one more entry, so that one judge measures it on the same noise."""
+    return bank.with_entry("small", load_denoiser(folder)[0].to(bank.device), bank.prediction_type)
+
+
+def searches(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, budget: float, watch: RichWatch) -> dict:
+    """Frontier alone, NSGA-II alone, and both, for the same number of generated images (the table's trajectories
+    counted by the share of rows that they run)."""
+    spec = recipe.search
+    genes, entries = min(spec.genes, len(plan.rows)), len(judge.bank) - 2  # without the reference and the small model
+    swaps = genes * entries * (genes + 1) / 2 / genes + 1
+    table = round(swaps * spec.error_images / spec.images)  # in plans
+    total = table + spec.fit + spec.population * spec.generations
+    methods = {
+        "frontier alone": replace(spec, method="frontier", fit=total - table - 1),
+        "NSGA-II alone": replace(spec, method="nsga2", init="uniform", population=spec.population, generations=-(-total // spec.population)),
+        "frontier + NSGA-II": replace(spec, method="both"),
+    }
+    found = {}
+    for name, search in methods.items():
+        folder = work / "search" / name.replace(" ", "_").replace("+", "and")
+        folder.mkdir(parents=True, exist_ok=True)
+        errors = work / "search" / "errors.json"
+        if errors.is_file():
+            shutil.copy(errors, folder / "errors.json")  # one table serves all three
+        found[name] = search_plan(judge, plan, replace(recipe, search=search), folder, budget=budget, watch=watch)
+        shutil.copy(folder / "errors.json", errors)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, choices=(16, 32), default=16)
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--train", action="store_true", help="ignore the stored models and train here")
+    parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    if args.train:
+        global MODELS
+        MODELS = Path("/nonexistent")
+    watch, work = RichWatch(), args.work or Path(f"runs/fashion{args.size}")
+    work.mkdir(parents=True, exist_ok=True)
+    folders = trained(args.size, work, watch)
+    pipe = run.open_pipeline(str(folders["supernet"]))
+    recipe = named(f"fashion{args.size}").edit(args.set)
+    judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
+    macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
+    found = searches(judge, plan, recipe, work, args.budget, watch)
+    judge.bank = with_small(pipe.bank, folders["small"])
+    macs["small"] = count_macs(judge.bank["small"])
+    plan = replace(plan, entry_macs=macs)
+    best = min(found.values(), key=lambda f: min(r.score for r in f.records if r.share <= args.budget + 1e-9))
+    space = best.space
+    plans = {"reference": plan, "plan": plan.with_entries(best.plan.entries)}
+    for name, one in found.items():
+        plans[f"plan, {name}"] = plan.with_entries(one.plan.entries)
+    plans |= {f"uniform {name}": plan.uniform(name) for name in macs if name not in ("full", "small")}
+    for i, genes in enumerate(random_plans(space, best.plan.macs, 5, seed=11)):
+        plans[f"random plan {i + 1}"] = plan.with_entries(space.expand(genes))
+    fewer = max(1, int(plan.steps * best.plan.share))
+    plans[f"dense, {fewer} steps"] = run.fewer_steps(plan, fewer)
+    plans["small model alone"] = plan.uniform("small")
+    plans["dense, 50 steps"] = run.fewer_steps(plan, 50)
+    verdict = run.measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
+    (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
+    table = story.plans_table(verdict.record, f"Fashion-MNIST {args.size}x{args.size}, budget {args.budget:.0%}")
+    spent = searches_table(found, recipe)
+    report = Report(
+        title=table.title,
+        summary=story.summary(verdict.record, plans["plan"]),
+        facts={key: str(value) for key, value in verdict.record["about"]["machine"].items()},
+        tables=(table, spent),
+        figures=(story.pareto(verdict.record, []), story.plan_chart(plans["plan"]), progress_curve(found)),
+        grids=tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items()),
+    )
+    write_report(report, work)
+    text = "\n\n".join([f"# {table.title}", report.summary, markdown(table), markdown(spent), f"```\n{plans['plan']}\n```"])
+    Path(__file__).with_name(f"fashion{args.size}.md").write_text(text + "\n")
+    Console().print(rich_table(table))
+    Console().print(rich_table(spent))
+    print(plans["plan"])
+    print(report.summary)
+
+
+def searches_table(found: dict, recipe: Recipe) -> Table:
+    rows = []
+    for name, one in found.items():
+        best = min((r for r in one.records if r.share <= one.plan.share + 1e-9), key=lambda r: r.score)
+        rows.append((name, f"{len(one.records)}", f"{best.score:.3f}", f"{best.share:.1%}", f"{one.reference_score:.3f}"))
+    note = (
+        f"Scores on {recipe.search.images} images of the search's own seed (common random numbers). The error table is "
+        "counted as plans in the total that each search may spend."
+    )
+    columns = ("search", "plans measured", "best score", "share of MACs", "reference's score")
+    return Table(title="The three searches at the same number of generated images", columns=columns, rows=tuple(rows), note=note)
+
+
+def progress_curve(found: dict) -> Curve:
+    """Best score within the budget against images generated."""
+    lines = {}
+    for name, one in found.items():
+        points, best = [], float("inf")
+        for record in one.records:
+            if record.share <= one.plan.share + 0.02 and record.stage != "reference":
+                best = min(best, record.score)
+                points.append((float(record.images), best))
+        lines[name] = tuple(points)
+    return Curve(title="Search progress", xlabel="generated images", ylabel="best score within the budget", lines=lines)
+
+
+def markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+    return f"**{table.title}**\n\n" + "\n".join(lines) + f"\n\n{table.note}"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
