@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from halfstep import data
+from halfstep import data, sources
 from halfstep.data import Images, load_images
 from halfstep.errors import DataError
 
@@ -422,7 +422,7 @@ def test_another_process_that_was_faster_wins(cache: Path, monkeypatch: pytest.M
         monkeypatch.setattr(data, "_write", write)
         build(*racing)
 
-    racing = (data._digits("", "test"), "digits", None, None, cache, "key")
+    racing = (sources.READERS["digits"]("", "test"), "digits", None, None, cache, "key")
     monkeypatch.setattr(data, "_write", slow)
     assert len(data._build(*racing)) == 297
     assert [path.name for path in cache.iterdir()] == ["key"]

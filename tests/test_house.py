@@ -15,7 +15,7 @@ FLOORS = {
     "values": ("errors", "disk", "recipe", "results", "plan", "watch"),
     "nets": ("slices",),
     "methods": ("slimmable",),
-    "workers": ("data", "train", "bank", "sampling", "search", "profiling", "features", "evaluate", "judge"),
+    "workers": ("sources", "data", "train", "bank", "sampling", "search", "profiling", "features", "evaluate", "judge"),
     "wiring": ("recipes", "report", "find", "story", "run"),
     "faces": ("cli",),
 }

@@ -51,7 +51,7 @@ def fashion16() -> Recipe:
     return Recipe(
         name="fashion16",
         data=DataSpec(size=16, channels=1),
-        train=TrainSpec(steps=4000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2000),
+        train=TrainSpec(steps=2500, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2500),
         sample=SampleSpec(steps=20, batch=256),
         search=SearchSpec(images=1024, error_images=512, fit=16, population=12, generations=4, genes=10),
         eval=EvalSpec(images=4096),
