@@ -1,6 +1,6 @@
 """The claim of DDSM on Fashion-MNIST, beside every control, as one table.
 
-    python benchmarks/fashion.py --size 16            # uses the trained models under benchmarks/models/, where they are
+    python benchmarks/fashion.py --size 16            # with the models in benchmarks/models/
     python benchmarks/fashion.py --size 16 --train    # trains them here first (resumable; about 1.5 hours on 2 cores)
 
 Rows: dense DDIM at 50 and 20 steps, uniform widths, random plans, fewer steps at equal MACs, a small model trained alone
@@ -22,15 +22,15 @@ from rich.console import Console
 from halfstep import run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
+from halfstep.evolve import random_plans
 from halfstep.find import search_plan
-from halfstep.judge import Judge
+from halfstep.judge import Judge, measure_plans
 from halfstep.plan import StepPlan
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.report import Curve, Grid, Report, Table, rich_table, write_report
-from halfstep.sampling import reference_plan
-from halfstep.search import random_plans
+from halfstep.sampling import fewer_steps, reference_plan
 
 DATA = "idx:/usr/share/datasets/fashion-mnist"
 MODELS = Path(__file__).parent / "models"
@@ -38,7 +38,7 @@ SMALL = {16: ((44, 44, 44), 4), 32: ((22, 44, 44), 2)}
 """Channels and groups of the small model: just under half the dense model's MACs."""
 
 
-def trained(size: int, work: Path, watch: RichWatch) -> dict[str, Path]:
+def trained(size: int, work: Path, watch: RichWatch, skip_small: bool) -> dict[str, Path]:
     """The three trained models, from `benchmarks/models` or trained here: dense, small, supernet."""
     dense_recipe, slim_recipe = named(f"fashion{size}-dense"), named(f"fashion{size}")
     channels, groups = SMALL[size]
@@ -48,6 +48,8 @@ def trained(size: int, work: Path, watch: RichWatch) -> dict[str, Path]:
     for name, recipe in (("dense", dense_recipe), ("supernet", slim_recipe), ("small", small_recipe)):
         if stored[name].is_dir():
             found[name] = stored[name]
+        elif name == "small" and skip_small:
+            continue
         elif name == "supernet":
             found[name] = run.compress_slimmable(str(found["dense"]), DATA, work / name, recipe, watch=watch)
         else:
@@ -64,14 +66,17 @@ def searches(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, budget: f
     """Frontier alone, NSGA-II alone, and both, for the same number of generated images (the table's trajectories
     counted by the share of rows that they run)."""
     spec = recipe.search
-    genes, entries = min(spec.genes, len(plan.rows)), len(judge.bank) - 2  # without the reference and the small model
-    swaps = genes * entries * (genes + 1) / 2 / genes + 1
-    table = round(swaps * spec.error_images / spec.images)  # in plans
+    genes, entries = min(spec.genes, len(plan.rows)), len(judge.bank) - 1
+    trajectories = (
+        entries * (genes + 1) / 2 + entries + 1
+    )  # a swap runs the rows from its gene on; local errors run all
+    table = round(trajectories * spec.error_images / spec.images)  # in plans
     total = table + spec.fit + spec.population * spec.generations
+    generations = -(-total // spec.population)
     methods = {
-        "frontier alone": replace(spec, method="frontier", fit=total - table - 1),
-        "NSGA-II alone": replace(spec, method="nsga2", init="uniform", population=spec.population, generations=-(-total // spec.population)),
         "frontier + NSGA-II": replace(spec, method="both"),
+        "frontier alone": replace(spec, method="frontier", fit=total - table - 1),
+        "NSGA-II alone": replace(spec, method="nsga2", init="uniform", generations=generations),
     }
     found = {}
     for name, search in methods.items():
@@ -90,6 +95,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, choices=(16, 32), default=16)
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--train", action="store_true", help="ignore the stored models and train here")
+    parser.add_argument("--skip-small", action="store_true", help="leave out the small model trained alone")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
@@ -98,16 +104,17 @@ def main() -> None:
         MODELS = Path("/nonexistent")
     watch, work = RichWatch(), args.work or Path(f"runs/fashion{args.size}")
     work.mkdir(parents=True, exist_ok=True)
-    folders = trained(args.size, work, watch)
+    folders = trained(args.size, work, watch, args.skip_small)
     pipe = run.open_pipeline(str(folders["supernet"]))
     recipe = named(f"fashion{args.size}").edit(args.set)
     judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
     macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
     found = searches(judge, plan, recipe, work, args.budget, watch)
-    judge.bank = with_small(pipe.bank, folders["small"])
-    macs["small"] = count_macs(judge.bank["small"])
-    plan = replace(plan, entry_macs=macs)
+    if "small" in folders:
+        judge.bank = with_small(pipe.bank, folders["small"])
+        macs["small"] = count_macs(judge.bank["small"])
+        plan = replace(plan, entry_macs=macs)
     best = min(found.values(), key=lambda f: min(r.score for r in f.records if r.share <= args.budget + 1e-9))
     space = best.space
     plans = {"reference": plan, "plan": plan.with_entries(best.plan.entries)}
@@ -117,10 +124,11 @@ def main() -> None:
     for i, genes in enumerate(random_plans(space, best.plan.macs, 5, seed=11)):
         plans[f"random plan {i + 1}"] = plan.with_entries(space.expand(genes))
     fewer = max(1, int(plan.steps * best.plan.share))
-    plans[f"dense, {fewer} steps"] = run.fewer_steps(plan, fewer)
-    plans["small model alone"] = plan.uniform("small")
-    plans["dense, 50 steps"] = run.fewer_steps(plan, 50)
-    verdict = run.measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
+    plans[f"dense, {fewer} steps"] = fewer_steps(plan, fewer)
+    if "small" in folders:
+        plans["small model alone"] = plan.uniform("small")
+    plans["dense, 50 steps"] = fewer_steps(plan, 50)
+    verdict = measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
     (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"Fashion-MNIST {args.size}x{args.size}, budget {args.budget:.0%}")
     spent = searches_table(found, recipe)
@@ -133,7 +141,9 @@ def main() -> None:
         grids=tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items()),
     )
     write_report(report, work)
-    text = "\n\n".join([f"# {table.title}", report.summary, markdown(table), markdown(spent), f"```\n{plans['plan']}\n```"])
+    text = "\n\n".join(
+        [f"# {table.title}", report.summary, markdown(table), markdown(spent), f"```\n{plans['plan']}\n```"]
+    )
     Path(__file__).with_name(f"fashion{args.size}.md").write_text(text + "\n")
     Console().print(rich_table(table))
     Console().print(rich_table(spent))
@@ -145,13 +155,17 @@ def searches_table(found: dict, recipe: Recipe) -> Table:
     rows = []
     for name, one in found.items():
         best = min((r for r in one.records if r.share <= one.plan.share + 1e-9), key=lambda r: r.score)
-        rows.append((name, f"{len(one.records)}", f"{best.score:.3f}", f"{best.share:.1%}", f"{one.reference_score:.3f}"))
+        rows.append(
+            (name, f"{len(one.records)}", f"{best.score:.3f}", f"{best.share:.1%}", f"{one.reference_score:.3f}")
+        )
     note = (
         f"Scores on {recipe.search.images} images of the search's own seed (common random numbers). The error table is "
         "counted as plans in the total that each search may spend."
     )
     columns = ("search", "plans measured", "best score", "share of MACs", "reference's score")
-    return Table(title="The three searches at the same number of generated images", columns=columns, rows=tuple(rows), note=note)
+    return Table(
+        title="The three searches at the same number of generated images", columns=columns, rows=tuple(rows), note=note
+    )
 
 
 def progress_curve(found: dict) -> Curve:

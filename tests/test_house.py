@@ -1,4 +1,4 @@
-"""The house's own rules, with the source text and a fresh interpreter as oracles: imports go down, importing is lean."""
+"""The house's rules, with the source text and a fresh interpreter as oracles: imports go down, importing is lean."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ FLOORS = {
     "values": ("errors", "disk", "recipe", "results", "plan", "watch"),
     "nets": ("slices",),
     "methods": ("slimmable",),
-    "workers": ("sources", "data", "train", "bank", "sampling", "search", "profiling", "features", "evaluate", "judge"),
-    "wiring": ("recipes", "report", "find", "story", "run"),
+    "workers": (
+        "sources",
+        "data",
+        "train",
+        "bank",
+        "sampling",
+        "search",
+        "evolve",
+        "profiling",
+        "features",
+        "evaluate",
+        "judge",
+    ),
+    "wiring": ("recipes", "report", "loop", "find", "story", "run"),
     "faces": ("cli",),
 }
 HEIGHT = {module: floor for floor, modules in enumerate(FLOORS.values()) for module in modules}
@@ -52,7 +64,9 @@ def test_workers_know_no_paper(module):
 
 
 def test_importing_halfstep_does_not_import_torch():
-    code = "import sys, halfstep, halfstep.cli; print([m for m in ('torch','diffusers','matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, halfstep, halfstep.cli; print([m for m in ('torch','diffusers','matplotlib') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -14,21 +14,10 @@ from hypothesis import strategies as st
 
 from halfstep.bank import Bank
 from halfstep.errors import PlanError
+from halfstep.evolve import Goal, evolve, random_plans, reset_mutation
 from halfstep.recipe import SampleSpec, SearchSpec
 from halfstep.sampling import reference_plan, sample_images
-from halfstep.search import (
-    ErrorTable,
-    Goal,
-    Space,
-    best_within,
-    error_table,
-    evolve,
-    fit_costs,
-    frontier,
-    hull,
-    random_plans,
-    reset_mutation,
-)
+from halfstep.search import ErrorTable, Space, best_within, error_table, fit_costs, frontier, hull
 
 WIDTH_MMACS = (6070, 3420, 1520, 382.5)
 DAMAGE = np.array([0.0, 0.25, 1.0, 3.0])
@@ -113,7 +102,7 @@ def test_frontier_refuses_a_broken_table():
 
 def test_fit_recovers_an_additive_model_from_measured_plans():
     draw = np.random.default_rng(0)
-    space, truth = toy(8)
+    _, truth = toy(8)
     wrong = truth * draw.uniform(0.3, 3.0, size=(8, 1))  # each gene's damage is off by its own factor
     plans = [tuple(int(g) for g in draw.integers(4, size=8)) for _ in range(120)]
     fitted = fit_costs(wrong, plans, [toy_score(truth, g) for g in plans], strength=1e-3)
@@ -249,7 +238,9 @@ def tiny(seed: int, channels: int) -> UNet2DModel:
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "heun"])
 def test_error_table_equals_sampling_every_swapped_plan_from_the_start(scheduler):
     bank = Bank({"full": tiny(0, 8), "small": tiny(1, 4)}, "full", "epsilon")
-    plan = reference_plan(bank, DDPMScheduler().config, SampleSpec(scheduler=scheduler, steps=6), {"full": 2, "small": 1})
+    plan = reference_plan(
+        bank, DDPMScheduler().config, SampleSpec(scheduler=scheduler, steps=6), {"full": 2, "small": 1}
+    )
     space = Space.of(plan, bank.names, 3)
     weights = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(3))
 

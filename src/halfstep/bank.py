@@ -65,7 +65,7 @@ class Bank(torch.nn.Module):
             self._check_stands_in(name)
         self.eval()
 
-    def __getitem__(self, name: str) -> torch.nn.Module:
+    def __getitem__(self, name: str) -> Any:
         if name not in self.names:
             raise ModelError(
                 got=f"entry {name!r}",
@@ -128,17 +128,18 @@ class Bank(torch.nn.Module):
 
     def _write(self, folder: Path) -> None:
         folder.mkdir()
-        for name, model in zip(self.names, self.models, strict=True):
+        for name in self.names:
+            model = self[name]
             (folder / name).mkdir()
             config = {"_class_name": type(model).__name__, **_plain(model.config)}
             (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if name in self.shared:
-                record = {"of": self.shared[name].source, "slices": slices_to_json(self.shared[name].slices)}
-                (folder / name / "slices.json").write_text(json.dumps(record) + "\n")
+                link = {"of": self.shared[name].source, "slices": slices_to_json(self.shared[name].slices)}
+                (folder / name / "slices.json").write_text(json.dumps(link) + "\n")
             else:
                 tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
                 save_file(tensors, folder / name / _WEIGHTS, metadata={"format": "pt"})
-        record = {
+        record: dict[str, Any] = {
             "format": 1,
             "reference": self.reference,
             "prediction_type": self.prediction_type,

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe
 from halfstep.recipes import RECIPES, named
-from halfstep.watch import Watch
+from halfstep.watch import Told, Watch
 
 console = Console()
 notes = Console(stderr=True)
@@ -60,7 +60,7 @@ class RichWatch(Watch):
         notes.print(f"[dim]{text}[/dim]")
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[float, str], None]]:
+    def stage(self, name: str, total: int) -> Iterator[Told]:
         columns = (
             TextColumn("{task.description:<18}"),
             BarColumn(),
@@ -136,7 +136,7 @@ def train(
 def slimmable(model: Model, data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None) -> None:
     """DDSM: a supernet whose narrower widths share its weights; writes a bank of widths to OUT/pipeline.
 
-    Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim --set slim.widths=1,0.5`
+    Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim`
     """
     from halfstep import run
 

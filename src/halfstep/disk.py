@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from halfstep.errors import RunError
 
@@ -72,6 +73,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, record: object) -> None:
     write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def write_png(path: Path, picture: Any) -> None:
+    """Write a Pillow image."""
+    write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
 def read_json(path: Path, *, what: str, do: str) -> dict:

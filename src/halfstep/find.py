@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from halfstep import disk
+from halfstep import evolve as evolving
 from halfstep import search as searching
 from halfstep.errors import PlanError
 from halfstep.judge import Judge
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
+from halfstep.sampling import fewer_steps
 from halfstep.watch import SILENT, Watch
 
 
@@ -24,7 +26,7 @@ class Found:
     plan: StepPlan
     table: searching.ErrorTable
     frontier: tuple[searching.Point, ...]
-    records: tuple[searching.SearchRecord, ...]
+    records: tuple[evolving.SearchRecord, ...]
     reference_score: float
     space: searching.Space
 
@@ -60,9 +62,9 @@ def search_plan(
         best = searching.best_within(points, macs).genes
         log("frontier", best)
     else:
-        goal = searching.Goal("budget", macs=macs) if max_loss is None else searching.Goal("loss", limit=limit)
+        goal = evolving.Goal("budget", macs=macs) if max_loss is None else evolving.Goal("loss", limit=limit)
         if max_loss is None and spec.objective != "budget":
-            goal = searching.Goal(spec.objective, trade=spec.trade)
+            goal = evolving.Goal(spec.objective, trade=spec.trade)
         seeds = _seeds(space, points, macs, log) if spec.method == "both" else []
         best = _evolved(log, space, goal, spec, seeds, macs, limit, watch)
     chosen = plan.with_entries(space.expand(best))
@@ -87,11 +89,12 @@ def _table(
         seed=recipe.seed + 1,
         batch=judge.batch,
     )
-    table = None
+    found = None
     with watch.stage("error table", 1) as told:
-        for done, total, table in steps:
+        for done, total, found in steps:  # noqa: B007 (the last one holds the table)
             told(done / total, f"{done} of {total} swaps")
-    assert table is not None
+    assert found is not None
+    table: searching.ErrorTable = found
     disk.write_json(file, table.to_json())
     return table
 
@@ -103,7 +106,7 @@ class _Measured:
         self.judge, self.plan, self.space, self.file = judge, plan, space, file
         self.count, self.seed = recipe.search.images, recipe.seed + 2
         self.known = {tuple(r["genes"]): r["score"] for r in disk.read_records(file)}
-        self.records: list[searching.SearchRecord] = []
+        self.records: list[evolving.SearchRecord] = []
 
     def __call__(self, stage: str, genes: searching.Genes) -> float:
         fresh = genes not in self.known
@@ -113,7 +116,7 @@ class _Measured:
             )
         if all(r.genes != genes for r in self.records):
             images = (len(self.records) + 1) * self.count
-            record = searching.SearchRecord(stage, genes, self.space.share(genes), self.known[genes], images)
+            record = evolving.SearchRecord(stage, genes, self.space.share(genes), self.known[genes], images)
             self.records.append(record)
             if fresh:
                 disk.append_record(self.file, record.to_json())
@@ -132,7 +135,7 @@ def _fitted(
 ) -> list[searching.Point]:
     """The frontier after the error model was fitted to `count` measured plans: half on the frontier, half random."""
     spread = [searching.best_within(points, int(m)).genes for m in _around(space, macs, points[0].macs, count // 2)]
-    plans = list(dict.fromkeys([*spread, *searching.random_plans(space, macs, count - count // 2, seed, slack=0.1)]))
+    plans = list(dict.fromkeys([*spread, *evolving.random_plans(space, macs, count - count // 2, seed, slack=0.1)]))
     scores = []
     with watch.stage("fit error model", len(plans)) as told:
         for i, genes in enumerate(plans):
@@ -177,7 +180,7 @@ def _seeds(
 def _evolved(
     log: _Measured,
     space: searching.Space,
-    goal: searching.Goal,
+    goal: evolving.Goal,
     spec: Any,
     seeds: Sequence[searching.Genes],
     macs: int,
@@ -186,7 +189,7 @@ def _evolved(
 ) -> searching.Genes:
     """Run NSGA-II and return the best measured plan of the whole search for the goal."""
     total = spec.population * spec.generations
-    steps = searching.evolve(space, lambda genes: log("nsga2", genes), goal, spec, seeds=seeds)
+    steps = evolving.evolve(space, lambda genes: log("nsga2", genes), goal, spec, seeds=seeds)
     with watch.stage("NSGA-II", total) as told:
         for i, (genes, score) in enumerate(steps):
             told(i + 1, f"score {score:.3g} at {space.share(genes):.0%}")
@@ -199,3 +202,15 @@ def _evolved(
     if not fitting:
         raise PlanError(got="no measured plan", expected="one within the budget", where="search", do="raise the budget")
     return min(fitting, key=lambda r: r.score).genes
+
+
+def baselines(plan: StepPlan, found: Found) -> dict[str, StepPlan]:
+    """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference."""
+    space, macs = found.space, found.plan.macs
+    uniform = [e for e in space.entries if space.cost((space.entries.index(e),) * len(space.rows)) <= macs]
+    best = max(uniform, key=lambda e: plan.entry_macs[e], default=None)
+    controls = {f"uniform {best}": plan.uniform(best)} if best else {}
+    for genes in evolving.random_plans(space, macs, 1, seed=11, slack=0.05):
+        controls["random plan"] = plan.with_entries(space.expand(genes))
+    steps = max(1, round(plan.steps * found.plan.share))
+    return controls | {f"{steps} steps of the reference": fewer_steps(plan, steps)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,14 @@ import torch
 from halfstep.bank import Bank
 from halfstep.data import Images
 from halfstep.errors import DataError
-from halfstep.evaluate import Reference, evaluate, extract, frechet_distance, reference_stats
+from halfstep.evaluate import Reference, compare, evaluate, extract, frechet_distance, reference_stats
 from halfstep.features import Extractor, load_features
 from halfstep.plan import StepPlan
-from halfstep.profiling import interleave
+from halfstep.profiling import interleave, machine
+from halfstep.recipe import Recipe
 from halfstep.results import Quality
 from halfstep.sampling import denoise, image_generators, sample_images, start_noise
+from halfstep.watch import SILENT, Watch
 
 
 class Judge:
@@ -97,3 +101,63 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 def extractor_for(source: str, own: Path) -> Extractor:
     """The feature network of a recipe; "own" is the one that `halfstep features` left in the folder `own`."""
     return load_features(f"file:{own}" if source == "own" else source)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Reference and plan side by side."""
+
+    record: dict[str, Any]
+    pictures: dict[str, Any]
+
+
+def measure_plans(
+    judge: Judge,
+    plans: Mapping[str, StepPlan],
+    recipe: Recipe,
+    *,
+    keep: int = 32,
+    repeats: int = 5,
+    batch: int = 64,
+    watch: Watch = SILENT,
+) -> Verdict:
+    """Quality with intervals, paired difference to the first plan, MACs and wall-clock of several plans, same seeds."""
+    seed, count = recipe.seed + 3, recipe.eval.images
+    features, pictures, rows = {}, {}, {}
+    with watch.stage("evaluate", len(plans) + 1) as told:
+        for i, (name, plan) in enumerate(plans.items()):
+            features[name], pictures[name] = judge.features(plan, count, seed, keep)
+            told(i + 1, name)
+        times = judge.wall_ms(plans, batch=batch, repeats=repeats)
+        told(len(plans) + 1, "")
+    first = next(iter(plans))
+    for name, plan in plans.items():
+        quality = judge.quality(features[name], seed, recipe.eval.bootstrap)
+        difference = compare(features[first], features[name], judge.reference, n_boot=recipe.eval.bootstrap, seed=seed)
+        median = sorted(times[name])[len(times[name]) // 2]
+        ratios = sorted(t / r for t, r in zip(times[name], times[first], strict=True))
+        rows[name] = {
+            "macs": plan.macs,
+            "share": plan.macs / plans[first].macs,
+            "calls": len(plan.rows),
+            "wall_ms": median,
+            "wall_share": ratios[len(ratios) // 2],
+            "wall_share_low": ratios[0],
+            "wall_share_high": ratios[-1],
+            "quality": {key: value.to_json() for key, value in quality.items()},
+            "difference": difference.to_json(),
+            "held": difference.held(recipe.eval.tolerance),
+        }
+    about = {
+        "reference": first,
+        "batch": batch,
+        "repeats": repeats,
+        "seed": seed,
+        "n": count,
+        "tolerance": recipe.eval.tolerance,
+        "data": judge.images.fingerprint,
+        "machine": machine(),
+        "device": str(judge.bank.device),
+        "dtype": str(judge.bank.dtype),
+    }
+    return Verdict({"about": about, "plans": rows}, pictures)

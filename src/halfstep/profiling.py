@@ -58,7 +58,8 @@ def example_inputs(
     }
     kind = getattr(config, "class_embed_type", None)
     if kind == "identity":
-        inputs["class_labels"] = torch.zeros(batch, 4 * config.block_out_channels[0], device=device, dtype=dtype)
+        size = getattr(config, "time_embedding_dim", None) or 4 * config["block_out_channels"][0]
+        inputs["class_labels"] = torch.zeros(batch, size, device=device, dtype=dtype)
     elif kind is not None or getattr(config, "num_class_embeds", None) is not None:
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long, device=device)
     _check_inputs(model, inputs)

@@ -60,7 +60,6 @@ class TrainSpec:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     precision: Literal["auto", "no", "bf16"] = "auto"
-    compile: bool = False
     log_every: int = 20
     save_every: int = 250
     sample_every: int = 1000
@@ -124,7 +123,8 @@ class SearchSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
-    """The final measurement. `features`: "own" trains a classifier on the data, else digits, file:, inception, dinov2."""
+    """The final measurement. `features`: "own" (a classifier trained on the data), "digits", "file:DIR",
+    "inception:FILE" or "dinov2". `tolerance`: the loss, as a share of the reference's distance, that counts as held."""
 
     images: int = 4096
     features: str = "own"

@@ -53,8 +53,8 @@ def fashion16() -> Recipe:
         data=DataSpec(size=16, channels=1),
         train=TrainSpec(steps=2500, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2500),
         sample=SampleSpec(steps=20, batch=256),
-        search=SearchSpec(images=1024, error_images=512, fit=16, population=12, generations=4, genes=10),
-        eval=EvalSpec(images=4096),
+        search=SearchSpec(images=512, error_images=256, fit=12, population=8, generations=3, genes=10),
+        eval=EvalSpec(images=2048),
     )
 
 

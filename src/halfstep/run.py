@@ -6,37 +6,32 @@ Each takes plain values, writes a run folder and can be called again to resume. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
 from halfstep import disk
-from halfstep import search as searching
-from halfstep.bank import Bank, Shared, build_model, load_denoiser
+from halfstep.bank import Bank, Shared, load_denoiser
 from halfstep.data import Images, load_images
-from halfstep.errors import HalfstepError, ModelError, PlanError, RunError
-from halfstep.evaluate import compare
+from halfstep.errors import HalfstepError, PlanError, RunError
 from halfstep.features import accuracy, feature_net_for, train_features
-from halfstep.find import Found, search_plan
-from halfstep.judge import Judge, check_fit, extractor_for, to_uint8
-from halfstep.plan import Row, StepPlan
+from halfstep.find import Found, baselines, search_plan
+from halfstep.judge import Judge, check_fit, extractor_for, measure_plans, to_uint8
+from halfstep.loop import new_model, run_loop
 from halfstep.profiling import count_macs, latency, machine
-from halfstep.recipe import ModelSpec, Recipe
+from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
 from halfstep.slimmable import Supernet, copy_of, sandwich_objective, sort_channels, width_name
 from halfstep.story import tell
-from halfstep.train import Diffusion, Objective, TrainState, dense_objective, predictor, stamp
-from halfstep.train import train as train_loop
+from halfstep.train import Diffusion, TrainState, dense_objective, predictor
 from halfstep.watch import SILENT, Watch
 
 # ---------------------------------------------------------------------------------------------------------- the house
@@ -79,105 +74,7 @@ def fit_data(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
     return replace(recipe, data=data)
 
 
-def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DModel:
-    """A fresh `UNet2DModel` for these images: from `spec.config` (a diffusers config.json), or from the spec's levels."""
-    if spec.config:
-        record = disk.read_json(Path(spec.config), what="a diffusers config.json", do="check --set model.config")
-        model = build_model({"_class_name": "UNet2DModel", **record}, where=spec.config)
-        wanted = (model.config.in_channels, model.config.sample_size)
-        if wanted != (images.channels, images.size):
-            raise ModelError(
-                got=f"a config for {wanted[0]} channels at {wanted[1]}",
-                expected=f"{images.channels} channels at {images.size}",
-                where=spec.config,
-                do="change the config or --set data.size and data.channels",
-            )
-        return model
-    halvings = 2 ** (len(spec.channels) - 1)
-    if images.size % halvings:
-        raise ModelError(
-            got=f"images of {images.size}x{images.size}",
-            expected=f"a multiple of {halvings}, for {len(spec.channels)} levels",
-            where="model.channels",
-            do="choose another --set data.size or fewer levels",
-        )
-    try:
-        return UNet2DModel(
-            sample_size=images.size,
-            in_channels=images.channels,
-            out_channels=images.channels,
-            layers_per_block=spec.layers,
-            block_out_channels=spec.channels,
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in spec.attention),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(spec.attention)),
-            norm_num_groups=spec.groups,
-            attention_head_dim=spec.head_dim,
-            dropout=spec.dropout,
-            num_class_embeds=len(images.classes) if spec.class_conditional else None,
-            num_train_timesteps=noise_timesteps,
-        )
-    except (ValueError, ZeroDivisionError) as error:
-        raise ModelError(
-            got=f"channels {spec.channels} with {spec.groups} groups",
-            expected="channels that are multiples of the groups",
-            where="model",
-            do="change --set model.channels or model.groups",
-        ) from error
-
-
 # ---------------------------------------------------------------------------------------------------------- training
-
-
-def run_loop(
-    out: Path,
-    state: TrainState,
-    images: Images,
-    recipe: Recipe,
-    objective: Objective,
-    tag: str,
-    watch: Watch,
-    preview: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-) -> None:
-    """Train to the end of the recipe with everything around it: resume, log.jsonl, saved states, sample grids.
-
-    Ctrl-C saves the state before it goes on up; kill -9 loses at most `train.save_every` steps.
-    """
-    spec, file, log = recipe.train, out / "state" / "train.safetensors", out / "log.jsonl"
-    ours = stamp(recipe.train, recipe.noise, recipe.model, recipe.slim, recipe.seed, images.fingerprint, tag)
-    if file.is_file():
-        state.load(file, ours)
-        watch.say(f"resuming {tag} at step {state.step} of {spec.steps}")
-    disk.keep_records(log, lambda record: record.get("tag") != tag or record["step"] <= state.step)
-    tracker = {"log_with": spec.tracker, "project_dir": str(out)} if spec.tracker else {}
-    accelerator = Accelerator(**tracker)
-    if spec.tracker:
-        accelerator.init_trackers(f"halfstep-{tag}", config={"steps": spec.steps, "lr": spec.lr, "batch": spec.batch})
-    state.model.to(accelerator.device)
-    records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
-    main = accelerator.is_main_process
-    with watch.stage(f"train {tag}", spec.steps) as told:
-        told(state.step, "")
-        try:
-            for record in records:
-                if main:
-                    disk.append_record(log, {"tag": tag, **vars(record)})
-                    told(record.step, f"loss {record.loss:.4f}")
-                accelerator.log({"loss": record.loss, "lr": record.lr}, step=record.step)
-                last = record.step == spec.steps
-                if main and (_passed(record.step, spec.save_every, spec.log_every) or last):
-                    state.save(file, ours)
-                if main and (_passed(record.step, spec.sample_every, spec.log_every) or last):
-                    grid = picture_grid(to_uint8(preview(state.average())))
-                    disk.write_atomic(out / "samples.png", lambda p: grid.save(p, "PNG"))
-        except KeyboardInterrupt:
-            watch.say(f"stopped; {out} can be resumed with the same command")
-            raise
-    accelerator.end_training()
-
-
-def _passed(step: int, every: int, stride: int) -> bool:
-    """Whether a multiple of `every` lies in the last `stride` steps: records come every `stride` steps only."""
-    return every > 0 and step // every > (step - stride) // every
 
 
 def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
@@ -294,66 +191,6 @@ def _with_noise(recipe: Recipe, noise: Mapping[str, Any]) -> Recipe:
 # ----------------------------------------------------------------------------------------- measuring and the main job
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Reference and plan side by side."""
-
-    record: dict[str, Any]
-    pictures: dict[str, Any]
-
-
-def measure_plans(
-    judge: Judge,
-    plans: Mapping[str, StepPlan],
-    recipe: Recipe,
-    *,
-    keep: int = 32,
-    repeats: int = 5,
-    batch: int = 64,
-    watch: Watch = SILENT,
-) -> Verdict:
-    """Quality with intervals, paired difference to the first plan, MACs and wall-clock of several plans, same seeds."""
-    seed, count = recipe.seed + 3, recipe.eval.images
-    features, pictures, rows = {}, {}, {}
-    with watch.stage("evaluate", len(plans) + 1) as told:
-        for i, (name, plan) in enumerate(plans.items()):
-            features[name], pictures[name] = judge.features(plan, count, seed, keep)
-            told(i + 1, name)
-        times = judge.wall_ms(plans, batch=batch, repeats=repeats)
-        told(len(plans) + 1, "")
-    first = next(iter(plans))
-    for name, plan in plans.items():
-        quality = judge.quality(features[name], seed, recipe.eval.bootstrap)
-        difference = compare(features[first], features[name], judge.reference, n_boot=recipe.eval.bootstrap, seed=seed)
-        median = sorted(times[name])[len(times[name]) // 2]
-        ratios = sorted(t / r for t, r in zip(times[name], times[first], strict=True))
-        rows[name] = {
-            "macs": plan.macs,
-            "share": plan.macs / plans[first].macs,
-            "calls": len(plan.rows),
-            "wall_ms": median,
-            "wall_share": ratios[len(ratios) // 2],
-            "wall_share_low": ratios[0],
-            "wall_share_high": ratios[-1],
-            "quality": {key: value.to_json() for key, value in quality.items()},
-            "difference": difference.to_json(),
-            "held": difference.held(recipe.eval.tolerance),
-        }
-    about = {
-        "reference": first,
-        "batch": batch,
-        "repeats": repeats,
-        "seed": seed,
-        "n": count,
-        "tolerance": recipe.eval.tolerance,
-        "data": judge.images.fingerprint,
-        "machine": machine(),
-        "device": str(judge.bank.device),
-        "dtype": str(judge.bank.dtype),
-    }
-    return Verdict({"about": about, "plans": rows}, pictures)
-
-
 def profile(source: str, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline."""
     folder = Path(source)
@@ -432,11 +269,11 @@ def sample(source: str, out: Path, *, count: int = 16, seed: int = 0, batch: int
             shown.append(pixels[: max(0, 64 - done)])
             for i, one in enumerate(pixels):
                 picture = Image.fromarray(one[0] if len(one) == 1 else one.transpose(1, 2, 0))
-                disk.write_atomic(out / f"{done + i:06d}.png", lambda p, picture=picture: picture.save(p, "PNG"))
+                disk.write_png(out / f"{done + i:06d}.png", picture)
             done += len(pixels)
             told(done, f"{done / (time.perf_counter() - begun):.1f} images/s")
     grid = picture_grid(np.concatenate(shown))
-    disk.write_atomic(out / "grid.png", lambda p: grid.save(p, "PNG"))
+    disk.write_png(out / "grid.png", grid)
     return out / "grid.png"
 
 
@@ -483,7 +320,7 @@ def optimize(
     macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
     found = search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
-    plans = {"reference": plan, "plan": found.plan} | baselines(judge, plan, found)
+    plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
     pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
@@ -494,29 +331,9 @@ def optimize(
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def report(out: Path) -> Path:
     """Write the report of a finished `optimize` run again; returns its path."""
     return tell(Path(out))
-
-
-def baselines(judge: Judge, plan: StepPlan, found: Found) -> dict[str, StepPlan]:
-    """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference."""
-    space, macs = found.space, found.plan.macs
-    uniform = [e for e in space.entries if space.cost((space.entries.index(e),) * len(space.rows)) <= macs]
-    best = max(uniform, key=lambda e: plan.entry_macs[e], default=None)
-    controls = {f"uniform {best}": plan.uniform(best)} if best else {}
-    for genes in searching.random_plans(space, macs, 1, seed=11, slack=0.05):
-        controls["random plan"] = plan.with_entries(space.expand(genes))
-    steps = max(1, round(plan.steps * found.plan.share))
-    return controls | {f"{steps} steps of the reference": fewer_steps(plan, steps)}
-
-
-def fewer_steps(plan: StepPlan, steps: int) -> StepPlan:
-    """The reference in every row of the same sampler with fewer steps."""
-    scheduler = getattr(diffusers, plan.scheduler).from_config(dict(plan.scheduler_config))
-    scheduler.set_timesteps(steps)
-    rows = tuple(Row(float(t), plan.reference) for t in scheduler.timesteps)
-    return replace(plan, rows=rows, steps=steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from halfstep.errors import PlanError
 from halfstep.plan import Row, StepPlan
 from halfstep.recipe import SampleSpec
 
-SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {}),
     "ddpm": (diffusers.DDPMScheduler, {}),
     "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
@@ -33,7 +34,8 @@ Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, entry_macs: Mapping[str, int]) -> StepPlan:
     """The plan that runs the bank's reference at every step of any diffusers scheduler."""
-    fresh = type(scheduler).from_config(scheduler.config)
+    cls: Any = type(scheduler)
+    fresh = cls.from_config(scheduler.config)
     fresh.set_timesteps(steps)
     config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     return StepPlan(
@@ -57,12 +59,23 @@ def reference_plan(bank: Bank, noise: Mapping[str, Any], sample: SampleSpec, ent
     return plan_for(bank, cls.from_config(own, **options), sample.steps, entry_macs)
 
 
-def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> SchedulerMixin:
-    """A fresh scheduler for one trajectory, its timesteps set. Raises PlanError when they are not the plan's."""
+def fewer_steps(plan: StepPlan, steps: int) -> StepPlan:
+    """The reference in every row of the same sampler with another number of steps."""
+    scheduler = _scheduler_class(plan).from_config(dict(plan.scheduler_config))
+    scheduler.set_timesteps(steps)
+    return replace(plan, rows=tuple(Row(float(t), plan.reference) for t in scheduler.timesteps), steps=steps)
+
+
+def _scheduler_class(plan: StepPlan) -> Any:
     cls = getattr(diffusers, plan.scheduler, None)
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         raise PlanError(got=plan.scheduler, expected="a diffusers scheduler", where="plan", do="name a scheduler class")
-    scheduler = cls.from_config(dict(plan.scheduler_config))
+    return cls
+
+
+def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> SchedulerMixin:
+    """A fresh scheduler for one trajectory, its timesteps set. Raises PlanError when they are not the plan's."""
+    scheduler = _scheduler_class(plan).from_config(dict(plan.scheduler_config))
     scheduler.set_timesteps(plan.steps, device=device)
     own = [float(t) for t in scheduler.timesteps]
     for i, row in enumerate(plan.rows):
@@ -151,7 +164,7 @@ def sample_images(
 
     `labels`: image number -> class, for class-conditional models (default: the classes in turn).
     """
-    classes = bank.config.get("num_class_embeds")
+    classes = bank.config.get("num_class_embeds") or 0
     choose = labels or (lambda k: k % classes)
     for begin in range(first, first + count, batch):
         n = min(batch, first + count - begin)
@@ -217,11 +230,12 @@ class StepAwarePipeline(DiffusionPipeline):
             generators = [generator]
         image = denoise(bank, plan, noise, generators, labels, progress=self.progress_bar)
         image = (image / 2 + 0.5).clamp(0, 1)
+        images: Any = image
         if output_type != "pt":
-            image = image.cpu().float().permute(0, 2, 3, 1).numpy()
+            images = image.cpu().float().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
-                image = self.numpy_to_pil(image)
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+                images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory: str | Path, **_: object) -> None:
         """Write the pipeline folder, whole or not at all."""

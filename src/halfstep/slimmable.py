@@ -99,7 +99,7 @@ def slices_for(config: Mapping[str, Any], width: float, concat: str = "aligned")
     narrow = narrow_config(config, width)
     full_shapes = {name: value.shape for name, value in skeleton(config).state_dict().items()}
     slim_shapes = {name: value.shape for name, value in skeleton(narrow).state_dict().items()}
-    slices = {name: tuple(((0, n),) for n in shape) for name, shape in slim_shapes.items()}
+    slices: dict[str, tuple[Pieces, ...]] = {name: tuple(((0, n),) for n in s) for name, s in slim_shapes.items()}
     for name, dim, pieces in _exceptions(config, narrow, slim_shapes, concat):
         slices[name] = (*slices[name][:dim], pieces, *slices[name][dim + 1 :])
     for name, dims in slices.items():
@@ -202,7 +202,7 @@ class Supernet:
         return predict
 
     def subnet(self, width: float) -> UNet2DModel:
-        """A plain `UNet2DModel` that computes what the supernet computes at `width`, with its own copy of the weights."""
+        """A plain `UNet2DModel` that computes what the supernet computes at `width`, with weights of its own."""
         config = dict(self.model.config) if width == 1.0 else narrow_config(self.model.config, width)
         weights = (
             dict(self.model.state_dict()) if width == 1.0 else cut_all(self.model.state_dict(), self.slices[width])
@@ -324,7 +324,7 @@ def _grouped_order(score: torch.Tensor, groups: int) -> torch.Tensor:
     return (best[:, None] * by_group.shape[1] + within).flatten()
 
 
-def _reorder(layer: torch.nn.Module, order: torch.Tensor, dim: int) -> None:
+def _reorder(layer: Any, order: torch.Tensor, dim: int) -> None:
     layer.weight.copy_(layer.weight.index_select(dim, order))
     if dim == 0 and layer.bias is not None:
         layer.bias.copy_(layer.bias[order])

@@ -38,8 +38,8 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
     first = next(iter(record["plans"].values()))["quality"]["fd"]
     note = (
         f"MMACs per image and trajectory. Wall-clock of whole trajectories at batch {about['batch']} on "
-        f"{about['device']}, {about['dtype']}, median of {about['repeats']} taken in turns. Fréchet distance (FD, lower is "
-        f"better) on {about['n']} images of the same seeds against {first['n_reference']} real ones, features "
+        f"{about['device']}, {about['dtype']}, median of {about['repeats']} taken in turns. Fréchet distance (FD, "
+        f"lower is better) on {about['n']} images of the same seeds against {first['n_reference']} real ones, features "
         f"{first['features']}; 95 % bootstrap intervals, the change is paired."
     )
     columns = ("", "MMACs", "share", "ms", "share of ms", "FD", "change of FD", "KID", "precision", "recall")
@@ -57,8 +57,9 @@ def summary(record: dict[str, Any], plan: StepPlan) -> str:
     return (
         f"The plan saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of "
         f"{len(plan.rows)} {plan.scheduler.removesuffix('Scheduler')} calls; the Fréchet distance changes by "
-        f"{difference['share']:+.1%} (95 % interval {difference['relative_low']:+.1%} to {difference['relative_high']:+.1%}, "
-        f"n = {about['n']}), so quality {held} within the tolerance of {about['tolerance']:.0%}."
+        f"{difference['share']:+.1%} (95 % interval {difference['relative_low']:+.1%} to "
+        f"{difference['relative_high']:+.1%}, n = {about['n']}), so quality {held} within the "
+        f"tolerance of {about['tolerance']:.0%}."
     )
 
 
@@ -120,7 +121,7 @@ def tell(out: Path) -> Path:
         files=FILES,
     )
     side = picture_grid(np.concatenate([pictures["reference"][:16], pictures["plan"][:16]]), columns=16)
-    disk.write_atomic(out / "samples.png", lambda path: side.save(path, "PNG"))
+    disk.write_png(out / "samples.png", side)
     return write_report(report, out)
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+
+
+class Told(Protocol):
+    """How a stage is told what is done: units so far, and a short note."""
+
+    def __call__(self, done: float, note: str = "") -> None: ...
 
 
 class Watch:
@@ -13,9 +20,13 @@ class Watch:
         """One line of news."""
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    def stage(self, name: str, total: int) -> Iterator[Told]:
         """A long piece of work of `total` units; the caller reports (done, note)."""
-        yield lambda done, note="": None
+
+        def told(done: float, note: str = "") -> None:
+            """Nobody listens."""
+
+        yield told
 
 
 SILENT = Watch()

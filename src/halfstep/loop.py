@@ -1,0 +1,118 @@
+"""Training with everything around it: a fresh model, resume, log.jsonl, saved states, sample grids, trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+
+from halfstep import disk
+from halfstep.bank import build_model
+from halfstep.data import Images
+from halfstep.errors import ModelError
+from halfstep.judge import to_uint8
+from halfstep.recipe import ModelSpec, Recipe
+from halfstep.report import picture_grid
+from halfstep.train import Objective, TrainState, stamp
+from halfstep.train import train as train_loop
+from halfstep.watch import Watch
+
+
+def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DModel:
+    """A fresh `UNet2DModel` for these images: from `spec.config` (a config.json), or from the spec's levels."""
+    if spec.config:
+        record = disk.read_json(Path(spec.config), what="a diffusers config.json", do="check --set model.config")
+        model = build_model({"_class_name": "UNet2DModel", **record}, where=spec.config)
+        wanted = (model.config.in_channels, model.config.sample_size)
+        if wanted != (images.channels, images.size):
+            raise ModelError(
+                got=f"a config for {wanted[0]} channels at {wanted[1]}",
+                expected=f"{images.channels} channels at {images.size}",
+                where=spec.config,
+                do="change the config or --set data.size and data.channels",
+            )
+        return model
+    halvings = 2 ** (len(spec.channels) - 1)
+    if images.size % halvings:
+        raise ModelError(
+            got=f"images of {images.size}x{images.size}",
+            expected=f"a multiple of {halvings}, for {len(spec.channels)} levels",
+            where="model.channels",
+            do="choose another --set data.size or fewer levels",
+        )
+    try:
+        return UNet2DModel(
+            sample_size=images.size,
+            in_channels=images.channels,
+            out_channels=images.channels,
+            layers_per_block=spec.layers,
+            block_out_channels=spec.channels,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in spec.attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(spec.attention)),
+            norm_num_groups=spec.groups,
+            attention_head_dim=spec.head_dim,
+            dropout=spec.dropout,
+            num_class_embeds=len(images.classes) if spec.class_conditional else None,
+            num_train_timesteps=noise_timesteps,
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            got=f"channels {spec.channels} with {spec.groups} groups",
+            expected="channels that are multiples of the groups",
+            where="model",
+            do="change --set model.channels or model.groups",
+        ) from error
+
+
+def run_loop(
+    out: Path,
+    state: TrainState,
+    images: Images,
+    recipe: Recipe,
+    objective: Objective,
+    tag: str,
+    watch: Watch,
+    preview: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+) -> None:
+    """Train to the end of the recipe with everything around it: resume, log.jsonl, saved states, sample grids.
+
+    Ctrl-C saves the state before it goes on up; kill -9 loses at most `train.save_every` steps.
+    """
+    spec, file, log = recipe.train, out / "state" / "train.safetensors", out / "log.jsonl"
+    ours = stamp(recipe.train, recipe.noise, recipe.model, recipe.slim, recipe.seed, images.fingerprint, tag)
+    if file.is_file():
+        state.load(file, ours)
+        watch.say(f"resuming {tag} at step {state.step} of {spec.steps}")
+    disk.keep_records(log, lambda record: record.get("tag") != tag or record["step"] <= state.step)
+    tracker = {"log_with": spec.tracker, "project_dir": str(out)} if spec.tracker else {}
+    accelerator = Accelerator(**tracker)
+    if spec.tracker:
+        accelerator.init_trackers(f"halfstep-{tag}", config={"steps": spec.steps, "lr": spec.lr, "batch": spec.batch})
+    state.model.to(accelerator.device)
+    records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
+    main = accelerator.is_main_process
+    with watch.stage(f"train {tag}", spec.steps) as told:
+        told(state.step, "")
+        try:
+            for record in records:
+                if main:
+                    disk.append_record(log, {"tag": tag, **vars(record)})
+                    told(record.step, f"loss {record.loss:.4f}")
+                accelerator.log({"loss": record.loss, "lr": record.lr}, step=record.step)
+                last = record.step == spec.steps
+                if main and (_passed(record.step, spec.save_every, spec.log_every) or last):
+                    state.save(file, ours)
+                if main and (_passed(record.step, spec.sample_every, spec.log_every) or last):
+                    disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
+        except KeyboardInterrupt:
+            watch.say(f"stopped; {out} can be resumed with the same command")
+            raise
+    accelerator.end_training()
+
+
+def _passed(step: int, every: int, stride: int) -> bool:
+    """Whether a multiple of `every` lies in the last `stride` steps: records come every `stride` steps only."""
+    return every > 0 and step // every > (step - stride) // every
