@@ -19,21 +19,23 @@ from halfstep.data import load_images
 from halfstep.errors import DataError, HalfstepError, ModelError
 from halfstep.evaluate import (
     METRICS,
-    Extractor,
-    FeatureNet,
     Reference,
-    accuracy,
     compare,
     density_coverage,
     evaluate,
+    frechet_distance,
+    kid,
+    precision_recall,
+    reference_stats,
+)
+from halfstep.features import (
+    Extractor,
+    FeatureNet,
+    accuracy,
     extract,
     extractor_of,
     feature_net_for,
-    frechet_distance,
-    kid,
     load_features,
-    precision_recall,
-    reference_stats,
     train_features,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,19 +20,28 @@ def plain_os_errors(path: Path) -> Iterator[None]:
     """Turn the file system's refusals (read-only, full, no permission) into a RunError that names the path."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        code = _error_number(error)
+        if code in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 got="a full disk", expected="room to write", where=path, do="free some space and run again to resume"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise RunError(
-                got=(error.strerror or "a refusal").lower(),
+                got=os.strerror(code).lower(),
                 expected="a folder that can be written",
                 where=path,
                 do="choose another --out or change its permissions",
             ) from error
         raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """The file system's number; safetensors' own exception only tells it in its text: "… (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -47,7 +57,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(temporary)
             _flush(temporary)
-            if temporary.is_dir() and path.exists():  # a folder cannot be renamed over a full folder
+            if temporary.is_dir() and path.is_dir():  # a folder cannot be renamed over a full folder
                 old = path.with_name(f".{path.name}.{os.getpid()}.old")
                 os.replace(path, old)
                 os.replace(temporary, path)
@@ -100,12 +110,15 @@ def append_record(path: Path, record: dict) -> None:
     """Append one line of JSON and flush it, so that a killed run keeps every line but perhaps the last."""
     with plain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+        with path.open("ab+") as handle:
+            end = handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, end - 1))
+            cut = end > 0 and handle.read(1) != b"\n"  # a killed run's last line must not swallow this one
+            handle.write((b"\n" if cut else b"") + json.dumps(record).encode() + b"\n")
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a JSON-lines file; a last line that a kill cut off is left out, a missing file has none."""
+    """The records of a JSON-lines file; a line that a kill cut off is left out, a missing file has none."""
     if not path.is_file():
         return []
     records = []
@@ -113,7 +126,7 @@ def read_records(path: Path) -> list[dict]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -297,6 +298,8 @@ _POSITIVE = [
     "model.head_dim",
     "model.groups",
     "noise.timesteps",
+    "noise.beta_start",
+    "noise.beta_end",
     "train.steps",
     "train.batch",
     "train.lr",
@@ -313,19 +316,34 @@ _POSITIVE = [
     "eval.feature_steps",
     "eval.bootstrap",
 ]
+_NOT_NEGATIVE = [
+    "seed",
+    "train.warmup",
+    "train.weight_decay",
+    "train.clip_norm",
+    "train.sample_every",
+    "search.fit",
+    "search.trade",
+]
 _SHARES = ["train.ema_decay", "model.dropout", "search.crossover", "search.rate", "eval.tolerance"]
 
 
 def _check(recipe: Recipe) -> None:
     values = dict(_leaves(recipe))
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(got=value, expected="a finite number", where=name, do="change it with --set")
     for name in _POSITIVE:
         if not values[name] > 0:
             raise RecipeError(got=values[name], expected="a number above 0", where=name, do="change it with --set")
+    for name in _NOT_NEGATIVE:
+        if values[name] < 0:
+            raise RecipeError(got=values[name], expected="0 or more", where=name, do="change it with --set")
     for name in _SHARES:
         if not 0 <= values[name] <= 1:
             raise RecipeError(got=values[name], expected="a number in [0, 1]", where=name, do="change it with --set")
     widths = recipe.slim.widths
-    if not widths or max(widths) != 1.0 or min(widths) <= 0 or len(set(widths)) != len(widths):
+    if 1.0 not in widths or not all(0 < w <= 1 for w in widths) or len(set(widths)) != len(widths):
         raise RecipeError(
             got=widths,
             expected="different widths in (0, 1] with 1 among them",
@@ -338,6 +356,13 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.eval.images < 2 or recipe.search.images < 2:
         raise RecipeError(got=1, expected="2 images or more", where="eval.images", do="change it with --set")
+    if not recipe.model.channels or min(recipe.model.channels) < 1:
+        raise RecipeError(
+            got=recipe.model.channels,
+            expected="channels above 0, one number for each level",
+            where="model.channels",
+            do="write e.g. --set model.channels=64,128",
+        )
     if len(recipe.model.attention) != len(recipe.model.channels):
         raise RecipeError(
             got=f"{len(recipe.model.attention)} flags",
