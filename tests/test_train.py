@@ -319,7 +319,7 @@ def test_the_losses_of_a_step_add_up_to_the_clipped_gradient_of_their_sum(digits
     norm = torch.sqrt(sum(g.double().square().sum() for g in gradients))
     scale = min(1.0, clip / float(norm)) if clip else 1.0
     assert record.grad_norm == pytest.approx(float(norm), rel=1e-4)  # before clipping
-    assert record.loss == pytest.approx(float(total), rel=1e-5)
+    assert record.loss == pytest.approx(total.item(), rel=1e-5)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         slots = state.optimizer.state[parameter]  # Adam's first moment after one step: (1 - 0.9) of what it was given
         torch.testing.assert_close(slots["exp_avg"] / 0.1, scale * gradient, rtol=1e-3, atol=1e-6 * scale)

@@ -169,8 +169,8 @@ def optimize(
     page = run.optimize(model, data, out, settings, budget=budget, max_loss=max_loss, watch=RichWatch())
     record = disk.read_json(out / "quality.json", what="qualities", do="run again")
     plan = StepPlan.load(out / "plan.json")
-    console.print(rich_table(story.plans_table(record)))
-    console.print(plan, highlight=False)
+    console.print(rich_table(story.plans_table(record, brief=True)))
+    console.print(str(plan), highlight=False)
     console.print(story.summary(record, plan), highlight=False)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
@@ -227,7 +227,7 @@ def evaluate(
     from halfstep.report import rich_table
 
     record = run.evaluate(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
-    show(record, as_json, lambda: rich_table(story.plans_table(record)))
+    show(record, as_json, lambda: rich_table(story.plans_table(record, brief=True)))
 
 
 @app.command()

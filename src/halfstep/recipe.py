@@ -284,7 +284,7 @@ def _typed(value: Any, hint: Any, path: str, where: object) -> Any:
         return tuple(_typed(v, typing.get_args(hint)[0], path, where) for v in value)
     if typing.get_origin(hint) is Literal and value in typing.get_args(hint):
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and value.bit_length() < 1024:  # a larger one is no float
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
@@ -298,8 +298,6 @@ _POSITIVE = [
     "model.head_dim",
     "model.groups",
     "noise.timesteps",
-    "noise.beta_start",
-    "noise.beta_end",
     "train.steps",
     "train.batch",
     "train.lr",
@@ -325,7 +323,15 @@ _NOT_NEGATIVE = [
     "search.fit",
     "search.trade",
 ]
-_SHARES = ["train.ema_decay", "model.dropout", "search.crossover", "search.rate", "eval.tolerance"]
+_SHARES = [
+    "train.ema_decay",
+    "model.dropout",
+    "noise.beta_start",
+    "noise.beta_end",
+    "search.crossover",
+    "search.rate",
+    "eval.tolerance",
+]
 
 
 def _check(recipe: Recipe) -> None:

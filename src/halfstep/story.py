@@ -17,8 +17,11 @@ def quality_cell(record: dict[str, Any]) -> str:
     return f"{record['value']:.3g} [{record['low']:.3g}, {record['high']:.3g}]"
 
 
-def plans_table(record: dict[str, Any], title: str = "Reference, plan and controls") -> Table:
-    """The table of `run.measure_plans`: cost, speed, quality with intervals, difference to the first row."""
+def plans_table(record: dict[str, Any], title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
+    """The table of `judge.measure_plans`: cost, speed, quality with intervals, difference to the first row.
+
+    `brief`: only what fits a terminal of 80 columns.
+    """
     about, rows = record["about"], []
     for name, row in record["plans"].items():
         difference = row["difference"]
@@ -42,7 +45,10 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
         f"lower is better) on {about['n']} images of the same seeds against {first['n_reference']} real ones, features "
         f"{first['features']}; 95 % bootstrap intervals, the change is paired."
     )
-    columns = ("", "MMACs", "share", "ms", "share of ms", "FD", "change of FD", "KID", "precision", "recall")
+    columns: tuple[str, ...] = ("", "MMACs", "MACs", "ms", "time", "FD", "change of FD", "KID", "precision", "recall")
+    if brief:
+        chosen = (0, 2, 4, 5, 6)
+        columns, rows = tuple(columns[i] for i in chosen), [tuple(row[i] for i in chosen) for row in rows]
     names = list(record["plans"])
     return Table(
         title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
@@ -172,6 +178,6 @@ def _heatmap(table: ErrorTable) -> Heatmap:
         title="Error of each entry at each step",
         timesteps=table.timesteps,
         entries=table.entries,
-        values=np.maximum(table.local, 1e-9),
+        values=table.local,
         label="mean squared distance to the reference's prediction",
     )
