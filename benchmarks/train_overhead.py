@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="steps of each loop in a repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--turn", type=int, default=6, help="steps of a loop before the other one's turn")
+    parser.add_argument("--turn", type=int, default=4, help="steps of a loop before the other one's turn")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--precision", choices=["auto", "no", "bf16"], default="auto")
@@ -114,7 +114,12 @@ def main() -> None:
     device, images = accelerator.device, random_images(4096, args.size)
     turns = args.repeats * (args.steps // args.turn)
     spec = TrainSpec(
-        steps=(turns + 1) * args.turn, batch=args.batch, precision=args.precision, log_every=args.turn, warmup=0
+        steps=(turns + 1) * args.turn,
+        batch=args.batch,
+        precision=args.precision,
+        log_every=args.turn,
+        warmup=0,
+        schedule="constant",
     )
     ours, bare = unet(args.size).to(device), unet(args.size).to(device)
     loops = {
@@ -134,7 +139,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in ours.parameters())
     table = Table(
         title="Training step, wall time",
-        caption=f"{where}, {precision}, {torch.get_num_threads()} threads, batch {args.batch} at "
+        caption=f"{where}, {precision}, threads: {torch.get_num_threads()}, batch {args.batch} at "
         f"{args.size}×{args.size}, {parameters / 1e6:.2f} M parameters, {turns} pairs of turns of {args.turn} steps, "
         f"torch {torch.__version__}",
     )

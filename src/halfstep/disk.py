@@ -60,7 +60,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             if temporary.is_dir() and path.is_dir():  # a folder cannot be renamed over a full folder
                 old = path.with_name(f".{path.name}.{os.getpid()}.old")
                 os.replace(path, old)
-                os.replace(temporary, path)
+                try:
+                    os.replace(temporary, path)
+                except OSError:
+                    os.replace(old, path)
+                    raise
                 shutil.rmtree(old)
             else:
                 os.replace(temporary, path)
@@ -72,7 +76,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush(path: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        file.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 

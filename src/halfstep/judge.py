@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from halfstep.bank import Bank
 from halfstep.data import Images
@@ -98,9 +99,14 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
-def extractor_for(source: str, own: Path) -> Extractor:
+def default_device() -> torch.device:
+    """The device that accelerate takes here: a GPU where there is one."""
+    return PartialState().device
+
+
+def extractor_for(source: str, own: Path, device: str) -> Extractor:
     """The feature network of a recipe; "own" is the one that `halfstep features` left in the folder `own`."""
-    return load_features(f"file:{own}" if source == "own" else source)
+    return load_features(f"file:{own}" if source == "own" else source, device=device)
 
 
 @dataclass(frozen=True)

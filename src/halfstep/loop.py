@@ -43,6 +43,14 @@ def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DMo
             where="model.channels",
             do="choose another --set data.size or fewer levels",
         )
+    attended = [c for c, flag in zip(spec.channels, spec.attention, strict=True) if flag] + [spec.channels[-1]]
+    if min(attended) < spec.head_dim:
+        raise ModelError(
+            got=f"heads of {spec.head_dim} channels",
+            expected=f"at most {min(attended)}, the narrowest level with attention",
+            where="model.head_dim",
+            do=f"write --set model.head_dim={min(attended)}",
+        )
     try:
         return UNet2DModel(
             sample_size=images.size,
@@ -79,19 +87,20 @@ def run_loop(
 ) -> None:
     """Train to the end of the recipe with everything around it: resume, log.jsonl, saved states, sample grids.
 
-    Ctrl-C saves the state before it goes on up; kill -9 loses at most `train.save_every` steps.
+    Ctrl-C and kill -9 lose at most `train.save_every` steps: a state is only whole between two steps.
     """
     spec, file, log = recipe.train, out / "state" / "train.safetensors", out / "log.jsonl"
-    ours = stamp(recipe.train, recipe.noise, recipe.model, recipe.slim, recipe.seed, images.fingerprint, tag)
-    if file.is_file():
-        state.load(file, ours)
-        watch.say(f"resuming {tag} at step {state.step} of {spec.steps}")
-    disk.keep_records(log, lambda record: record.get("tag") != tag or record["step"] <= state.step)
     tracker = {"log_with": spec.tracker, "project_dir": str(out)} if spec.tracker else {}
     accelerator = Accelerator(**tracker)
     if spec.tracker:
         accelerator.init_trackers(f"halfstep-{tag}", config={"steps": spec.steps, "lr": spec.lr, "batch": spec.batch})
-    state.model.to(accelerator.device)
+    state.to(accelerator.device)
+    world = accelerator.num_processes  # the order of the images depends on it
+    ours = stamp(recipe.train, recipe.noise, recipe.model, recipe.slim, recipe.seed, images.fingerprint, tag, world)
+    if file.is_file():
+        state.load(file, ours)
+        watch.say(f"resuming {tag} at step {state.step} of {spec.steps}")
+    disk.keep_records(log, lambda record: record.get("tag") != tag or record["step"] <= state.step)
     records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
     main = accelerator.is_main_process
     with watch.stage(f"train {tag}", spec.steps) as told:

@@ -19,7 +19,7 @@ def digits_dense() -> Recipe:
         name="digits-dense",
         model=ModelSpec(channels=(32, 64), attention=(False, False), head_dim=32, groups=8),
         data=DataSpec(size=8, channels=1),
-        train=TrainSpec(steps=6000, batch=128, lr=1e-3, sample_every=2000, save_every=500),
+        train=TrainSpec(steps=4000, batch=128, lr=1e-3, sample_every=2000, save_every=500),
     )
 
 

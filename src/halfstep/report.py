@@ -1,28 +1,37 @@
-"""Tables, plots and picture grids as one self-contained HTML page, with each figure as a PNG beside it."""
+"""Tables, plots and picture grids, and the one self-contained HTML page that holds them."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
 from halfstep import disk
+from halfstep.errors import DataError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # matplotlib and rich load only when something is drawn or printed
     import rich.table
+    from matplotlib.axes import Axes
+
+CELL, GAP = 64, 2  # pixels of a picture in a grid, about, and between two of them
+INK, PALE, LINES = "#1f2430", "#f1f3f6", "#e3e7ee"
+ROLES = {"reference": "#440154", "plan": "#e4572e"}  # the two that every figure is about
+ACCENTS = ("#2e86ab", "#d99a1c", "#8f5ea2", "#4a9d5b", "#b0624a", "#5f6b7a")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells as text; the first column names the row. `best`: the row to emphasise."""
+    """Cells of text; `best`: the row to emphasise."""
 
     title: str
     columns: tuple[str, ...]
@@ -33,16 +42,16 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points (share of MACs, value, low, high); low and high may be None."""
+    """Points (share of MACs 0..1, value, low, high), the last two None where there is no interval."""
 
     name: str
     points: tuple[tuple[float, float, float | None, float | None], ...]
-    style: Literal["line", "points", "star"] = "points"
+    style: Literal["line", "points", "star"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pareto:
-    """Quality against cost. `band`: the reference's interval, shaded."""
+    """Quality against cost; `band`: the reference's interval, drawn as a strip."""
 
     title: str
     metric_label: str
@@ -52,7 +61,7 @@ class Pareto:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanChart:
-    """One column per row of a plan. `shares`: an entry's cost as a share of the reference's."""
+    """What runs at each row of a plan, noisiest first; `shares`: an entry's MACs over the reference's."""
 
     title: str
     timesteps: tuple[float, ...]
@@ -62,7 +71,7 @@ class PlanChart:
 
 @dataclass(frozen=True, kw_only=True)
 class Heatmap:
-    """values [steps, entries], on a logarithmic scale."""
+    """`values` [steps, entries] in log colours."""
 
     title: str
     timesteps: tuple[float, ...]
@@ -73,7 +82,7 @@ class Heatmap:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """images: uint8 [N,C,H,W]."""
+    """`images` uint8 [N, C, H, W], C = 1 or 3; consecutive grids stand side by side."""
 
     title: str
     images: np.ndarray
@@ -93,250 +102,297 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole page. `facts` and `files` are name -> text."""
+    """A whole page; `files`: name in the report's folder -> what it is."""
 
     title: str
     summary: str
     facts: Mapping[str, str]
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Pareto | PlanChart | Heatmap | Curve, ...] = ()
-    grids: tuple[Grid, ...] = ()
+    tables: tuple[Table, ...]
+    figures: tuple[Pareto | PlanChart | Heatmap | Curve, ...]
+    grids: tuple[Grid, ...]
     files: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write folder/report.html and folder/figures/*.png; returns the page's path. Raises RunError."""
-    folder = Path(folder)
-    figures = [(figure.title, _png(_draw(figure))) for figure in report.figures]
-    for title, data in figures:
-        disk.write_atomic(folder / "figures" / f"{slug(title)}.png", lambda path, data=data: path.write_bytes(data))
-    disk.write_text(folder / "report.html", _page(report, figures))
+    """Write `folder`/report.html and its pictures under `folder`/figures; returns the page's path.
+
+    All is drawn before anything is written, and the page comes last: a failure leaves the old page as it was.
+    Raises RunError when the folder cannot be written, DataError for a grid of no images.
+    """
+    folder, pictures = Path(folder), dict[str, bytes]()
+    shares = {name: share for f in report.figures if isinstance(f, PlanChart) for name, share in f.shares.items()}
+    drawn = [_draw(figure, _entry_colours(shares)) for figure in report.figures]
+    for item, png in zip(report.figures + report.grids, drawn + [_grid_png(g) for g in report.grids], strict=True):
+        slug = re.sub(r"[^a-z0-9]+", "-", item.title.lower()).strip("-") or "picture"
+        same = sum(re.fullmatch(rf"{slug}(-\d+)?\.png", name) is not None for name in pictures)
+        pictures[f"{slug}-{same + 1}.png" if same else f"{slug}.png"] = png
+    page = _page(report, list(pictures.values()))
+    for name, png in pictures.items():
+        disk.write_atomic(folder / "figures" / name, lambda path, png=png: path.write_bytes(png))
+    disk.write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
-def slug(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "figure"
-
-
 def picture_grid(images: np.ndarray, columns: int = 8, scale: int | None = None) -> Image.Image:
-    """uint8 [N,C,H,W] as one picture: cells enlarged to about 64 pixels without smoothing, 2 white pixels between."""
-    images = np.asarray(images)
-    n, channels, height, width = images.shape
-    scale = scale or max(1, round(64 / max(height, width)))
-    columns = max(1, min(columns, n))
-    rows = -(-n // columns)
-    cell_h, cell_w = height * scale + 2, width * scale + 2
-    canvas = np.full((rows * cell_h - 2 if n else 1, columns * cell_w - 2 if n else 1, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        big = image.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1)
-        y, x = i // columns * cell_h, i % columns * cell_w
-        canvas[y : y + height * scale, x : x + width * scale] = big  # one grey channel spreads over three
+    """Images uint8 [N, 1 or 3, H, W] row by row, each pixel repeated `scale` times (by default to about 64 a cell)."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        got, expected = f"{images.dtype} {list(images.shape)}", "uint8 [N, 1 or 3, height, width]"
+        raise DataError(got=got, expected=expected, where="picture grid", do="convert the images first")
+    count, channels, height, width = images.shape
+    scale = scale or max(1, round(CELL / max(height, width, 1)))
+    columns = max(1, min(columns, count))
+    rows, tall, wide = max(1, -(-count // columns)), height * scale + GAP, width * scale + GAP
+    canvas = np.full((rows * tall - GAP, columns * wide - GAP, channels), 255, np.uint8)
+    for k, image in enumerate(images.transpose(0, 2, 3, 1)):
+        top, left = k // columns * tall, k % columns * wide
+        canvas[top : top + tall - GAP, left : left + wide - GAP] = image.repeat(scale, 0).repeat(scale, 1)
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
 def rich_table(table: Table) -> rich.table.Table:
-    """The table for the terminal."""
-    from rich.markup import escape
+    """The same table for the terminal; a cell is plain text, so its brackets are no markup."""
+    from rich import box
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    shown = RichTable(title=escape(table.title), caption=escape(table.note) or None, caption_justify="left")
-    for i, name in enumerate(table.columns):
-        shown.add_column(escape(name), justify="right" if i else "left", overflow="fold")
-    for i, row in enumerate(table.rows):
-        shown.add_row(*map(escape, row), style="bold green" if i == table.best else None)
-    return shown
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def _draw(figure: Any) -> Any:
-    drawers = {Pareto: _pareto, PlanChart: _plan_chart, Heatmap: _heatmap, Curve: _curve}
-    return drawers[type(figure)](figure)
+    caption = Text(table.note, style="dim") if table.note else None
+    out = RichTable(title=Text(table.title), title_justify="left", caption=caption, caption_justify="left")
+    out.box, out.pad_edge = box.SIMPLE_HEAD, False
+    for column, number in zip(table.columns, _are_numbers(table), strict=True):
+        out.add_column(Text(column), justify="right" if number else "left")
+    for k, row in enumerate(table.rows):
+        out.add_row(*map(Text, row), style="bold green" if k == table.best else None)
+    return out
 
 
-def _axes(width: float = 8.0, height: float = 4.2) -> tuple[Any, Any]:
+def _are_numbers(table: Table) -> list[bool]:
+    """Which columns hold numbers: their cells begin with a digit or a sign."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
+    return [any(cells) and all(re.match(r"[-+−–—<>~≈±]?\s*[\d.]|[—–-]?$", c) for c in cells) for cells in columns]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.2g} %"
+
+
+def _entry_colours(shares: Mapping[str, float]) -> dict[str, str]:
+    """One colour per entry by rank of cost, darker is more expensive."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    ranked = sorted(shares, key=lambda name: (-shares[name], name))
+    return {name: to_hex(colormaps["viridis"](0.92 * k / max(1, len(ranked) - 1))) for k, name in enumerate(ranked)}
+
+
+def _with_accents(names: Sequence[str], entries: Mapping[str, str]) -> dict[str, str]:
+    """A colour for every name: an entry's or a role's own, else the next accent."""
+    known = ROLES | dict(entries)
+    free = [name for name in names if name not in known]
+    return {name: known.get(name) or ACCENTS[free.index(name) % len(ACCENTS)] for name in names}
+
+
+def _draw(figure: Pareto | PlanChart | Heatmap | Curve, colours: Mapping[str, str]) -> bytes:
+    """The PNG of a figure. Every colour is set by hand: a user's dark matplotlib style would write white on white."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    canvas = Figure(figsize=(10, 4.2), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(canvas)
+    axes = canvas.add_subplot(facecolor="white")
+    match figure:
+        case Pareto():
+            _draw_pareto(axes, figure, colours)
+        case PlanChart():
+            _draw_plan(axes, figure, colours)
+        case Heatmap():
+            _draw_heatmap(axes, figure)
+        case Curve():
+            _draw_curve(axes, figure, colours)
+    _finish(axes, *(("outside upper left", 3) if isinstance(figure, PlanChart) else ("outside right upper", 1)))
+    canvas.savefig(file := io.BytesIO(), format="png", metadata={"Software": None})  # same numbers, same bytes
+    return file.getvalue()
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+def _finish(axes: Axes, place: str, columns: int) -> None:
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, labelsize=9.5, labelcolor=INK)
+    for name, spine in axes.spines.items():
+        spine.set(visible=name == "bottom", color="#c5cbd5")
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(
+            color=INK, fontsize=10.5, text=textwrap.fill(label.get_text(), 60 if label is axes.xaxis.label else 40)
+        )
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        style = {"frameon": False, "fontsize": 9.5, "labelcolor": INK, "labelspacing": 0.7}
+        axes.figure.legend(handles, labels, loc=place, ncols=columns, **style)
+    if not axes.has_data():
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center", color=INK, fontsize=12)
 
 
-def _colours(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.92 - 0.85 * i / max(1, count - 1)) for i in range(count)]
-
-
-def _percent(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def _pareto(chart: Pareto) -> Any:
-    from matplotlib import colormaps
-
-    figure, axes = _axes(height=4.8)
-    if chart.band:
-        axes.axhspan(*chart.band, color="#2a9d8f", alpha=0.15, label="reference's 95 % interval", zorder=0)
-    values = []
-    for i, series in enumerate(chart.series):
-        if not series.points:
-            continue
-        x, y, low, high = (np.array(column, dtype=float) for column in zip(*series.points, strict=True))
-        values += list(y)
-        many = len(x) > 4
-        marker = {"star": "*", "line": "o", "points": "." if many else "o"}[series.style]
-        size = {"star": 15, "line": 4, "points": 6 if many else 7}[series.style]
-        colour = "#9aa0a6" if many and series.style == "points" else colormaps["tab10"](i % 10)
-        style = "-" if series.style == "line" else "none"
-        axes.plot(x, y, linestyle=style, marker=marker, markersize=size, color=colour, label=series.name, zorder=3)
-        known = np.isfinite(low) & np.isfinite(high)
-        if known.any():
-            bars = [np.maximum(0, (y - low)[known]), np.maximum(0, (high - y)[known])]
-            axes.errorbar(x[known], y[known], yerr=bars, fmt="none", ecolor=colour, capsize=3, zorder=2)
-    if values and min(values) > 0 and max(values) / min(values) > 10:
-        axes.set_yscale("log")
-    _percent(axes.xaxis)
-    axes.set(xlabel="MACs per image, share of the reference", ylabel=chart.metric_label, title=chart.title)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None:
+    if pareto.band:
+        axes.axhspan(*pareto.band, color=LINES, linewidth=0, label="reference, 95 % interval")
+    clouds = {s.name for s in pareto.series if s.style == "points" and len(s.points) > 1 and s.name not in colours}
+    accents = _with_accents([s.name for s in pareto.series if s.name not in clouds], colours)
+    for series in pareto.series:
+        if series.points:
+            _draw_series(axes, series, accents.get(series.name, "#9aa3b2"), cloud=series.name in clouds)
+    shares, values = zip(*[point[:2] for s in pareto.series for point in s.points] or [(1.0, 1.0)], strict=True)
+    _log_if_wide(axes, values)
+    axes.set_xlim(0, 1.04 * max(1.0, *shares))
+    axes.xaxis.set_major_formatter(lambda share, _: _percent(share))
+    axes.set(xlabel="MACs per image, share of the reference", ylabel=pareto.metric_label)
+    axes.grid(color=LINES, linewidth=0.8)
 
 
-def _plan_chart(chart: PlanChart) -> Any:
-    figure, axes = _axes(height=3.6)
-    order = sorted(chart.shares, key=lambda name: (chart.shares[name], name))
-    colours = dict(zip(order, _colours(len(order)), strict=True))
-    heights = np.array([chart.shares[entry] for entry in chart.entries])
-    places = np.arange(len(heights))
-    for name in order:
-        chosen = np.array([entry == name for entry in chart.entries])
-        if chosen.any():
-            label = f"{name} ({chart.shares[name]:.0%})"
-            axes.bar(places[chosen], heights[chosen], width=0.92, color=colours[name], label=label)
+def _draw_series(axes: Axes, series: Series, colour: str, cloud: bool) -> None:
+    shares, values, low, high = np.array(series.points, dtype=float).T  # None becomes NaN: a bar that is not drawn
+    bars = None if np.isnan([low, high]).all() else np.clip([values - low, high - values], 0, None)
+    size = 5.0 if cloud else {"star": 17.0, "points": 8.0, "line": 5.5}[series.style]
+    look = {"marker": "*" if series.style == "star" else "o", "markersize": size, "color": colour, "capsize": 3.5}
+    look |= {"linestyle": "-" if series.style == "line" else "none", "markeredgecolor": "white", "elinewidth": 1.5}
+    order = 2 if cloud else 4 if series.style == "star" else 3  # the many behind the few
+    axes.errorbar(shares, values, bars, label=series.name, zorder=order, markeredgewidth=0.6, **look)
+
+
+def _draw_plan(axes: Axes, chart: PlanChart, colours: Mapping[str, str]) -> None:
+    heights = np.array([chart.shares[entry] for entry in chart.entries], dtype=float)
+    dense, top = len(heights) > 60, 1.04 * max([1.0, *heights])
+    for name in [name for name in colours if name in chart.entries]:
+        at = np.flatnonzero([entry == name for entry in chart.entries])
+        label = f"{name} at {_percent(chart.shares[name])}: {len(at):,} of {len(heights):,} calls"
+        bars = axes.bar(at, heights[at], width=1.0 if dense else 0.88, color=colours[name], linewidth=0, label=label)
+        for bar in bars:  # columns that touch show pale seams where their edges are smoothed
+            bar.set_antialiased(not dense)
+    _step_ticks(axes, chart.timesteps)
+    axes.set(ylim=(0, top), ylabel="MACs of a call, share of the reference")
+    axes.yaxis.set_major_formatter(lambda share, _: _percent(share))
+    axes.grid(axis="y", color=LINES, linewidth=0.8)
     if len(heights):
-        mean = float(heights.mean())
-        axes.axhline(mean, color="#d1495b", linestyle="--", linewidth=1.2, label=f"mean {mean:.0%} of the reference")
-        shown = np.unique(np.linspace(0, len(heights) - 1, min(11, len(heights))).round().astype(int))
-        axes.set_xticks(shown, [f"{chart.timesteps[i]:.0f}" for i in shown])
-    _percent(axes.yaxis)
-    axes.set(xlabel="timestep (noisy → clean)", ylabel="cost of the call", title=chart.title)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+        mean, red = heights.mean(), ROLES["plan"]
+        axes.axhline(mean, color="white", linewidth=3.4)  # a white edge, seen on dark columns
+        axes.axhline(mean, color=red, linewidth=1.7, linestyle=(0, (5, 2)))
+        style = {"color": red, "weight": "bold", "va": "center", "transform": axes.transAxes}
+        axes.text(1.01, mean / top, f"mean {_percent(mean)}\nof the reference", **style)  # beside the columns
 
 
-def _heatmap(chart: Heatmap) -> Any:
+def _draw_heatmap(axes: Axes, heatmap: Heatmap) -> None:
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    figure, axes = _axes(height=1.6 + 0.35 * len(chart.entries))
-    values = np.where(chart.values > 0, chart.values, np.nan).T
-    finite = values[np.isfinite(values)]
-    norm = LogNorm(vmin=max(finite.min(), finite.max() * 1e-6), vmax=finite.max()) if finite.size else None
-    picture = axes.imshow(values, aspect="auto", norm=norm, cmap="magma")
-    shown = np.unique(np.linspace(0, len(chart.timesteps) - 1, min(11, len(chart.timesteps))).round().astype(int))
-    axes.set_xticks(shown, [f"{chart.timesteps[i]:.0f}" for i in shown])
-    axes.set_yticks(range(len(chart.entries)), chart.entries)
-    axes.set(xlabel="timestep (noisy → clean)", title=chart.title)
-    bar = figure.colorbar(picture, ax=axes)
-    bar.set_label(chart.label, fontsize=7)
-    return figure
+    values = np.asarray(heatmap.values, dtype=float).T
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not positive.size:
+        return
+    # The reference's error is zero, or a tiny floor in its place: it must not take the scale from the others.
+    seen = positive[positive > 1e-6 * positive.max()]
+    paint = colormaps["magma_r"].with_extremes(under=PALE, bad=PALE)
+    norm = LogNorm(seen.min(), max(seen.max(), 1.001 * seen.min()))
+    shown = axes.imshow(np.ma.masked_invalid(values), paint, norm=norm, aspect="auto", interpolation="nearest")
+    bar = axes.figure.colorbar(shown, extend="min" if seen.size < values.size else "neither", pad=0.02)
+    bar.set_label(textwrap.fill(heatmap.label, 40), color=INK, fontsize=10.5)
+    bar.ax.tick_params(which="both", length=0, labelcolor=INK, labelsize=9.5)
+    bar.outline.set_visible(False)
+    every = -(-len(heatmap.entries) // 24)  # more names than that would overlap
+    axes.set_yticks(range(0, len(heatmap.entries), every), heatmap.entries[::every])
+    axes.hlines(np.arange(0.5, len(heatmap.entries) - 1), -0.5, len(values.T) - 0.5, "white", linewidth=2)
+    _step_ticks(axes, heatmap.timesteps)
 
 
-def _curve(chart: Curve) -> Any:
-    figure, axes = _axes(height=3.4)
-    values = [y for points in chart.lines.values() for _, y in points]
-    for name, points in chart.lines.items():
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=name, linewidth=1.4)
-    if values and min(values) > 0 and max(values) / min(values) > 10:
+def _draw_curve(axes: Axes, curve: Curve, colours: Mapping[str, str]) -> None:
+    for name, colour in _with_accents(list(curve.lines), colours).items():
+        x, y = np.array(curve.lines[name], dtype=float).reshape(-1, 2).T
+        axes.plot(x, y, color=colour, linewidth=1.5, label=name)
+    _log_if_wide(axes, [y for line in curve.lines.values() for _, y in line])
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x == round(x) else f"{x:g}")
+    axes.set(xlabel=curve.xlabel, ylabel=curve.ylabel, xmargin=0.01)
+    axes.grid(color=LINES, linewidth=0.8)
+
+
+def _step_ticks(axes: Axes, timesteps: Sequence[float]) -> None:
+    at = np.unique(np.linspace(0, len(timesteps) - 1, min(len(timesteps), 11)).round().astype(int))
+    axes.set_xticks(at, [f"{timesteps[k]:.4g}" for k in at])
+    axes.set(xlim=(-0.5, max(len(timesteps), 1) - 0.5), xlabel="timestep (noise on the left, picture on the right)")
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """A log axis, its ticks in plain numbers, where positive values span more than tenfold."""
+    finite = [value for value in values if np.isfinite(value)]
+    if finite and max(finite) > 10 * min(finite) > 0:
         axes.set_yscale("log")
-    axes.set(xlabel=chart.xlabel, ylabel=chart.ylabel, title=chart.title)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    return figure
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if max(finite) < 300 * min(finite) else (1,))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2a7f62; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 1100px; margin: 2.5rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.9rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-.lead { font-size: 1.2rem; border-left: 4px solid var(--accent); padding: .4rem 1rem; background: var(--soft); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; }
-table { font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } tr.best { font-weight: 650; background: #2a7f6222; }
-.note { font-size: .85rem; opacity: .8; } figure { margin: 1rem 0; } figcaption { font-size: .9rem; font-weight: 600; }
-figure.plot img { width: 100%; max-width: 900px; background: #fff; border-radius: 10px; }
-.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 1rem; }
-.grids img { width: 100%; image-rendering: pixelated; border-radius: 6px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .88rem; } dd { margin: 0; }
-dt { font-weight: 600; overflow-wrap: anywhere; }
-"""
+def _grid_png(grid: Grid) -> bytes:
+    picture_grid(grid.images, grid.columns).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
 
 
-def _page(report: Report, figures: list[tuple[str, bytes]]) -> str:
-    title = html.escape(report.title)
-    parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>',
-        f'<h1>{title}</h1><p class="lead">{html.escape(report.summary)}</p>',
+def _page(report: Report, pictures: Sequence[bytes]) -> str:
+    plots = [_figure(f.title, "", png) for f, png in zip(report.figures, pictures, strict=False)]
+    grids = zip(report.grids, pictures[len(plots) :], strict=True)
+    shown = "".join(_figure(grid.title, grid.note, png) for grid, png in grids)
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in report.facts.items())
+    files = (
+        f'<dt><a href="{quote(n)}">{escape(n)}</a></dt><dd>{escape(what)}</dd>' for n, what in report.files.items()
+    )
+    parts = (
+        f"<h1>{escape(report.title)}</h1><p class=lead>{escape(report.summary)}</p>",
         *map(_table, report.tables),
-        *(f'<figure class="plot">{_image(name, data)}</figure>' for name, data in figures),
-        '<h2>Pictures</h2><div class="grids">' if report.grids else "",
-        *map(_grid, report.grids),
-        "</div>" if report.grids else "",
-        _details("Files", report.files),
-        _details("Machine, versions, seeds, fingerprints", report.facts),
-        "</body></html>",
-    ]
-    return "\n".join(part for part in parts if part)
+        f"<div class=grids>{shown}</div>" * bool(shown),
+        *plots,
+        f"<h2>Files</h2><dl>{''.join(files)}</dl>" * bool(report.files),
+        f"<details><summary>How this was made</summary><dl>{facts}</dl></details>" * bool(facts),
+    )
+    return HEAD.format(title=escape(report.title), style=STYLE) + "\n".join(filter(None, parts)) + FOOT
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-    rows = [
-        ('<tr class="best">' if i == table.best else "<tr>")
-        + "".join(f"<td>{html.escape(c)}</td>" for c in row)
-        + "</tr>"
-        for i, row in enumerate(table.rows)
-    ]
-    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
-    body = "".join(rows)
-    return (
-        f'<h2>{html.escape(table.title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{note}"
-    )
+    kinds = [" class=n" * number for number in _are_numbers(table)]
+    head = "".join(f"<th scope=col{k}>{escape(name)}</th>" for k, name in zip(kinds, table.columns, strict=True))
+    rows = ["".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kinds, row, strict=True)) for row in table.rows]
+    body = "".join(f"<tr{' class=best' * (k == table.best)}>{row}</tr>" for k, row in enumerate(rows))
+    note = f"<p class=note>{escape(table.note)}</p>" * bool(table.note)
+    inner = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<section><h2>{escape(table.title)}</h2><div class=wide>{inner}</div>{note}</section>"
 
 
-def _grid(grid: Grid) -> str:
-    buffer = io.BytesIO()
-    picture_grid(grid.images, grid.columns).save(buffer, "PNG")
-    note = f' <span class="note">{html.escape(grid.note)}</span>' if grid.note else ""
-    picture = _image(grid.title, buffer.getvalue())
-    return f"<figure><figcaption>{html.escape(grid.title)}{note}</figcaption>{picture}</figure>"
+def _figure(title: str, note: str, png: bytes) -> str:
+    width, height = Image.open(io.BytesIO(png)).size
+    # Pictures no wider than their column are never shrunk, so their pixels may stay hard.
+    hard = " class=hard" * (width <= 8 * (CELL + GAP))
+    data, alt = base64.b64encode(png).decode(), escape(f"{title}. {note}".strip(". "))
+    image = f'<img{hard} src="data:image/png;base64,{data}" width={width} height={height} alt="{alt}">'
+    return f"<figure><h2>{escape(title)}</h2>{image}<figcaption>{escape(note)}</figcaption></figure>"
 
 
-def _image(name: str, data: bytes) -> str:
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-
-
-def _details(title: str, facts: Mapping[str, str]) -> str:
-    if not facts:
-        return ""
-    items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items())
-    return f"<details><summary>{html.escape(title)}</summary><dl>{items}</dl></details>"
+HEAD = """<!doctype html>
+<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head><body><main>
+"""
+FOOT = "\n<footer>Written by Halfstep.</footer></main></body></html>\n"
+STYLE = """
+:root{color-scheme:light dark;--ink:#1f2430;--soft:#5b6472;--paper:#fbfbfd;--line:#e3e7ee;--tint:#fdefe9;--go:#c2410c}
+@media(prefers-color-scheme:dark){:root{--ink:#e8eaf0;--soft:#a2aab8;--paper:#14161c;--line:#2d323d;--tint:#37231b;
+--go:#fb9168}}
+*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
+main{max-width:1148px;margin:0 auto;padding:48px 24px}h1{font-size:2.1rem;letter-spacing:-.02em;margin:0 0 12px}
+h2{font-size:1.15rem;margin:44px 0 12px}.lead{font-size:1.25rem;line-height:1.5;margin:0;padding:2px 0 2px 18px;
+border-left:4px solid var(--go);max-width:56em}.note,figcaption,footer{color:var(--soft);font-size:.875rem}
+.note{margin:10px 0 0;max-width:68em}figcaption{margin-top:6px}figcaption:empty{display:none}footer{margin-top:56px}
+.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.94rem}
+th,td{padding:8px 12px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
+th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}td:first-child{font-weight:600}
+.best td{background:var(--tint);color:var(--go);font-weight:600}figure{margin:0}
+img{display:block;max-width:100%;height:auto;background:#fff;border-radius:10px;padding:5px}
+.hard{image-rendering:pixelated;border-radius:6px}.grids{display:grid;gap:0 24px}
+@media(min-width:1000px){.grids{grid-template-columns:1fr 1fr}}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 24px;margin:12px 0;font-size:.94rem}dt{font-weight:600}
+dd{margin:0;overflow-wrap:anywhere}a{color:var(--go)}details{margin-top:44px}summary{cursor:pointer;font-weight:600}
+@media(max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:10px}}
+"""

@@ -22,7 +22,7 @@ from halfstep.data import Images, load_images
 from halfstep.errors import HalfstepError, PlanError, RunError
 from halfstep.features import accuracy, feature_net_for, train_features
 from halfstep.find import Found, baselines, search_plan
-from halfstep.judge import Judge, check_fit, extractor_for, measure_plans, to_uint8
+from halfstep.judge import Judge, check_fit, default_device, extractor_for, measure_plans, to_uint8
 from halfstep.loop import new_model, run_loop
 from halfstep.profiling import count_macs, latency, machine
 from halfstep.recipe import Recipe
@@ -162,11 +162,14 @@ def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watc
         rows = [plan.uniform(name) for name in ("full", "w1.00", width_name(narrowest))]
         return torch.cat([x for p in rows for x in sample_images(bank, p, 16, seed=1234)])
 
+    dense.to(default_device())
     teacher = predictor(dense.requires_grad_(False)) if recipe.slim.distill == "dense" else None
     objective = sandwich_objective(supernet, diffusion.draw, recipe.slim, teacher)
     state = TrainState.new(net, recipe.train)
     run_loop(out, state, images, recipe, objective, "supernet", watch, preview)
     net.load_state_dict(state.average())
+    net.cpu()
+    dense.cpu()
     bank = slim_bank(dense, supernet, recipe.noise.prediction)
     macs = {name: count_macs(bank[name]) for name in bank}
     pipeline = StepAwarePipeline(bank, reference_plan(bank, noise, recipe.sample, macs))
@@ -215,7 +218,8 @@ def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) ->
     check_fit(bank, images)
     if recipe.eval.features == "own":
         features(data, out / "features", recipe, watch=watch)
-    extractor = extractor_for(recipe.eval.features, out / "features")
+    bank.to(default_device())
+    extractor = extractor_for(recipe.eval.features, out / "features", str(bank.device))
     return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
 
 
@@ -260,7 +264,7 @@ def goal_text(budget: float | None, max_loss: float | None) -> str:
 
 def sample(source: str, out: Path, *, count: int = 16, seed: int = 0, batch: int = 64, watch: Watch = SILENT) -> Path:
     """Draw images with a step-aware pipeline: out/000000.png …, and out/grid.png. Returns the grid's path."""
-    pipe = open_pipeline(source)
+    pipe = open_pipeline(source).to(default_device())
     out, begun, done = disk.require_writable(Path(out)), time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:

@@ -118,6 +118,11 @@ class TrainState:
         optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
         return cls(model, ema, optimizer)
 
+    def to(self, device: torch.device) -> None:
+        """Move everything that a step touches; the optimizer follows its parameters."""
+        self.model.to(device)
+        self.ema.to(device)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name; scalars of the optimizer included."""
         found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
