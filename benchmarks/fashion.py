@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import DDPMPipeline
 from rich.console import Console
 
-from halfstep import run, story
+from halfstep import disk, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
 from halfstep.evolve import random_plans
@@ -55,6 +56,19 @@ def trained(size: int, work: Path, watch: RichWatch, skip_small: bool) -> dict[s
         else:
             found[name] = run.train(DATA, work / name, recipe, watch=watch)
     return found
+
+
+def export(size: int, work: Path) -> None:
+    """Copy the models trained under `work` to `benchmarks/models` in fp16."""
+    for name in ("dense", "supernet", "small"):
+        source, target = work / name / "pipeline", MODELS / f"fashion{size}-{name}"
+        if (source / "plan.json").is_file():
+            pipe = run.open_pipeline(str(source))
+            pipe.bank.half()
+            pipe.save_pretrained(target)
+        elif source.is_dir():
+            pipeline = DDPMPipeline.from_pretrained(source, torch_dtype=torch.float16)
+            disk.write_atomic(target, lambda folder, pipeline=pipeline: pipeline.save_pretrained(folder))
 
 
 def with_small(bank: Bank, folder: Path) -> Bank:
@@ -95,6 +109,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, choices=(16, 32), default=16)
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--train", action="store_true", help="ignore the stored models and train here")
+    parser.add_argument("--export", action="store_true", help="only copy the trained models to benchmarks/models, fp16")
     parser.add_argument("--skip-small", action="store_true", help="leave out the small model trained alone")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
@@ -104,6 +119,8 @@ def main() -> None:
         MODELS = Path("/nonexistent")
     watch, work = RichWatch(), args.work or Path(f"runs/fashion{args.size}")
     work.mkdir(parents=True, exist_ok=True)
+    if args.export:
+        return export(args.size, work)
     folders = trained(args.size, work, watch, args.skip_small)
     pipe = run.open_pipeline(str(folders["supernet"]))
     recipe = named(f"fashion{args.size}").edit(args.set)
