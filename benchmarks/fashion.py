@@ -138,7 +138,7 @@ def main() -> None:
     for name, one in found.items():
         plans[f"plan, {name}"] = plan.with_entries(one.plan.entries)
     plans |= {f"uniform {name}": plan.uniform(name) for name in macs if name not in ("full", "small")}
-    for i, genes in enumerate(random_plans(space, best.plan.macs, 5, seed=11)):
+    for i, genes in enumerate(random_plans(space, best.plan.macs, 3, seed=11)):
         plans[f"random plan {i + 1}"] = plan.with_entries(space.expand(genes))
     fewer = max(1, int(plan.steps * best.plan.share))
     plans[f"dense, {fewer} steps"] = fewer_steps(plan, fewer)
@@ -166,6 +166,7 @@ def main() -> None:
     Console().print(rich_table(spent))
     print(plans["plan"])
     print(report.summary)
+    return None
 
 
 def searches_table(found: dict, recipe: Recipe) -> Table:

@@ -58,8 +58,8 @@ def main() -> None:
     dense, noise = load_denoiser(args.model)
     size, channels = dense.config.sample_size, dense.config.in_channels
     images = load_images(args.data, size=size, channels=channels)
-    test = load_images(args.data, size=size, channels=channels, split="test").subset(2048)
-    clean = test.batch(slice(0, len(test)))
+    test = load_images(args.data, size=size, channels=channels, split="test")
+    clean = test.subset(min(2048, len(test))).batch(slice(0, 2048))
     diffusion = Diffusion(NoiseSpec(timesteps=noise["num_train_timesteps"], prediction=noise["prediction_type"]))
     spec = TrainSpec(steps=args.steps, batch=args.batch, lr=args.lr, warmup=50, ema_decay=0.99, log_every=100)
     rows = {}

@@ -18,7 +18,11 @@ MACS = {"full": 100, "w0.50": 25, "w0.25": 7}
 def plan_of(entries, reference="full"):
     rows = tuple(Row(float(1000 - 10 * i), e) for i, e in enumerate(entries))
     return StepPlan(
-        rows=rows, scheduler="DDIMScheduler", scheduler_config={"beta_end": 0.02}, steps=len(rows), reference=reference,
+        rows=rows,
+        scheduler="DDIMScheduler",
+        scheduler_config={"beta_end": 0.02},
+        steps=len(rows),
+        reference=reference,
         entry_macs=MACS,
     )
 

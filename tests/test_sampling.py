@@ -14,7 +14,14 @@ from halfstep.bank import Bank
 from halfstep.errors import HalfstepError, PlanError
 from halfstep.plan import Row
 from halfstep.recipe import SampleSpec
-from halfstep.sampling import SCHEDULERS, StepAwarePipeline, fewer_steps, image_generators, reference_plan, sample_images
+from halfstep.sampling import (
+    SCHEDULERS,
+    StepAwarePipeline,
+    fewer_steps,
+    image_generators,
+    reference_plan,
+    sample_images,
+)
 
 
 def net(seed: int, width: int, **changes) -> UNet2DModel:
@@ -38,7 +45,9 @@ def bank_of(**changes) -> Bank:
 
 
 def plan_of(bank, scheduler="ddim", steps=5):
-    return reference_plan(bank, DDPMScheduler().config, SampleSpec(scheduler=scheduler, steps=steps), {"full": 4, "slim": 1})
+    return reference_plan(
+        bank, DDPMScheduler().config, SampleSpec(scheduler=scheduler, steps=steps), {"full": 4, "slim": 1}
+    )
 
 
 def pipeline(bank, plan):
@@ -135,7 +144,7 @@ def test_output_types():
     pipe = pipeline(bank, plan_of(bank))
     assert pipe(2).images[0].size == (8, 8)
     array = pipe(2, output_type="np").images
-    assert array.shape == (2, 8, 8, 1) and 0 <= array.min() and array.max() <= 1
+    assert array.shape == (2, 8, 8, 1) and array.min() >= 0 and array.max() <= 1
     assert pipe(2, output_type="pt", return_dict=False)[0].shape == (2, 1, 8, 8)
 
 

@@ -15,52 +15,54 @@ from halfstep.slimmable import Supernet, narrow_config, sandwich_objective, skel
 from halfstep.train import Batch, Diffusion
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-CIFAR = dict(
-    sample_size=32,
-    block_out_channels=(128, 256, 256, 256),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=2,
-    norm_num_groups=32,
-    attention_head_dim=None,
-    downsample_padding=0,
-    flip_sin_to_cos=False,
-    freq_shift=1,
-)
+CIFAR = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
 CONFIGS = {
     "attention": {},
-    "two layers, RGB": dict(layers_per_block=2, in_channels=3, out_channels=3),
-    "class-conditional": dict(num_class_embeds=10),
-    "class as timestep": dict(class_embed_type="timestep"),
-    "class as embedding": dict(class_embed_type="identity"),
-    "scale and shift": dict(resnet_time_scale_shift="scale_shift"),
-    "fourier time": dict(time_embedding_type="fourier"),
-    "learned time": dict(time_embedding_type="learned", num_train_timesteps=1000),
-    "resnet sampling": dict(downsample_type="resnet", upsample_type="resnet"),
-    "one head": dict(attention_head_dim=None),
-    "heads wider than the narrow net": dict(attention_head_dim=32),
-    "no attention": dict(
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False
-    ),
-    "own time size": dict(time_embedding_dim=64),
-    "shifted frequencies": dict(freq_shift=1, flip_sin_to_cos=False),
-    "dropout": dict(dropout=0.1),
+    "two layers, RGB": {"layers_per_block": 2, "in_channels": 3, "out_channels": 3},
+    "class-conditional": {"num_class_embeds": 10},
+    "class as timestep": {"class_embed_type": "timestep"},
+    "class as embedding": {"class_embed_type": "identity"},
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "fourier time": {"time_embedding_type": "fourier"},
+    "learned time": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+    "resnet sampling": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "one head": {"attention_head_dim": None},
+    "heads wider than the narrow net": {"attention_head_dim": 32},
+    "no attention": {
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "add_attention": False,
+    },
+    "own time size": {"time_embedding_dim": 64},
+    "shifted frequencies": {"freq_shift": 1, "flip_sin_to_cos": False},
+    "dropout": {"dropout": 0.1},
 }
 
 
 def make(seed: int = 0, **changes) -> UNet2DModel:
     torch.manual_seed(seed)
-    config = dict(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    )
+    config = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
     model = UNet2DModel(**{**config, **changes}).eval()
     for name, p in model.named_parameters():  # norms and biases must not be trivial
         if p.ndim == 1 and p.requires_grad and "time_proj" not in name:
@@ -155,7 +157,9 @@ def test_half_width_takes_exactly_every_second_frequency():
     narrow = Supernet(model, WIDTHS).subnet(0.5)
     t = torch.tensor([7.0, 500.0])
     wide, slim = model.time_proj(t), narrow.time_proj(t)
-    columns = torch.cat([torch.arange(s, s + n) for s, n in slices_for(model.config, 0.5)["time_embedding.linear_1.weight"][1]])
+    columns = torch.cat(
+        [torch.arange(s, s + n) for s, n in slices_for(model.config, 0.5)["time_embedding.linear_1.weight"][1]]
+    )
     assert torch.allclose(wide[:, columns], slim, atol=1e-6)
 
 

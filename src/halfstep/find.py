@@ -193,6 +193,7 @@ def _evolved(
     with watch.stage("NSGA-II", total) as told:
         for i, (genes, score) in enumerate(steps):
             told(i + 1, f"score {score:.3g} at {space.share(genes):.0%}")
+        told(total, "")  # plans seen before are not measured again
     if goal.kind == "loss":
         held = [r for r in log.records if r.score <= limit]
         return min(held, key=lambda r: (r.share, r.score)).genes if held else (space.reference,) * len(space.rows)

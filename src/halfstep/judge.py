@@ -164,6 +164,7 @@ def measure_plans(
         "data": judge.images.fingerprint,
         "machine": machine(),
         "device": str(judge.bank.device),
-        "dtype": str(judge.bank.dtype),
+        "dtype": str(judge.bank.dtype).removeprefix("torch."),
+        "layout": "channels_last",
     }
     return Verdict({"about": about, "plans": rows}, pictures)

@@ -28,10 +28,10 @@ def digits() -> Recipe:
     return Recipe(
         name="digits",
         data=DataSpec(size=8, channels=1),
-        train=TrainSpec(steps=800, batch=64, lr=5e-4, warmup=50, sample_every=400, save_every=200, ema_decay=0.99),
+        train=TrainSpec(steps=1000, batch=64, lr=1e-3, warmup=50, sample_every=500, save_every=200, ema_decay=0.99),
         slim=SlimSpec(),
         sample=SampleSpec(steps=20, batch=512),
-        search=SearchSpec(images=1024, error_images=512, fit=12, population=8, generations=3, genes=5),
+        search=SearchSpec(images=512, error_images=512, fit=12, population=8, generations=3, genes=5),
         eval=EvalSpec(images=2048, features="digits", bootstrap=300),
     )
 
@@ -52,7 +52,7 @@ def fashion16() -> Recipe:
         name="fashion16",
         data=DataSpec(size=16, channels=1),
         train=TrainSpec(steps=2500, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2500),
-        sample=SampleSpec(steps=20, batch=256),
+        sample=SampleSpec(steps=20, batch=128),
         search=SearchSpec(images=512, error_images=256, fit=12, population=8, generations=3, genes=10),
         eval=EvalSpec(images=2048),
     )
