@@ -1,11 +1,11 @@
 """The claim of DDSM on Fashion-MNIST, beside every control, as one table.
 
     python benchmarks/fashion.py --size 16            # with the models in benchmarks/models/
-    python benchmarks/fashion.py --size 16 --train    # trains them here first (resumable; 1.5 hours on 2 cores)
+    python benchmarks/fashion.py --size 16 --train  # trains them here first (resumable; 1.5 hours on 2 cores)
 
 Rows: dense DDIM at 50 and 20 steps, uniform widths, random plans, fewer steps at equal MACs, a small model trained
 alone for as long as the dense one, the searched plan; and the three searches (frontier alone, NSGA-II alone, both) at
-the same number of generated images. Everything goes to runs/fashion<size>/, the table also to benchmarks/fashion<size>.md.
+the same number of generated images. Everything goes to runs/fashion<size>/, the table to benchmarks/fashion<size>.md.
 """
 
 from __future__ import annotations

@@ -110,9 +110,9 @@ class SearchSpec:
     weights: Literal["influence", "uniform"] = "influence"
     images: int = 1024
     error_images: int = 64
-    fit: int = 24
-    population: int = 12
-    generations: int = 6
+    fit: int = 32
+    population: int = 8
+    generations: int = 2
     crossover: float = 0.9
     mutation: Literal["intended", "released"] = "intended"
     rate: float = 0.0

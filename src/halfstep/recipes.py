@@ -31,7 +31,7 @@ def digits() -> Recipe:
         train=TrainSpec(steps=1000, batch=64, lr=1e-3, warmup=50, sample_every=500, save_every=200, ema_decay=0.99),
         slim=SlimSpec(),
         sample=SampleSpec(steps=20, batch=512),
-        search=SearchSpec(images=512, error_images=512, fit=12, population=8, generations=3, genes=5),
+        search=SearchSpec(images=512, error_images=512, fit=20, population=8, generations=2, genes=5),
         eval=EvalSpec(images=2048, features="digits", bootstrap=300),
     )
 

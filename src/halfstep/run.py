@@ -20,7 +20,7 @@ from halfstep import disk
 from halfstep.bank import Bank, Shared, load_denoiser
 from halfstep.data import Images, load_images
 from halfstep.errors import HalfstepError, PlanError, RunError
-from halfstep.features import accuracy, feature_net_for, train_features
+from halfstep.features import feature_net_for, train_features
 from halfstep.find import Found, baselines, search_plan
 from halfstep.judge import Judge, check_fit, default_device, extractor_for, measure_plans, to_uint8
 from halfstep.loop import new_model, run_loop
@@ -120,15 +120,16 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     images = images_for(recipe, data)
     net = feature_net_for(images, seed=recipe.seed)
     steps = recipe.eval.feature_steps
-    with watch.stage("train features", steps) as told:
-        for record in train_features(net, images, steps=steps, seed=recipe.seed):
-            told(record.step, f"accuracy {record.accuracy:.1%}")
     test = None
     try:
         test = images_for(recipe, data, "test")
     except HalfstepError:
         watch.say("no test split: the accuracy is the training images'")
-    watch.say(f"feature network: accuracy {accuracy(net, test or images):.1%} on {'test' if test else 'train'} images")
+    with watch.stage("train features", steps) as told:
+        for record in train_features(net, images, test=test, steps=steps, seed=recipe.seed):
+            told(record.step, f"accuracy {record.accuracy:.1%}")
+    share = net.record["accuracy"]
+    watch.say(f"feature network: accuracy {share:.1%} on {'test' if test else 'training'} images")
     net.save(out)
     return out
 

@@ -41,8 +41,9 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
     first = next(iter(record["plans"].values()))["quality"]["fd"]
     note = (
         f"MMACs per image and trajectory. Wall-clock of whole trajectories at batch {about['batch']} on "
-        f"{about['device']}, {about['dtype']}, {about['layout']}, median of {about['repeats']} taken in turns. Fréchet distance (FD, "
-        f"lower is better) on {about['n']} images of the same seeds against {first['n_reference']} real ones, features "
+        f"{about['device']}, {about['dtype']}, {about['layout']}, "
+        f"median of {about['repeats']} taken in turns. Fréchet distance (FD, lower is better) on "
+        f"{about['n']} images of the same seeds against {first['n_reference']} real ones, features "
         f"{first['features']}; 95 % bootstrap intervals, the change is paired."
     )
     columns: tuple[str, ...] = ("", "MMACs", "MACs", "ms", "time", "FD", "change of FD", "KID", "precision", "recall")
