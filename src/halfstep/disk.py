@@ -92,6 +92,10 @@ def write_json(path: Path, record: object) -> None:
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_png(path: Path, picture: Any) -> None:
     """Write a Pillow image."""
     write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))

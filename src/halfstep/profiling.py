@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib.metadata
 import inspect
-import itertools
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -42,7 +42,8 @@ def example_inputs(
     Raises ModelError where the config lacks the shape, or the model needs other inputs.
     """
     model = _eager(model)
-    where, config = type(model).__name__, getattr(model, "config", None)
+    where = type(model).__name__
+    config: Any = getattr(model, "config", None)
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
     if size is None or channels is None:
         expected = "a diffusers config with sample_size and in_channels"
@@ -333,8 +334,17 @@ def _peak_mib_cpu(call: Callable[[], object]) -> float:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     events = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0]
-    changes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    return max(itertools.accumulate(changes, initial=0)) / 2**20
+    live: dict[object, int] = {}  # only what the call allocated: it may also free what was there before
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            live[address] = size
+            held += size
+        else:
+            held -= live.pop(address, 0)
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:

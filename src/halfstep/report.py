@@ -128,7 +128,7 @@ def write_report(report: Report, folder: Path) -> Path:
         pictures[f"{slug}-{same + 1}.png" if same else f"{slug}.png"] = png
     page = _page(report, list(pictures.values()))
     for name, png in pictures.items():
-        disk.write_atomic(folder / "figures" / name, lambda path, png=png: path.write_bytes(png))
+        disk.write_bytes(folder / "figures" / name, png)
     disk.write_text(folder / "report.html", page)
     return folder / "report.html"
 

@@ -219,7 +219,8 @@ def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) ->
     check_fit(bank, images)
     if recipe.eval.features == "own":
         features(data, out / "features", recipe, watch=watch)
-    bank.to(default_device(), memory_format=torch.channels_last)  # convolutions run up to twice as fast on CPUs
+    bank.to(default_device())
+    bank.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # up to twice as fast on CPUs
     extractor = extractor_for(recipe.eval.features, out / "features", str(bank.device))
     return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
 
