@@ -139,6 +139,13 @@ def test_a_saved_pipeline_gives_the_same_images(tmp_path):
     assert index["_class_name"] == "StepAwarePipeline" and (tmp_path / "p" / "scheduler").is_dir()
 
 
+def test_a_pipeline_moves_like_any_other():
+    bank = bank_of()
+    pipe = pipeline(bank, plan_of(bank)).to(torch.float64)
+    assert pipe.bank.dtype == torch.float64 and set(pipe.components) == {"bank", "scheduler"}
+    assert pipe(2, output_type="pt").images.dtype == torch.float64
+
+
 def test_output_types():
     bank = bank_of()
     pipe = pipeline(bank, plan_of(bank))

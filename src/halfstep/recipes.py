@@ -28,10 +28,10 @@ def digits() -> Recipe:
     return Recipe(
         name="digits",
         data=DataSpec(size=8, channels=1),
-        train=TrainSpec(steps=1000, batch=64, lr=1e-3, warmup=50, sample_every=500, save_every=200, ema_decay=0.99),
+        train=TrainSpec(steps=700, batch=64, lr=1e-3, warmup=50, sample_every=350, save_every=200, ema_decay=0.99),
         slim=SlimSpec(),
         sample=SampleSpec(steps=20, batch=512),
-        search=SearchSpec(images=512, error_images=512, fit=20, population=8, generations=2, genes=5),
+        search=SearchSpec(images=512, error_images=256, fit=20, population=6, generations=2, genes=5),
         eval=EvalSpec(images=2048, features="digits", bootstrap=300),
     )
 

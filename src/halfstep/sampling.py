@@ -194,6 +194,11 @@ class StepAwarePipeline(DiffusionPipeline):
         self.register_modules(bank=bank, scheduler=build_scheduler(plan))
         self.plan = plan
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """What `to` moves and what the folder holds."""
+        return {"bank": self.bank, "scheduler": self.scheduler}
+
     @torch.no_grad()
     def __call__(
         self,

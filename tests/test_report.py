@@ -1,0 +1,107 @@
+"""The report page; oracles: the html parser, decoded PNGs, the pixels that went in."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from halfstep.errors import RunError
+from halfstep.report import (
+    Curve,
+    Grid,
+    Heatmap,
+    Pareto,
+    PlanChart,
+    Report,
+    Series,
+    Table,
+    picture_grid,
+    rich_table,
+    write_report,
+)
+
+
+def full_report(rows: int = 20) -> Report:
+    steps = tuple(float(1000 - i) for i in range(rows))
+    images = np.random.default_rng(0).integers(0, 256, (9, 1, 8, 8), dtype=np.uint8)
+    return Report(
+        title='A <b>bold</b> & "quoted" report',
+        summary="Saves 50 % of the MACs & holds.",
+        facts={"machine": "<cpu>"},
+        tables=(Table(title="Plans", columns=("", "FD"), rows=(("ref <1>", "1.0"), ("plan", "1.1")), best=1),),
+        figures=(
+            Pareto(
+                title="Quality",
+                metric_label="FD",
+                series=(
+                    Series(name="reference", points=((1.0, 1.0, 0.8, 1.2),), style="star"),
+                    Series(name="plans", points=((0.5, 2.0, None, None), (0.3, 30.0, None, None)), style="points"),
+                ),
+                band=(0.8, 1.2),
+            ),
+            PlanChart(
+                title="Steps",
+                timesteps=steps,
+                entries=("w0.50",) * (rows - 1) + ("full",),
+                shares={"full": 1.0, "w0.50": 0.25},
+            ),
+            Heatmap(
+                title="Errors",
+                timesteps=steps,
+                entries=("full", "w0.50"),
+                values=np.ones((rows, 2)) * [0.0, 0.1],
+                label="mse",
+            ),
+            Curve(title="Loss", xlabel="step", ylabel="loss", lines={"supernet": ((1.0, 2.0), (2.0, 1.0))}),
+        ),
+        grids=(Grid(title="reference", images=images), Grid(title="plan", images=images)),
+        files={"plan.json": "the plan"},
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 20, 1000])
+def test_the_page_is_whole_escaped_and_self_contained(tmp_path, rows):
+    page = write_report(full_report(rows), tmp_path).read_text()
+    HTMLParser().feed(page)
+    assert not re.search(r"https?://(?!www\.w3\.org)", page)
+    assert "<b>bold" not in page and "ref &lt;1&gt;" in page and "Saves 50 % of the MACs &amp; holds." in page
+    pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(pictures) >= 6
+    for picture in pictures:
+        Image.open(io.BytesIO(base64.b64decode(picture))).verify()
+    assert len(list((tmp_path / "figures").glob("*.png"))) >= 4
+
+
+def test_a_grid_keeps_the_pixels():
+    images = np.random.default_rng(1).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    grid = np.asarray(picture_grid(images, columns=3, scale=4))
+    for k, image in enumerate(images):
+        y, x = k // 3 * (8 * 4 + 2), k % 3 * (8 * 4 + 2)
+        assert np.array_equal(grid[y + 2 : y + 32 : 4, x + 2 : x + 32 : 4], image.transpose(1, 2, 0))
+
+
+def test_an_empty_report_is_a_page(tmp_path):
+    report = Report(title="t", summary="s", facts={}, tables=(), figures=(), grids=())
+    assert "<title>t</title>" in write_report(report, tmp_path).read_text()
+
+
+def test_the_terminal_table_has_every_cell():
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(rich_table(full_report().tables[0]))
+    text = console.export_text()
+    assert all(cell in text for cell in ("ref <1>", "1.0", "plan", "1.1", "Plans"))
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError):
+        write_report(full_report(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

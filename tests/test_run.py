@@ -1,0 +1,148 @@
+"""The verbs end to end on digits; oracles: stock diffusers, a run's files, an uninterrupted twin of a killed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+
+from halfstep import run
+from halfstep.plan import StepPlan
+from halfstep.recipe import Recipe
+from halfstep.recipes import named
+from halfstep.sampling import StepAwarePipeline
+
+EDITS = """
+model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=40 train.batch=32
+train.save_every=10 train.log_every=5 train.sample_every=20 slim.widths=1,0.5 sample.steps=4 sample.batch=64
+search.images=32 search.error_images=32 search.fit=2 search.population=2 search.generations=1 search.genes=2
+eval.images=64 eval.bootstrap=20 eval.feature_steps=20
+""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
+
+
+def tiny(*edits: str) -> Recipe:
+    return Recipe().edit([*EDITS, *edits])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return run.train("digits", tmp_path_factory.mktemp("runs") / "dense", tiny())
+
+
+@pytest.fixture(scope="module")
+def finished(dense, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "half"
+    run.optimize(str(dense), "digits", out, tiny(), budget=0.5)
+    return out
+
+
+def test_a_trained_model_is_a_stock_diffusers_pipeline(dense):
+    pipe = DDPMPipeline.from_pretrained(dense)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(batch_size=1, num_inference_steps=2).images[0].size == (8, 8)
+    records = [json.loads(line) for line in (dense.parent / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(5, 41, 5))
+
+
+def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
+    plan = StepPlan.load(finished / "plan.json")
+    assert plan.share <= 0.5
+    names = "recipe.json cost.json errors.json search.jsonl plan.json quality.json pictures.npz samples.png report.html"
+    assert all((finished / name).is_file() for name in names.split())
+    pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
+    assert pipe.plan == plan
+    quality = json.loads((finished / "quality.json").read_text())["plans"]
+    assert quality["reference"]["difference"]["value"] == 0
+    for row in quality.values():
+        for one in row["quality"].values():
+            assert one["low"] <= one["value"] <= one["high"] and one["n"] == 64
+
+
+def test_a_finished_run_is_not_searched_again_and_can_be_reported_again(finished, dense):
+    before = (finished / "search.jsonl").read_bytes()
+    page = run.optimize(str(dense), "digits", finished, tiny(), budget=0.5)
+    assert (finished / "search.jsonl").read_bytes() == before
+    page.unlink()
+    assert run.report(finished) == page and page.is_file()
+
+
+def test_the_narrow_entry_is_a_plain_unet(finished, tmp_path):
+    pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
+    pipe.bank["w0.50"].save_pretrained(tmp_path / "narrow")
+    loaded = UNet2DModel.from_pretrained(tmp_path / "narrow").eval()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor(10)
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t).sample, pipe.bank["w0.50"](x, t).sample)
+
+
+def test_a_huge_tolerated_loss_finds_a_cheap_plan(finished, tmp_path):
+    found = run.search(str(finished), "digits", tmp_path / "o", tiny(), max_loss=1000.0)
+    assert found.plan.share < 0.5
+    record = run.evaluate(str(tmp_path / "o"), "digits", tmp_path / "e", tiny())
+    assert record["plans"]["plan"]["share"] == pytest.approx(found.plan.share)
+
+
+def test_sampled_files_do_not_depend_on_the_batch(finished, tmp_path):
+    for batch in (1, 8):
+        run.sample(str(finished), tmp_path / str(batch), count=5, seed=3, batch=batch)
+    for k in range(5):
+        name = f"{k:06d}.png"
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "8" / name).read_bytes()
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_other_predictions_and_classes_go_all_the_way(prediction, tmp_path):
+    recipe = tiny(f"noise.prediction={prediction}", "model.class_conditional=true", "train.steps=10")
+    model = run.train("digits", tmp_path / "dense", recipe)
+    done = run.compress_slimmable(str(model), "digits", tmp_path / "slim", recipe)
+    pipe = StepAwarePipeline.from_pretrained(done)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.bank.prediction_type == prediction and pipe.bank.config["num_class_embeds"] == 10
+    assert len(pipe(3).images) == 3
+
+
+def test_a_diffusers_config_can_be_trained_and_trained_on(dense, tmp_path):
+    config = str(dense / "unet" / "config.json")
+    first = run.train("digits", tmp_path / "a", tiny(f"model.config={config}", "train.steps=5"))
+    second = run.train("digits", tmp_path / "b", tiny("train.steps=5"), model=str(first))
+    assert DDPMPipeline.from_pretrained(second).unet.config.block_out_channels == [8, 16]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from halfstep import run
+from halfstep.recipe import Recipe
+run.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)
+"""
+
+
+def test_a_run_killed_in_training_and_in_the_search_ends_like_an_uninterrupted_one(finished, dense, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", SCRIPT, str(dense), str(out), *EDITS]
+    for sign in (out / "supernet" / "state" / "train.safetensors", out / "search.jsonl"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = time.time()
+        while not sign.exists() and process.poll() is None and time.time() - begun < 120:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert StepPlan.load(out / "plan.json") == StepPlan.load(finished / "plan.json")
+
+
+def test_every_named_recipe_builds_and_survives_json():
+    from halfstep.recipes import RECIPES
+
+    for name in RECIPES:
+        recipe = named(name)
+        assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+        assert recipe.name == name
