@@ -1,18 +1,21 @@
-"""Oracles: plain sums, JSON round trips."""
+"""Oracles: plain sums over the rows, plans printed by hand, JSON round trips, Python's own contract of equality and hash."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfstep.errors import PlanError, RunError
 from halfstep.plan import Row, StepPlan
 
 MACS = {"full": 100, "w0.50": 25, "w0.25": 7}
+unhurried = settings(deadline=None)
 
 
 def plan_of(entries, reference="full"):
@@ -27,47 +30,125 @@ def plan_of(entries, reference="full"):
     )
 
 
-PLANS = st.lists(st.sampled_from(list(MACS)), min_size=1, max_size=40).map(plan_of)
+@st.composite
+def any_plan(draw):
+    """Any names, timesteps, costs and (JSON-shaped) scheduler config."""
+    macs = draw(st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 10**13), min_size=1, max_size=5))
+    names = st.sampled_from(sorted(macs))
+    row = st.builds(Row, st.floats(0, 1e4, allow_nan=False), names)
+    value = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+    return StepPlan(
+        rows=tuple(draw(st.lists(row, min_size=1, max_size=25))),
+        scheduler=draw(st.text(min_size=1, max_size=8)),
+        scheduler_config=draw(
+            st.dictionaries(st.text(max_size=5), value | st.lists(value, max_size=3) | st.none(), max_size=4)
+        ),
+        steps=draw(st.integers(1, 1000)),
+        reference=draw(names),
+        entry_macs=macs,
+    )
 
 
+PLANS = st.lists(st.sampled_from(list(MACS)), min_size=1, max_size=40).map(plan_of) | any_plan()
+
+
+@unhurried
 @given(PLANS)
 def test_price_is_the_sum_of_the_steps_and_json_round_trips(plan):
-    assert plan.macs == sum(MACS[row.entry] for row in plan.rows)
-    assert plan.mean_macs == plan.macs / len(plan.rows)
-    assert plan.share == pytest.approx(plan.macs / plan.uniform().macs)
+    total = 0
+    for row in plan.rows:
+        total += plan.entry_macs[row.entry]
+    assert plan.macs == total
+    assert plan.mean_macs == total / len(plan.rows)
+    assert plan.share == pytest.approx(total / plan.uniform().macs)
     again = StepPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan and hash(again) == hash(plan)
 
 
+@unhurried
 @given(PLANS)
 def test_runs_cover_every_row_in_order(plan):
-    expanded = [entry for entry, _, _, count in plan.runs() for _ in range(count)]
+    runs = plan.runs()
+    expanded = [entry for entry, _, _, count in runs for _ in range(count)]
     assert tuple(expanded) == plan.entries
+    assert all(a[0] != b[0] for a, b in itertools.pairwise(runs))  # as long as can be
+    start = 0
+    for _, first, last, count in runs:
+        assert (first, last) == (plan.rows[start].timestep, plan.rows[start + count - 1].timestep)
+        start += count
 
 
+@unhurried
 @given(PLANS)
 def test_printing_explains_cost_and_stretches(plan):
     text = str(plan)
     assert "MMACs per image" in text and all(entry in text for entry in set(plan.entries))
+    assert f"{plan.macs / 1e6:,.1f} MMACs" in text and f"{plan.steps} steps" in text
+    assert f"{len(plan.rows)} network calls" in text and f"{1 - plan.share:.0%} less" in text
 
 
-def test_a_plan_is_immutable():
+def test_a_known_plan_prints_its_totals():
+    plan = replace(
+        plan_of(["full", "full", "w0.50", "full"]), entry_macs={"full": 2_000_000_000, "w0.50": 500_000_000, "w0.25": 1}
+    )
+    first, *stretches = str(plan).splitlines()
+    assert first == "DDIMScheduler, 4 steps, 4 network calls: 6,500.0 MMACs per image, 19% less than 'full' everywhere"
+    assert [line.split()[4:7] for line in stretches] == [
+        ["full", "2", "calls"],
+        ["w0.50", "1", "calls"],
+        ["full", "1", "calls"],
+    ]
+
+
+@unhurried
+@given(PLANS, st.randoms(use_true_random=False))
+def test_other_entries_change_the_entries_and_nothing_else(plan, random):
+    entries = [random.choice(sorted(plan.entry_macs)) for _ in plan.rows]
+    other = plan.with_entries(entries)
+    assert other.entries == tuple(entries) and isinstance(other.rows, tuple)
+    assert [row.timestep for row in other.rows] == [row.timestep for row in plan.rows]
+    assert other.with_entries(plan.entries) == plan
+    assert replace(other, rows=plan.rows) == plan
+    assert set(plan.uniform().entries) == {plan.reference} and plan.uniform().share == 1
+    assert set(plan.uniform(entries[0]).entries) == {entries[0]}
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(StepPlan)])
+def test_a_plan_is_immutable(field):
+    plan = plan_of(["full"])
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan_of(["full"]).steps = 3
+        setattr(plan, field, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.rows[0].entry = "w0.50"
+    assert isinstance(plan.rows, tuple) and isinstance(StepPlan.from_json(plan.to_json()).rows, tuple)
 
 
-@pytest.mark.parametrize("entries", [["full"], ["full", "nobody"], ["full", "full", "full"]])
+def test_equal_plans_have_one_hash_whatever_the_order_of_their_settings():
+    plan = replace(plan_of(["full", "w0.50"]), scheduler_config={"beta_start": 1e-4, "beta_end": 0.02})
+    same = replace(plan, scheduler_config={"beta_end": 0.02, "beta_start": 1e-4})
+    assert plan == same and hash(plan) == hash(same)
+    other = plan.with_entries(["w0.50", "full"])
+    assert len({plan, same, other}) == 2
+
+
+@pytest.mark.parametrize("entries", [[], ["full"], ["full", "nobody"], ["full", "full", "full"]])
 def test_wrong_entries_are_refused(entries):
     with pytest.raises(PlanError) as error:
         plan_of(["full", "w0.50"]).with_entries(entries)
     assert "\n" not in str(error.value)
+    if "nobody" in entries:
+        assert "'nobody'" in str(error.value) and all(name in str(error.value) for name in MACS)
 
 
-def test_no_rows_and_unknown_reference_are_refused():
+def test_no_rows_and_unknown_names_are_refused():
     with pytest.raises(PlanError):
         plan_of([])
     with pytest.raises(PlanError):
         plan_of(["full"], reference="nobody")
+    with pytest.raises(PlanError):
+        plan_of(["nobody"])
+    with pytest.raises(PlanError):
+        plan_of(["full"]).uniform("nobody")
 
 
 @pytest.mark.parametrize("field", ["rows", "scheduler", "scheduler_config", "steps", "reference", "entry_macs"])
@@ -79,13 +160,47 @@ def test_a_file_without_a_field_or_with_a_wrong_one_is_refused(field, tmp_path):
             continue
         with pytest.raises(PlanError) as error:
             StepPlan.load(tmp_path / "plan.json")
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and str(tmp_path / "plan.json") in str(error.value)
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(RunError):
         StepPlan.load(tmp_path / "plan.json")
 
 
-def test_save_and_load(tmp_path):
-    plan = plan_of(["w0.50", "full"])
-    plan.save(tmp_path / "plan.json")
-    assert StepPlan.load(tmp_path / "plan.json") == plan
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"rows": [[999.0]]},
+        {"rows": [["late", "full"]]},
+        {"rows": "full"},
+        {"rows": 3},
+        {"steps": "many"},
+        {"steps": float("inf")},
+        {"entry_macs": ["full"]},
+        {"entry_macs": {"full": "heavy"}},
+        {"entry_macs": {"full": float("nan")}},
+        {"entry_macs": {"full": float("inf")}},
+        {"scheduler_config": 5},
+        {"reference": "nobody"},
+        {"rows": []},
+    ],
+    ids=str,
+)
+def test_a_plan_of_another_shape_is_refused_in_one_line(edit, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({**plan_of(["full", "w0.25"]).to_json(), **edit}))
+    with pytest.raises(PlanError) as error:
+        StepPlan.load(tmp_path / "plan.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_plan_file_is_refused_by_name(tmp_path):
+    with pytest.raises(RunError) as error:
+        StepPlan.load(tmp_path / "nowhere.json")
+    assert "nowhere.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@settings(deadline=None, max_examples=15)
+@given(any_plan())
+def test_save_and_load(tmp_path_factory, plan):
+    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan.save(file)
+    assert StepPlan.load(file) == plan
