@@ -222,7 +222,7 @@ def build_model(config: Mapping[str, Any], *, where: object) -> ModelMixin:
         )
     try:
         model = MODEL_CLASSES[name].from_config(dict(config))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ModelError(
             got=f"a config that builds nothing ({error})", expected=f"a {name}", where=where, do="mend it"
         ) from error

@@ -139,7 +139,7 @@ class StepPlan:
             ) from error
         except PlanError:
             raise
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise PlanError(
                 got=str(error), expected="numbers", where=where, do="write it with StepPlan.save"
             ) from error
@@ -154,4 +154,5 @@ class StepPlan:
         return cls.from_json(record, where=file)
 
     def __hash__(self) -> int:
-        return hash((self.rows, self.scheduler, self.steps, json.dumps(dict(self.scheduler_config), default=str)))
+        config = json.dumps(dict(self.scheduler_config), sort_keys=True, default=str)  # equal mappings hash alike
+        return hash((self.rows, self.scheduler, self.steps, config))

@@ -56,9 +56,10 @@ def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
     groups = config["norm_num_groups"] or 1
     channels = []
     for full in config["block_out_channels"]:
-        c = round(full * width, 6)
+        c = round(full * width, 2)  # so that 1/3 may be written 0.333333, as the message below does
         if c != int(c) or c < 1 or c % groups:
-            usable = sorted({k * groups / full for k in range(1, full // groups + 1)})
+            shared = math.gcd(*(c // groups for c in config["block_out_channels"]))
+            usable = [k / shared for k in range(1, shared + 1)]
             raise ModelError(
                 got=f"{full} channels x {width} = {c:g}",
                 expected=f"a multiple of the model's {groups} norm groups",
