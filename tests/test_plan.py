@@ -1,4 +1,4 @@
-"""Oracles: plain sums over the rows, plans printed by hand, JSON round trips, Python's contract of equality and hash."""
+"""Oracles: plain sums over the rows, plans by hand, JSON round trips, Python's contract of equality and hash."""
 
 from __future__ import annotations
 
