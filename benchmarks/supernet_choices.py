@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from rich.table import Table
 from halfstep.bank import load_denoiser
 from halfstep.data import load_images
 from halfstep.recipe import NoiseSpec, SlimSpec, TrainSpec
-from halfstep.slimmable import Supernet, copy_of, sandwich_objective, sort_channels
+from halfstep.slimmable import Supernet, sandwich_objective, supernet_of
 from halfstep.train import Batch, Diffusion, TrainState, predictor, train
 
 VARIANTS = {
     "sorted, aligned, no distillation (paper's loss)": SlimSpec(distill="none"),
     "distil from the widest": SlimSpec(distill="widest"),
     "distil from the dense teacher": SlimSpec(distill="dense"),
+    "the same, shared timestep and noise": SlimSpec(distill="dense", shared_noise=True),
+    "the same, without width 1": SlimSpec(distill="dense", shared_noise=True, widths=(0.75, 0.5, 0.25)),
+    "own noise, without width 1": SlimSpec(distill="dense", widths=(0.75, 0.5, 0.25)),
     "not sorted": SlimSpec(distill="none", sort=False),
     "leading concat slices (released code)": SlimSpec(distill="none", concat="leading"),
     "shared timestep and noise": SlimSpec(distill="none", shared_noise=True),
@@ -53,6 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--only", default="", help="only variants whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("runs/supernet_choices.json"))
     args = parser.parse_args()
     dense, noise = load_denoiser(args.model)
@@ -64,24 +69,33 @@ def main() -> None:
     spec = TrainSpec(steps=args.steps, batch=args.batch, lr=args.lr, warmup=50, ema_decay=0.99, log_every=100)
     rows = {}
     for name, slim in VARIANTS.items():
-        net = sort_channels(dense) if slim.sort else copy_of(dense)
-        supernet = Supernet(net, slim.widths, slim.concat)
+        if args.only not in name:
+            continue
+        supernet = supernet_of(dense, slim)
+        net = supernet.model
         before = held_out_losses(supernet, diffusion, clean)
         teacher = predictor(dense) if slim.distill == "dense" else None
         state = TrainState.new(net, replace(spec))
+        begun = time.perf_counter()
         for _ in train(state, images, spec, sandwich_objective(supernet, diffusion.draw, slim, teacher), Accelerator()):
             pass
+        seconds = time.perf_counter() - begun
         net.load_state_dict(state.average())
-        rows[name] = {"before": before, "after": held_out_losses(supernet, diffusion, clean)}
-        print(name, [f"{x:.4f}" for x in before], "->", [f"{x:.4f}" for x in rows[name]["after"]], flush=True)
+        rows[name] = {"before": before, "after": held_out_losses(supernet, diffusion, clean), "seconds": seconds}
+        rows[name]["widths"] = supernet.widths
+        print(f"{name}: {[f'{x:.4f}' for x in rows[name]['after']]} in {seconds:.0f} s", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"widths": supernet.widths, "steps": args.steps, "rows": rows}, indent=2))
+    args.out.write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=2))
     table = Table(title=f"Held-out denoising loss by width after {args.steps} steps of batch {args.batch}")
     table.add_column("variant")
-    for width in supernet.widths:
+    widths = SlimSpec().widths
+    for width in widths:
         table.add_column(f"w{width:.2f} (before)", justify="right")
+    table.add_column("s a step", justify="right")
     for name, row in rows.items():
-        table.add_row(name, *(f"{a:.4f} ({b:.3f})" for a, b in zip(row["after"], row["before"], strict=True)))
+        losses = dict(zip(row["widths"], zip(row["after"], row["before"], strict=True), strict=True))
+        cells = [f"{losses[w][0]:.4f} ({losses[w][1]:.3f})" if w in losses else "—" for w in widths]
+        table.add_row(name, *cells, f"{row['seconds'] / args.steps:.2f}")
     Console().print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from halfstep import bank as bank_module
 from halfstep.bank import Bank, Shared, load_denoiser
 from halfstep.errors import HalfstepError, ModelError
+from halfstep.slices import cut_all
 from halfstep.slimmable import Supernet, width_name
 
 
@@ -42,11 +44,51 @@ def test_a_bank_round_trips_bit_exactly_with_shared_weights_stored_once(tmp_path
     bank.save_pretrained(tmp_path / "bank")
     stored = sorted(p.parent.name for p in (tmp_path / "bank").rglob("*.safetensors"))
     assert stored == ["full", "w1.00"]
+    held = sum(p.stat().st_size for p in (tmp_path / "bank").rglob("*.safetensors"))
+    weights = sum(p.numel() * p.element_size() for name in stored for p in bank[name].parameters())
+    assert weights <= held < 1.1 * weights + 50_000  # tensors, and the headers of two files
     again = Bank.from_pretrained(tmp_path / "bank")
     assert again.names == bank.names and again.reference == "full" and again.prediction_type == "epsilon"
+    assert not again.training and again.shared.keys() == bank.shared.keys()
     for name in bank:
+        for key, value in bank[name].config.items():
+            assert key.startswith("_") or json.dumps(again[name].config[key]) == json.dumps(value)
         for (key, a), b in zip(bank[name].state_dict().items(), again[name].state_dict().values(), strict=True):
             assert torch.equal(a, b), (name, key)
+        x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+        with torch.no_grad():
+            assert torch.equal(bank[name](x, t).sample, again[name](x, t).sample)
+
+
+def test_what_was_loaded_saves_to_the_same_bytes(tmp_path):
+    slim_bank().save_pretrained(tmp_path / "one")
+    Bank.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    one, two = (
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two and len(one) == 9  # bank.json; four config.json; two weights; two slices.json
+
+
+def test_a_shared_entry_follows_the_weights_of_its_source(tmp_path):
+    bank = slim_bank()
+    bank.save_pretrained(tmp_path / "bank")
+    again = Bank.from_pretrained(tmp_path / "bank")
+    source = again["w1.00"].state_dict()
+    for name, link in again.shared.items():
+        for key, value in cut_all(source, link.slices).items():
+            assert torch.equal(again[name].state_dict()[key], value), (name, key)
+
+
+def test_a_bank_is_a_read_only_mapping_of_names(tmp_path):
+    bank = slim_bank()
+    assert list(bank) == ["full", "w1.00", "w0.50", "w0.25"] and len(bank) == 4
+    assert "w0.50" in bank and "w0.33" not in bank
+    more = bank.with_entry("twin", net(5), "epsilon")
+    assert "twin" in more and "twin" not in bank and more["full"] is bank["full"]
+    assert more.shared.keys() == bank.shared.keys()
+    more.save_pretrained(tmp_path / "bank")
+    assert Bank.from_pretrained(tmp_path / "bank").names == more.names
 
 
 def test_an_entry_with_its_own_weights_is_a_stock_diffusers_folder(tmp_path):
@@ -61,6 +103,7 @@ def test_an_entry_with_its_own_weights_is_a_stock_diffusers_folder(tmp_path):
         (net(size=16), "epsilon", "sample_size"),
         (net(channels=3), "epsilon", "in_channels"),
         (net(num_class_embeds=10), "epsilon", "num_class_embeds"),
+        (net(class_embed_type="timestep"), "epsilon", "class_embed_type"),
         (net(2), "v_prediction", "prediction type"),
     ],
 )
@@ -68,87 +111,200 @@ def test_entries_that_cannot_stand_in_are_refused(other, kind, word):
     with pytest.raises(ModelError) as error:
         slim_bank().with_entry("other", other, kind)
     assert word in str(error.value) and "\n" not in str(error.value)
+    if kind == "epsilon":
+        with pytest.raises(ModelError, match=word):
+            Bank({"full": net(), "other": other}, "full", "epsilon")
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ModelError):
-        slim_bank()["w0.33"]
-    with pytest.raises(ModelError):
-        Bank({"full": net()}, "dense", "epsilon")
+def test_an_entry_with_other_output_channels_is_refused():
+    other = UNet2DModel(**{**net().config, "out_channels": 2})
+    with pytest.raises(ModelError, match="out_channels"):
+        slim_bank().with_entry("other", other, "epsilon")
+
+
+def test_a_loaded_bank_of_oblong_images_takes_a_new_entry(tmp_path):
+    oblong = [UNet2DModel(**{**net(seed).config, "sample_size": (8, 16)}) for seed in (0, 1)]
+    Bank({"full": oblong[0]}, "full", "epsilon").save_pretrained(tmp_path / "bank")
+    assert "twin" in Bank.from_pretrained(tmp_path / "bank").with_entry("twin", oblong[1], "epsilon")
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    bank = slim_bank()
+    for ask in (lambda: bank["w0.33"], lambda: Bank({"full": net(), "w1.00": net()}, "dense", "epsilon")):
+        with pytest.raises(ModelError) as error:
+            ask()
+        assert "full" in str(error.value) and "w1.00" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_denoiser_comes_from_a_pipeline_a_model_folder_or_a_run(tmp_path):
     model, scheduler = net(3), DDPMScheduler(prediction_type="v_prediction")
     DDPMPipeline(model, scheduler).save_pretrained(tmp_path / "run" / "pipeline")
     model.save_pretrained(tmp_path / "bare")
-    for place, kind in (("run", "v_prediction"), ("run/pipeline", "v_prediction"), ("bare", "epsilon")):
-        loaded, noise = load_denoiser(tmp_path / place)
-        assert torch.equal(loaded.conv_in.weight, model.conv_in.weight)
-        assert noise["prediction_type"] == kind
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    for place, kind in (
+        ("run", "v_prediction"),
+        ("run/pipeline", "v_prediction"),
+        ("run/pipeline/unet", "v_prediction"),
+        ("bare", "epsilon"),
+    ):
+        for source in (tmp_path / place, str(tmp_path / place)):
+            loaded, noise = load_denoiser(source)
+            with torch.no_grad():
+                assert torch.equal(loaded(x, t).sample, model(x, t).sample)
+            assert noise["prediction_type"] == kind and not loaded.training
 
 
-def broken_folders(tmp_path):
-    good = tmp_path / "good"
-    net().save_pretrained(good)
-
-    def copy(name):
-        folder = tmp_path / name
-        net().save_pretrained(folder)
-        return folder
-
-    yield tmp_path / "missing"
-    (tmp_path / "empty").mkdir()
-    yield tmp_path / "empty"
-    foreign = tmp_path / "foreign"
-    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).save_pretrained(foreign)
-    yield foreign
-    cut = copy("cut")
-    file = cut / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    yield cut
-    other = copy("other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "block_out_channels": [32, 32]}))
-    yield other
-    text = copy("text")
-    (text / "config.json").write_text("{ not json")
-    yield text
-    pickled = copy("pickled")
-    (pickled / "diffusion_pytorch_model.safetensors").rename(pickled / "diffusion_pytorch_model.bin")
-    yield pickled
-    unbuildable = copy("unbuildable")
-    (unbuildable / "config.json").write_text(json.dumps({**config, "norm_num_groups": 7}))
-    yield unbuildable
+def test_half_precision_weights_are_loaded_as_float32(tmp_path):
+    net(3).half().save_pretrained(tmp_path / "half")
+    loaded, _ = load_denoiser(tmp_path / "half")
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.conv_in.weight, net(3).conv_in.weight.half().float())
 
 
-def test_broken_model_folders_are_refused_in_one_line_that_names_them(tmp_path):
-    for folder in broken_folders(tmp_path):
-        with pytest.raises(HalfstepError) as error:
-            load_denoiser(folder)
-        assert folder.name in str(error.value) and "\n" not in str(error.value)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def test_a_failed_save_leaves_the_old_bank_untouched(tmp_path, monkeypatch):
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def cut_file(folder, keep):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:keep])
+
+
+def empty(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def foreign(folder):
+    empty(folder)
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).save_pretrained(folder)
+
+
+BROKEN = {
+    "missing": shutil.rmtree,
+    "empty": empty,
+    "foreign class": foreign,
+    "class of no library": lambda f: edit_config(f, _class_name="os.system"),
+    "no class": lambda f: edit_config(f, _class_name=None),
+    "weights without the tail": lambda f: cut_file(f, -1000),
+    "weights without a whole header": lambda f: cut_file(f, 100),
+    "empty weights": lambda f: cut_file(f, 0),
+    "weights of another shape": lambda f: edit_config(f, block_out_channels=[32, 32]),
+    "weights of another depth": lambda f: edit_config(f, layers_per_block=2),
+    "no weights": lambda f: (f / WEIGHTS).unlink(),
+    "pickled weights only": lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"),
+    "config that is no JSON": lambda f: (f / "config.json").write_text("{ not json"),
+    "config that is binary": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
+    "config that is a list": lambda f: (f / "config.json").write_text("[]"),
+    "config that is a folder": lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "groups that do not divide": lambda f: edit_config(f, norm_num_groups=7),
+    "no groups": lambda f: edit_config(f, norm_num_groups=0),
+    "unknown blocks": lambda f: edit_config(f, down_block_types=["Nope", "Nope"]),
+    "channels that are no list": lambda f: edit_config(f, block_out_channels="wide"),
+}
+
+
+@pytest.mark.parametrize("place", ["model", "pipeline"])
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_model_folders_are_refused_in_one_line_that_names_them(how, place, tmp_path):
+    whole = tmp_path / "whole"
+    if place == "pipeline":
+        DDPMPipeline(net(), DDPMScheduler()).save_pretrained(whole)
+        inner = whole / "unet"
+        if how == "missing":
+            BROKEN[how](whole)
+        else:
+            BROKEN[how](inner)
+    else:
+        net().save_pretrained(whole)
+        BROKEN[how](whole)
+    with pytest.raises(ModelError) as error:
+        load_denoiser(whole)
+    assert str(whole) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pickle_is_named_and_never_opened(tmp_path):
+    net().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / WEIGHTS).unlink()
+    trap = b"cos\nsystem\n(S'touch " + str(tmp_path / "sprung").encode() + b"'\ntR."
+    (tmp_path / "m" / "diffusion_pytorch_model.bin").write_bytes(trap)
+    with pytest.raises(ModelError, match="pickle"):
+        load_denoiser(tmp_path / "m")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_file_is_not_a_model_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError) as error:
+        load_denoiser(tmp_path / "model.safetensors")
+    assert str(tmp_path / "model.safetensors") in str(error.value)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failed_save_leaves_the_old_bank_untouched(nth, tmp_path, monkeypatch):
     bank = slim_bank()
     bank.save_pretrained(tmp_path / "bank")
     before = {p: p.read_bytes() for p in (tmp_path / "bank").rglob("*") if p.is_file()}
+    write, calls = bank_module.save_file, []
 
     def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        calls.append(args)
+        if len(calls) == nth:
+            raise OSError(28, "No space left on device")
+        return write(*args, **kwargs)
 
+    other = Bank({"full": net(7), "twin": net(8)}, "full", "epsilon")
     monkeypatch.setattr(bank_module, "save_file", full_disk)
     with pytest.raises(HalfstepError, match="full disk"):
-        bank.save_pretrained(tmp_path / "bank")
+        other.save_pretrained(tmp_path / "bank")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    again = Bank.from_pretrained(tmp_path / "bank")
+    assert again.names == bank.names and torch.equal(again["full"].conv_in.weight, bank["full"].conv_in.weight)
 
 
-def test_broken_banks_are_refused(tmp_path):
-    bank = slim_bank()
-    bank.save_pretrained(tmp_path / "bank")
-    record = json.loads((tmp_path / "bank" / "bank.json").read_text())
-    (tmp_path / "bank" / "bank.json").write_text(json.dumps({k: v for k, v in record.items() if k != "entries"}))
-    with pytest.raises(HalfstepError):
+def test_saving_over_a_bank_replaces_it_whole(tmp_path):
+    slim_bank().save_pretrained(tmp_path / "bank")
+    Bank({"alone": net(7)}, "alone", "epsilon").save_pretrained(tmp_path / "bank")
+    assert sorted(p.name for p in (tmp_path / "bank").iterdir()) == ["alone", "bank.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bank"]
+
+
+def edit_record(file, edit):
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(edit(record)))
+
+
+BROKEN_BANKS = {
+    "no bank.json": lambda f: (f / "bank.json").unlink(),
+    "bank.json cut": lambda f: (f / "bank.json").write_text('{"entries": ["fu'),
+    "bank.json is a list": lambda f: (f / "bank.json").write_text("[]"),
+    "no entries": lambda f: edit_record(f / "bank.json", lambda r: {k: v for k, v in r.items() if k != "entries"}),
+    "no reference": lambda f: edit_record(f / "bank.json", lambda r: {k: v for k, v in r.items() if k != "reference"}),
+    "entries are a number": lambda f: edit_record(f / "bank.json", lambda r: {**r, "entries": 3}),
+    "an unknown reference": lambda f: edit_record(f / "bank.json", lambda r: {**r, "reference": "nobody"}),
+    "an entry without a folder": lambda f: shutil.rmtree(f / "w0.25"),
+    "a source without a folder": lambda f: shutil.rmtree(f / "w1.00"),
+    "a source without weights": lambda f: (f / "w1.00" / WEIGHTS).unlink(),
+    "slices cut": lambda f: (f / "w0.50" / "slices.json").write_text('{"of": "w1'),
+    "slices of some weights only": lambda f: edit_record(
+        f / "w0.50" / "slices.json", lambda r: {**r, "slices": dict(list(r["slices"].items())[:3])}
+    ),
+    "slices beyond the weights": lambda f: edit_record(
+        f / "w0.50" / "slices.json",
+        lambda r: {**r, "slices": {k: [[[900, 5]] for _ in v] for k, v in r["slices"].items()}},
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_BANKS)
+def test_broken_banks_are_refused_in_one_line_that_names_them(how, tmp_path):
+    slim_bank().save_pretrained(tmp_path / "bank")
+    BROKEN_BANKS[how](tmp_path / "bank")
+    with pytest.raises(HalfstepError) as error:
         Bank.from_pretrained(tmp_path / "bank")
-    (tmp_path / "bank" / "bank.json").unlink()
-    with pytest.raises(HalfstepError):
-        Bank.from_pretrained(tmp_path / "bank")
+    assert "bank" in str(error.value) and "\n" not in str(error.value)

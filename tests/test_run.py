@@ -66,6 +66,13 @@ def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
             assert one["low"] <= one["value"] <= one["high"] and one["n"] == 64
 
 
+def test_a_supernet_may_leave_the_dense_width_out(dense, tmp_path):
+    folder = run.compress_slimmable(str(dense), "digits", tmp_path, tiny("slim.widths=0.5", "train.steps=4"))
+    pipe = StepAwarePipeline.from_pretrained(folder)
+    assert list(pipe.bank) == ["full", "w0.50"]
+    assert tuple(pipe.bank["w0.50"].config.block_out_channels) == (4, 8)
+
+
 def test_a_finished_run_is_not_searched_again_and_can_be_reported_again(finished, dense):
     before = (finished / "search.jsonl").read_bytes()
     page = run.optimize(str(dense), "digits", finished, tiny(), budget=0.5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -19,6 +21,7 @@ from halfstep.sampling import (
     StepAwarePipeline,
     fewer_steps,
     image_generators,
+    plan_for,
     reference_plan,
     sample_images,
 )
@@ -56,34 +59,73 @@ def pipeline(bank, plan):
     return pipe
 
 
-@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
-def test_the_reference_everywhere_equals_the_stock_pipeline(kind):
+STOCK = {"ddim": (DDIMPipeline, DDIMScheduler), "ddpm": (DDPMPipeline, DDPMScheduler)}
+
+
+@pytest.mark.parametrize("generators", ["one per image", "one for all"])
+@pytest.mark.parametrize("options", [{}, {"prediction_type": "v_prediction", "clip_sample_range": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", STOCK)
+def test_the_reference_everywhere_equals_the_stock_pipeline(kind, options, generators):
+    def fresh():
+        return image_generators(4, 0, 3) if generators == "one per image" else torch.Generator().manual_seed(4)
+
     bank = bank_of()
-    mine = pipeline(bank, plan_of(bank, kind, 7))(3, generator=image_generators(4, 0, 3), output_type="np").images
-    cls, scheduler = (DDIMPipeline, DDIMScheduler) if kind == "ddim" else (DDPMPipeline, DDPMScheduler)
-    stock = cls(bank["full"], scheduler())
+    noise = DDPMScheduler(**options).config
+    plan = reference_plan(bank, noise, SampleSpec(scheduler=kind, steps=7), {"full": 4, "slim": 1})
+    mine = pipeline(bank, plan)(3, generator=fresh(), output_type="np").images
+    cls, scheduler = STOCK[kind]
+    stock = cls(bank["full"], scheduler(**options))
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(3, generator=image_generators(4, 0, 3), num_inference_steps=7, output_type="np").images
+    theirs = stock(3, generator=fresh(), num_inference_steps=7, output_type="np").images
     assert np.array_equal(mine, theirs)
+
+
+def straight_loop(model, scheduler, steps, generators):
+    """What a diffusers user writes: [B,C,H,W] in [0, 1]."""
+    scheduler.set_timesteps(steps)
+    options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    x = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in generators]) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        prediction = model(scheduler.scale_model_input(x, t), t).sample
+        x = scheduler.step(prediction, t, x, **options).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 @torch.no_grad()
-def test_any_scheduler_equals_a_straight_loop_over_it(kind):
-    bank, generators = bank_of(), image_generators(1, 0, 2)
+def test_any_sampler_of_a_recipe_equals_a_straight_loop_over_its_scheduler(kind):
+    bank = bank_of()
     plan = plan_of(bank, kind, 6)
     mine = pipeline(bank, plan)(2, generator=image_generators(1, 0, 2), output_type="pt").images
     scheduler = getattr(diffusers, plan.scheduler).from_config(dict(plan.scheduler_config))
-    scheduler.set_timesteps(6)
-    x = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in generators]) * scheduler.init_noise_sigma
-    options = {"generator": generators} if kind in ("ddpm", "ddim", "euler", "dpmsolver++") else {}
-    for t in scheduler.timesteps:
-        prediction = bank["full"](scheduler.scale_model_input(x, t), t).sample
-        x = scheduler.step(prediction, t, x, **options).prev_sample
-    assert torch.equal(mine, (x / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(mine, straight_loop(bank["full"], scheduler, 6, image_generators(1, 0, 2)))
 
 
-@pytest.mark.parametrize("kind", ["ddim", "ddpm", "heun"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", use_karras_sigmas=True),
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+        diffusers.EulerAncestralDiscreteScheduler(),
+        diffusers.KDPM2DiscreteScheduler(),
+        diffusers.LMSDiscreteScheduler(),
+        diffusers.PNDMScheduler(),
+        diffusers.UniPCMultistepScheduler(),
+        diffusers.DEISMultistepScheduler(),
+        diffusers.DDIMScheduler(timestep_spacing="trailing", rescale_betas_zero_snr=True),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+@torch.no_grad()
+def test_a_scheduler_of_the_users_own_equals_a_straight_loop_over_it(scheduler):
+    bank = bank_of()
+    plan = plan_for(bank, scheduler, 6, {"full": 4})
+    mine = pipeline(bank, plan)(2, generator=image_generators(1, 0, 2), output_type="pt").images
+    own = type(scheduler).from_config(scheduler.config)
+    assert torch.equal(mine, straight_loop(bank["full"], own, 6, image_generators(1, 0, 2)))
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_narrow_plan_equals_the_static_narrow_net(kind):
     bank = bank_of()
     plan = plan_of(bank, kind)
@@ -97,12 +139,35 @@ def test_a_narrow_plan_equals_the_static_narrow_net(kind):
 def test_an_image_depends_on_its_seed_and_number_alone(kind):
     bank = bank_of().double()  # untrained networks amplify the last bit of float32
     plan = plan_of(bank, kind).with_entries(["full", "slim"] * (len(plan_of(bank, kind).rows) // 2) + ["slim"])
-    whole = torch.cat(list(sample_images(bank, plan, 7, seed=9, batch=7)))
+    whole = torch.cat(list(sample_images(bank, plan, 8, seed=9, batch=8)))
     for batch in (1, 3):
-        parts = torch.cat(list(sample_images(bank, plan, 7, seed=9, batch=batch)))
+        parts = torch.cat(list(sample_images(bank, plan, 8, seed=9, batch=batch)))
         assert torch.allclose(parts, whole, atol=1e-5)
-    later = torch.cat(list(sample_images(bank, plan, 2, seed=9, batch=2, first=5)))
-    assert torch.allclose(later, whole[5:], atol=1e-5)
+    later = torch.cat(list(sample_images(bank, plan, 2, seed=9, batch=2, first=6)))
+    assert torch.allclose(later, whole[6:], atol=1e-5)
+    assert not torch.allclose(torch.cat(list(sample_images(bank, plan, 8, seed=10, batch=8))), whole, atol=1e-2)
+    assert all(not torch.allclose(whole[i], whole[i + 1], atol=1e-2) for i in range(7))
+    pipe = pipeline(bank, plan)
+    ones = [pipe(n, seed=9, output_type="pt").images for n in (1, 3, 8)]
+    assert all(torch.allclose(images, (whole[: len(images)] / 2 + 0.5), atol=1e-5) for images in ones)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_each_row_runs_its_entry_at_its_timestep_noisiest_first(kind):
+    bank = bank_of()
+    plan = plan_of(bank, kind, 5)
+    pattern = torch.randint(2, (len(plan.rows),), generator=torch.Generator().manual_seed(3)).tolist()
+    plan = plan.with_entries([("full", "slim")[i] for i in pattern])
+    called = []
+    for name in bank:
+        bank[name].register_forward_pre_hook(
+            lambda _, args, name=name: called.append((float(args[1]), name)), with_kwargs=False
+        )
+    pipeline(bank, plan)(2)
+    assert called == [(row.timestep, row.entry) for row in plan.rows]
+    times = [t for t, _ in called]
+    assert times == sorted(times, reverse=True)
+    assert plan.macs == sum({"full": 4, "slim": 1}[name] for _, name in called)
 
 
 def test_heun_has_a_row_for_each_evaluation_and_each_row_runs_its_entry():
@@ -117,7 +182,23 @@ def test_heun_has_a_row_for_each_evaluation_and_each_row_runs_its_entry():
     assert called == entries
 
 
-def test_class_labels_reach_the_network():
+@torch.no_grad()
+def test_class_labels_reach_every_call_of_every_entry():
+    bank = bank_of(num_class_embeds=4)
+    plan = plan_of(bank, "ddim", 4).with_entries(["full", "slim", "slim", "full"])
+    mine = pipeline(bank, plan)(3, class_labels=[2, 0, 3], generator=image_generators(1, 0, 3), output_type="pt").images
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(4)
+    x = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in image_generators(1, 0, 3)])
+    for t, name in zip(scheduler.timesteps, plan.entries, strict=True):
+        x = scheduler.step(bank[name](x, t, class_labels=torch.tensor([2, 0, 3])).sample, t, x).prev_sample
+    assert torch.equal(mine, (x / 2 + 0.5).clamp(0, 1))
+    images = torch.cat(list(sample_images(bank, plan, 5, seed=2, labels=lambda k: 3 - k % 2)))
+    theirs = pipeline(bank, plan)(5, class_labels=[3, 2, 3, 2, 3], seed=2, output_type="pt").images
+    assert torch.equal(images / 2 + 0.5, theirs)
+
+
+def test_without_labels_the_classes_come_in_turn():
     bank = bank_of(num_class_embeds=4)
     pipe = pipeline(bank, plan_of(bank))
     images = pipe(4, seed=0, output_type="pt").images
@@ -125,18 +206,21 @@ def test_class_labels_reach_the_network():
     assert not torch.equal(images, pipe(4, class_labels=[3, 3, 3, 3], seed=0, output_type="pt").images)
 
 
-def test_a_saved_pipeline_gives_the_same_images(tmp_path):
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
     bank = bank_of()
-    pipe = pipeline(bank, plan_of(bank).with_entries(["slim", "slim", "full", "slim", "full"]))
+    plan = plan_of(bank, kind)
+    pipe = pipeline(bank, plan.with_entries([("slim", "full")[i % 3 == 2] for i in range(len(plan.rows))]))
     pipe.save_pretrained(tmp_path / "p")
     again = StepAwarePipeline.from_pretrained(tmp_path / "p")
     again.set_progress_bar_config(disable=True)
     assert again.plan == pipe.plan
     first = pipe(2, output_type="pt").images
     assert torch.equal(first, again(2, output_type="pt").images)
-    assert torch.equal(first, pipe(2, output_type="pt").images)  # a fresh scheduler for every trajectory
     index = json.loads((tmp_path / "p" / "model_index.json").read_text())
-    assert index["_class_name"] == "StepAwarePipeline" and (tmp_path / "p" / "scheduler").is_dir()
+    assert index["_class_name"] == "StepAwarePipeline"
+    stock = getattr(diffusers, plan.scheduler).from_pretrained(tmp_path / "p", subfolder="scheduler")
+    assert type(stock) is type(again.scheduler)
 
 
 def test_a_pipeline_moves_like_any_other():
@@ -146,13 +230,53 @@ def test_a_pipeline_moves_like_any_other():
     assert pipe(2, output_type="pt").images.dtype == torch.float64
 
 
-def test_output_types():
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_trajectory_has_a_fresh_scheduler(kind):
     bank = bank_of()
-    pipe = pipeline(bank, plan_of(bank))
-    assert pipe(2).images[0].size == (8, 8)
-    array = pipe(2, output_type="np").images
-    assert array.shape == (2, 8, 8, 1) and array.min() >= 0 and array.max() <= 1
-    assert pipe(2, output_type="pt", return_dict=False)[0].shape == (2, 1, 8, 8)
+    pipe = pipeline(bank, plan_of(bank, kind))
+    first = pipe(2, output_type="pt").images
+    other = pipe(3, seed=5, output_type="pt").images
+    assert torch.equal(first, pipe(2, output_type="pt").images)
+    assert torch.equal(other, pipe(3, seed=5, output_type="pt").images)
+
+
+def test_a_plan_given_to_the_call_takes_the_place_of_the_pipelines_own():
+    bank = bank_of()
+    plan = plan_of(bank)
+    pipe = pipeline(bank, plan)
+    for other in (plan.uniform("slim"), fewer_steps(plan, 3), plan_of(bank, "heun", 4)):
+        assert torch.equal(
+            pipe(2, plan=other, output_type="pt").images, pipeline(bank, other)(2, output_type="pt").images
+        )
+    assert pipe.plan == plan
+
+
+def test_output_types():
+    from PIL import Image
+
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        model = UNet2DModel(**{**net(0, 16).config, "in_channels": channels, "out_channels": channels}).eval()
+        bank = Bank({"full": model}, "full", "epsilon")
+        pipe = pipeline(bank, reference_plan(bank, DDPMScheduler().config, SampleSpec(steps=3), {"full": 1}))
+        tensor = pipe(2, output_type="pt").images
+        array = pipe(2, output_type="np").images
+        pictures = pipe(2).images
+        assert tensor.shape == (2, channels, 8, 8) and tensor.dtype == torch.float32
+        assert isinstance(array, np.ndarray) and array.shape == (2, 8, 8, channels)
+        assert tensor.min() >= 0 and tensor.max() <= 1 and tensor.std() > 0.01
+        assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+        assert len(pictures) == 2 and all(isinstance(p, Image.Image) and p.size == (8, 8) for p in pictures)
+        assert all(p.mode == mode for p in pictures)
+        shown = np.stack([np.asarray(p).reshape(8, 8, channels) for p in pictures])
+        assert np.array_equal(shown, (array * 255).round().astype(np.uint8))
+        assert torch.equal(pipe(2, output_type="pt", return_dict=False)[0], tensor)
+
+
+def test_oblong_images_are_oblong():
+    bank = Bank({"full": UNet2DModel(**{**net(0, 16).config, "sample_size": (8, 16)}).eval()}, "full", "epsilon")
+    plan = reference_plan(bank, DDPMScheduler().config, SampleSpec(steps=2), {"full": 1})
+    assert next(sample_images(bank, plan, 2, seed=0)).shape == (2, 1, 8, 16)
+    assert pipeline(bank, plan)(1, generator=torch.Generator()).images[0].size == (16, 8)
 
 
 def test_fewer_steps_is_a_plan_of_the_same_sampler():
@@ -165,23 +289,52 @@ def test_fewer_steps_is_a_plan_of_the_same_sampler():
     )
 
 
-def test_plans_that_do_not_fit_are_refused(tmp_path):
+def test_plans_that_do_not_fit_are_refused():
     bank = bank_of()
     plan = plan_of(bank)
-    from dataclasses import replace
-
     wrong = [
         replace(plan, rows=(Row(5.0, "full"), *plan.rows[1:])),
+        replace(plan, rows=(Row(float("nan"), "full"), *plan.rows[1:])),
+        replace(plan, rows=plan.rows[::-1]),
         replace(plan, rows=plan.rows[:-1]),
+        replace(plan, rows=(*plan.rows, plan.rows[-1])),
+        replace(plan, steps=plan.steps + 1),
+        replace(plan, scheduler_config={**plan.scheduler_config, "timestep_spacing": "trailing"}),
+        replace(plan, scheduler="DDPMPipeline"),
         replace(plan, scheduler="UNet2DModel"),
         replace(plan, scheduler="NoSuchScheduler"),
+        replace(plan, scheduler="__version__"),
         replace(plan, entry_macs={**plan.entry_macs, "w9": 1}, rows=(Row(plan.rows[0].timestep, "w9"), *plan.rows[1:])),
     ]
     for bad in wrong:
         with pytest.raises(PlanError) as error:
             pipeline(bank, bad)
         assert "\n" not in str(error.value)
-    with pytest.raises(PlanError):
-        pipeline(bank, plan)(2, generator=image_generators(0, 0, 3))
-    with pytest.raises(HalfstepError):
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_list_of_generators_that_is_not_one_per_image_is_refused(count):
+    bank = bank_of()
+    with pytest.raises(PlanError) as error:
+        pipeline(bank, plan_of(bank))(2, generator=image_generators(0, 0, count))
+    assert f"{count} generators" in str(error.value) and "2" in str(error.value)
+
+
+def test_folders_that_hold_no_pipeline_are_refused(tmp_path):
+    with pytest.raises(HalfstepError) as error:
         StepAwarePipeline.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    bank = bank_of()
+    DDPMPipeline(bank["full"], DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    with pytest.raises(PlanError, match="DDPMPipeline"):
+        StepAwarePipeline.from_pretrained(tmp_path / "stock")
+    pipeline(bank, plan_of(bank)).save_pretrained(tmp_path / "p")
+    file = tmp_path / "p" / "plan.json"
+    record = json.loads(file.read_text())
+    record["entry_macs"]["w9"], record["rows"][0][1] = 1, "w9"
+    file.write_text(json.dumps(record))
+    with pytest.raises(PlanError, match="w9"):
+        StepAwarePipeline.from_pretrained(tmp_path / "p")
+    file.unlink()
+    with pytest.raises(HalfstepError, match=r"plan\.json"):
+        StepAwarePipeline.from_pretrained(tmp_path / "p")

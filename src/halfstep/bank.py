@@ -114,7 +114,7 @@ class Bank(torch.nn.Module):
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self[name].config, self.config
         for key in ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
-            if mine.get(key) != theirs.get(key):
+            if json.dumps(mine.get(key)) != json.dumps(theirs.get(key)):  # (8, 8) is [8, 8] once loaded
                 raise ModelError(
                     got=f"{key} {mine.get(key)}",
                     expected=f"{theirs.get(key)}, as the reference {self.reference!r}",

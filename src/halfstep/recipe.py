@@ -71,10 +71,11 @@ class TrainSpec:
 class SlimSpec:
     """DDSM's supernet. `sandwich` is the n of the sandwich rule: widest, narrowest and n - 2 random widths a step.
 
+    `widths`: without 1.0 the supernet is cut to the widest of them; the dense model stays in the bank as "full" anyway.
     `concat`: "aligned" slices each segment of a concatenated input, "leading" is the released code's prefix.
     `sort`: order the pretrained channels by importance first (the function at full width is kept).
-    `distill`: what the narrow nets regress to: the noise ("none", the paper), or the widest net's prediction, or the
-    dense teacher's.
+    `distill`: what the nets regress to: the noise ("none", the paper), or the narrower ones to the widest net's
+    prediction, or all to the dense teacher's.
     `shared_noise`: one draw of timestep and noise for all widths of a step instead of one each.
     """
 
@@ -349,10 +350,10 @@ def _check(recipe: Recipe) -> None:
         if not 0 <= values[name] <= 1:
             raise RecipeError(got=values[name], expected="a number in [0, 1]", where=name, do="change it with --set")
     widths = recipe.slim.widths
-    if 1.0 not in widths or not all(0 < w <= 1 for w in widths) or len(set(widths)) != len(widths):
+    if not widths or not all(0 < w <= 1 for w in widths) or len(set(widths)) != len(widths):
         raise RecipeError(
             got=widths,
-            expected="different widths in (0, 1] with 1 among them",
+            expected="different widths in (0, 1]",
             where="slim.widths",
             do="write e.g. --set slim.widths=1,0.75,0.5,0.25",
         )

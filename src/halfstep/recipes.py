@@ -51,7 +51,8 @@ def fashion16() -> Recipe:
     return Recipe(
         name="fashion16",
         data=DataSpec(size=16, channels=1),
-        train=TrainSpec(steps=2500, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2500),
+        train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
+        slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
         search=SearchSpec(images=512, error_images=256, fit=12, population=8, generations=3, genes=10),
         eval=EvalSpec(images=2048),
@@ -64,7 +65,7 @@ def fashion32_dense() -> Recipe:
         name="fashion32-dense",
         model=ModelSpec(channels=(32, 64, 64), attention=(False, False, False), head_dim=32, groups=8),
         data=DataSpec(size=32, channels=1),
-        train=TrainSpec(steps=6000, batch=64, lr=1e-3, save_every=250, sample_every=2000),
+        train=TrainSpec(steps=4500, batch=64, lr=1e-3, save_every=250, sample_every=1500),
     )
 
 
@@ -73,7 +74,8 @@ def fashion32() -> Recipe:
     return Recipe(
         name="fashion32",
         data=DataSpec(size=32, channels=1),
-        train=TrainSpec(steps=4000, batch=64, lr=1e-3, save_every=250, sample_every=2000),
+        train=TrainSpec(steps=4000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2000),
+        slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
         search=SearchSpec(images=512, error_images=256, fit=12, population=8, generations=3, genes=10),
         eval=EvalSpec(images=2048),

@@ -29,7 +29,7 @@ from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
-from halfstep.slimmable import Supernet, copy_of, sandwich_objective, sort_channels, width_name
+from halfstep.slimmable import Supernet, copy_of, sandwich_objective, supernet_of, width_name
 from halfstep.story import tell
 from halfstep.train import Diffusion, TrainState, dense_objective, predictor
 from halfstep.watch import SILENT, Watch
@@ -144,8 +144,8 @@ def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watc
     """
     dense, noise = load_denoiser(model)
     recipe = _with_noise(fit_data(recipe, dense.config), noise)
-    net = sort_channels(dense) if recipe.slim.sort else copy_of(dense)
-    supernet = Supernet(net, recipe.slim.widths, recipe.slim.concat)  # refuses widths before anything is written
+    supernet = supernet_of(dense, recipe.slim)  # refuses widths before anything is written
+    net = supernet.model
     out = open_run(out, recipe, {"verb": "compress slimmable", "model": str(model), "data": data})
     done = out / "pipeline"
     if (done / "model_index.json").is_file():
@@ -153,14 +153,14 @@ def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watc
     images = images_for(recipe, data)
     check_fit(Bank({"full": dense}, "full", recipe.noise.prediction), images)
     diffusion = Diffusion(recipe.noise)
-    narrowest = min(supernet.widths)
 
     def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         twin = copy_of(net)
         twin.load_state_dict(weights)
-        bank = slim_bank(dense, Supernet(twin, recipe.slim.widths, recipe.slim.concat), recipe.noise.prediction)
+        twins = Supernet(twin, supernet.widths, recipe.slim.concat, supernet.own)
+        bank = slim_bank(dense, twins, recipe.noise.prediction)
         plan = reference_plan(bank, noise, replace(recipe.sample, scheduler="ddim", steps=20), dict.fromkeys(bank, 1))
-        rows = [plan.uniform(name) for name in ("full", "w1.00", width_name(narrowest))]
+        rows = [plan.uniform(name) for name in bank]
         return torch.cat([x for p in rows for x in sample_images(bank, p, 16, seed=1234)])
 
     dense.to(default_device())
@@ -181,7 +181,7 @@ def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watc
 def slim_bank(dense: UNet2DModel, supernet: Supernet, prediction: str) -> Bank:
     """The bank of a supernet: the dense reference "full", and every width, sharing the widest one's stored weights."""
     entries = {"full": dense} | {width_name(w): supernet.subnet(w) for w in supernet.widths}
-    shared = {width_name(w): Shared(width_name(1.0), supernet.slices[w]) for w in supernet.widths if w != 1.0}
+    shared = {width_name(w): Shared(width_name(supernet.own), slices) for w, slices in supernet.slices.items()}
     return Bank(entries, "full", prediction, shared)
 
 
@@ -310,9 +310,7 @@ def optimize(
     goal = goal_text(budget, max_loss)
     dense, _ = load_denoiser(model)
     recipe = fit_data(recipe, dense.config)
-    for width in recipe.slim.widths:  # refuse what cannot work before the first file is written
-        if width != 1.0:
-            Supernet(dense, (1.0, width), recipe.slim.concat)
+    supernet_of(dense, recipe.slim)  # refuses what cannot work before the first file is written
     check_fit(Bank({"full": dense}, "full", recipe.noise.prediction), images_for(recipe, data))
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
     begun = time.time()

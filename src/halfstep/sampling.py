@@ -79,7 +79,7 @@ def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> Sched
     scheduler.set_timesteps(plan.steps, device=device)
     own = [float(t) for t in scheduler.timesteps]
     for i, row in enumerate(plan.rows):
-        if i >= len(own) or abs(own[i] - row.timestep) > 1e-3:
+        if i >= len(own) or not abs(own[i] - row.timestep) <= 1e-3:
             raise PlanError(
                 got=f"timestep {row.timestep:g} in row {i}",
                 expected=f"{own[i]:g}" if i < len(own) else f"{len(own)} rows",

@@ -173,28 +173,29 @@ class Supernet:
     """A U-Net with its widths. The weights live in `model`; nothing is written onto modules.
 
     `predict(width)` runs a width on the shared weights (differentiable); `subnet(width)` copies them out as a plain
-    `UNet2DModel`. Raises ModelError for a model that is no UNet2DModel and for widths without whole channel groups.
+    `UNet2DModel`. `own` is the width of `model` itself, in the units of `widths` (see `supernet_of`). Raises ModelError
+    for a model that is no UNet2DModel and for widths without whole channel groups.
     """
 
-    def __init__(self, model: UNet2DModel, widths: Sequence[float], concat: str = "aligned"):
+    def __init__(self, model: UNet2DModel, widths: Sequence[float], concat: str = "aligned", own: float = 1.0):
         if not isinstance(model, UNet2DModel):
             raise ModelError(
                 got=type(model).__name__, expected="a UNet2DModel", where="the model to slim", do="bring a pixel U-Net"
             )
-        self.model, self.widths = model, tuple(sorted(widths, reverse=True))
+        self.model, self.widths, self.own = model, tuple(sorted(widths, reverse=True)), own
         self.slices: dict[float, Slices] = {}
         self._skeletons: dict[float, UNet2DModel] = {}
         for width in self.widths:
-            if width != 1.0:
-                self.slices[width] = slices_for(model.config, width, concat)
-                self._skeletons[width] = skeleton(narrow_config(model.config, width))
+            if width != own:
+                self.slices[width] = slices_for(model.config, width / own, concat)
+                self._skeletons[width] = skeleton(narrow_config(model.config, width / own))
 
     def predict(self, width: float) -> Predict:
         """(sample, timestep, class_labels) -> prediction of the network at `width`."""
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             kwargs = {} if labels is None else {"class_labels": labels}
-            if width == 1.0:
+            if width == self.own:
                 return self.model(sample, timestep, **kwargs).sample
             narrow = self._skeletons[width].train(self.model.training)
             weights = cut_all(self.model.state_dict(keep_vars=True), self.slices[width])
@@ -204,13 +205,28 @@ class Supernet:
 
     def subnet(self, width: float) -> UNet2DModel:
         """A plain `UNet2DModel` that computes what the supernet computes at `width`, with weights of its own."""
-        config = dict(self.model.config) if width == 1.0 else narrow_config(self.model.config, width)
-        weights = (
-            dict(self.model.state_dict()) if width == 1.0 else cut_all(self.model.state_dict(), self.slices[width])
-        )
+        weights = self.model.state_dict()
+        config = dict(self.model.config)
+        if width != self.own:
+            weights = cut_all(weights, self.slices[width])
+            config = narrow_config(config, width / self.own)
         model = UNet2DModel.from_config(config)
         model.load_state_dict({name: value.clone() for name, value in weights.items()})
         return model.to(self.model.device).eval()
+
+
+def supernet_of(dense: UNet2DModel, spec: SlimSpec) -> Supernet:
+    """The untrained supernet of a dense model, which stays as it is: its channels sorted, cut to the widest width.
+
+    A plan's bank holds the dense model beside the supernet, so that `spec.widths` may leave 1.0 out: no step of the
+    training is then spent on a second net of that size. Raises ModelError for widths without whole channel groups.
+    """
+    net = sort_channels(dense) if spec.sort else copy_of(dense)
+    widest = max(spec.widths)
+    if widest != 1.0:
+        Supernet(net, spec.widths, spec.concat)  # its error speaks of the user's widths
+        net = Supernet(net, (1.0, widest), spec.concat).subnet(widest)
+    return Supernet(net, spec.widths, spec.concat, own=widest)
 
 
 def sandwich_objective(
@@ -219,24 +235,27 @@ def sandwich_objective(
     """The losses of one sandwich step (spec section 2.4): widest, narrowest, then `spec.sandwich - 2` widths between.
 
     Each loss draws its own timestep and noise on the same images unless `spec.shared_noise`. With `spec.distill` the
-    narrower widths regress to a prediction instead of the target: the widest net's, or `teacher`'s.
+    widths regress to a prediction instead of the target: the narrower ones to the widest net's, or all to `teacher`'s.
     """
     widest, narrowest, *between = supernet.widths[0], supernet.widths[-1], *supernet.widths[1:-1]
     if spec.distill == "widest":
         teacher = supernet.predict(widest)
+    taught = {"none": (), "widest": supernet.widths[1:], "dense": supernet.widths}[spec.distill]
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
         widths = [widest] + ([narrowest] if narrowest != widest else [])
         if between:
             widths += [between[int(i)] for i in torch.randint(len(between), (spec.sandwich - 2,))]
-        drawn = draw(batch.clean)
+        drawn, lesson = draw(batch.clean), None
         for i, width in enumerate(widths):
             if i and not spec.shared_noise:
                 drawn = draw(batch.clean)
             noisy, timestep, target = drawn
-            if teacher is not None and spec.distill != "none" and width != widest:
-                with torch.no_grad():
-                    target = teacher(noisy, timestep, batch.labels).float()
+            if teacher is not None and width in taught:
+                if lesson is None or not spec.shared_noise:
+                    with torch.no_grad():
+                        lesson = teacher(noisy, timestep, batch.labels).float()
+                target = lesson
             yield F.mse_loss(supernet.predict(width)(noisy, timestep, batch.labels).float(), target)
 
     return objective
