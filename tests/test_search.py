@@ -17,7 +17,7 @@ from halfstep.errors import PlanError
 from halfstep.evolve import Goal, evolve, random_plans, reset_mutation
 from halfstep.recipe import SampleSpec, SearchSpec
 from halfstep.sampling import reference_plan, sample_images
-from halfstep.search import ErrorTable, Space, best_within, error_table, fit_costs, frontier, hull
+from halfstep.search import ErrorTable, Space, best_within, error_table, fit_costs, frontier, hull, promising
 
 WIDTH_MMACS = (6070, 3420, 1520, 382.5)
 DAMAGE = np.array([0.0, 0.25, 1.0, 3.0])
@@ -111,6 +111,31 @@ def test_fit_recovers_an_additive_model_from_measured_plans():
     before = np.corrcoef(score, [wrong[np.arange(8), list(g)].sum() for g in fresh])[0, 1]
     after = np.corrcoef(score, [fitted[np.arange(8), list(g)].sum() for g in fresh])[0, 1]
     assert after > 0.995 > before
+
+
+def test_promising_plans_come_nearer_to_the_optimum_than_as_many_random_ones():
+    found, chance = [], []
+    for seed in range(5):
+        draw = np.random.default_rng(seed)
+        space, truth = toy(6)
+        truth = truth * draw.uniform(0.2, 4.0, size=truth.shape)
+        macs = int(0.5 * space.full_macs)
+
+        def score(genes, truth=truth):
+            pairs = sum(0.3 * a * b for a, b in itertools.pairwise(genes))  # neighbours make it worse: not additive
+            return toy_score(truth, genes) + pairs
+
+        every = [g for g in itertools.product(range(4), repeat=6) if space.cost(g) <= macs]
+        best = min(map(score, every))
+        plans = random_plans(space, macs, 10, seed, slack=0.2)
+        scores = [score(g) for g in plans]
+        for _ in range(20):
+            plans.append(promising(space, toy(6)[1], plans, scores, macs, draw))
+            scores.append(score(plans[-1]))
+        assert all(space.cost(g) <= macs for g in plans)
+        found.append(min(scores) - best)
+        chance.append(min(map(score, random_plans(space, macs, 30, seed + 100, slack=0.2))) - best)
+    assert np.mean(found) < 0.3 * np.mean(chance)
 
 
 # --- NSGA-II, checks 14 - 21 of the spec ------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from halfstep import disk
 from halfstep import evolve as evolving
@@ -14,7 +15,7 @@ from halfstep import search as searching
 from halfstep.errors import PlanError
 from halfstep.judge import Judge
 from halfstep.plan import StepPlan
-from halfstep.recipe import Recipe
+from halfstep.recipe import Recipe, SearchSpec
 from halfstep.sampling import fewer_steps
 from halfstep.watch import SILENT, Watch
 
@@ -54,19 +55,19 @@ def search_plan(
     reference = log("reference", (space.reference,) * len(space.rows))
     points = searching.frontier(costs, space.gene_macs)
     if spec.fit and spec.method != "nsga2":
-        points = _fitted(log, space, costs, points, spec.fit, macs, recipe.seed, watch)
+        least = max(points[0].macs, macs - space.full_macs // 4) if budget is not None else points[0].macs
+        points = _fitted(log, space, costs, points, spec.fit, (least, macs), recipe.seed, watch)
     limit = reference * (1 + max_loss) if max_loss is not None else math.inf
     if budget is None:
         macs = _cheapest_that_holds(log, space, points, limit, watch)
-    if spec.method == "frontier":
-        best = searching.best_within(points, macs).genes
-        log("frontier", best)
-    else:
-        goal = evolving.Goal("budget", macs=macs) if max_loss is None else evolving.Goal("loss", limit=limit)
-        if max_loss is None and spec.objective != "budget":
-            goal = evolving.Goal(spec.objective, trade=spec.trade)
-        seeds = _seeds(space, points, macs, log) if spec.method == "both" else []
-        best = _evolved(log, space, goal, spec, seeds, macs, limit, watch)
+    if spec.method != "nsga2":
+        log("frontier", searching.best_within(points, macs).genes)
+    goal = evolving.Goal("budget", macs=macs) if max_loss is None else evolving.Goal("loss", limit=limit)
+    if max_loss is None and spec.objective != "budget":
+        goal = evolving.Goal(spec.objective, trade=spec.trade)
+    if spec.method != "frontier":
+        _evolve(log, space, goal, spec, _seeds(space, points, macs, log) if spec.method == "both" else [], watch)
+    best = _best_measured(log, space, goal, macs)
     chosen = plan.with_entries(space.expand(best))
     chosen.save(out / "plan.json")
     return Found(chosen, table, tuple(points), tuple(log.records), reference, space)
@@ -126,28 +127,34 @@ class _Measured:
 def _fitted(
     log: _Measured,
     space: searching.Space,
-    costs: Any,
+    costs: np.ndarray,
     points: list[searching.Point],
     count: int,
-    macs: int,
+    between: tuple[int, int],
     seed: int,
     watch: Watch,
 ) -> list[searching.Point]:
-    """The frontier after the error model was fitted to `count` measured plans: half on the frontier, half random."""
-    spread = [searching.best_within(points, int(m)).genes for m in _around(space, macs, points[0].macs, count // 2)]
-    plans = list(dict.fromkeys([*spread, *evolving.random_plans(space, macs, count - count // 2, seed, slack=0.1)]))
-    scores = []
-    with watch.stage("fit error model", len(plans)) as told:
-        for i, genes in enumerate(plans):
-            scores.append(log("fit", genes))
-            told(i + 1, f"score {scores[-1]:.3g} at {space.share(genes):.0%}")
+    """The frontier after the error model was fitted to `count` measured plans of MACs between two bounds.
+
+    The first half is spread over the table's frontier and random plans. Each later one is the best plan of an error
+    model that is plausible for the plans before it, so that plans are spent where the best one may be.
+    """
+    least, most = between
+    draw = np.random.default_rng(seed)
+    spread = np.linspace(least, most, count // 4 + 1)[1:]
+    plans = [searching.best_within(points, int(m)).genes for m in spread]
+    slack = max(0.1, (most - least) / space.full_macs - 0.15)
+    plans += evolving.random_plans(space, most, (count + 1) // 2 - len(plans), seed, slack=slack)
+    plans = list(dict.fromkeys(plans))
+    scores: list[float] = []
+    with watch.stage("fit error model", count) as told:
+        while len(scores) < count:
+            if len(scores) == len(plans):
+                goal = most if draw.random() < 0.75 else int(draw.integers(least, most + 1))
+                plans.append(searching.promising(space, costs, plans, scores, goal, draw))
+            scores.append(log("fit", plans[len(scores)]))
+            told(len(scores), f"score {scores[-1]:.3g} at {space.share(plans[len(scores) - 1]):.0%}")
     return searching.frontier(searching.fit_costs(costs, plans, scores), space.gene_macs)
-
-
-def _around(space: searching.Space, macs: int, least: int, count: int) -> list[float]:
-    """Budgets spread from somewhat below `macs` to `macs`."""
-    low = max(least, int(macs - 0.25 * space.full_macs))
-    return [low + (macs - low) * (i + 1) / count for i in range(count)]
 
 
 def _cheapest_that_holds(
@@ -177,25 +184,27 @@ def _seeds(
     return list(dict.fromkeys([*fitting, *(r.genes for r in measured[:4])]))
 
 
-def _evolved(
+def _evolve(
     log: _Measured,
     space: searching.Space,
     goal: evolving.Goal,
-    spec: Any,
+    spec: SearchSpec,
     seeds: Sequence[searching.Genes],
-    macs: int,
-    limit: float,
     watch: Watch,
-) -> searching.Genes:
-    """Run NSGA-II and return the best measured plan of the whole search for the goal."""
+) -> None:
+    """Measure the plans that NSGA-II proposes."""
     total = spec.population * spec.generations
     steps = evolving.evolve(space, lambda genes: log("nsga2", genes), goal, spec, seeds=seeds)
     with watch.stage("NSGA-II", total) as told:
         for i, (genes, score) in enumerate(steps):
             told(i + 1, f"score {score:.3g} at {space.share(genes):.0%}")
         told(total, "")  # plans seen before are not measured again
+
+
+def _best_measured(log: _Measured, space: searching.Space, goal: evolving.Goal, macs: int) -> searching.Genes:
+    """The best measured plan of the whole search for the goal."""
     if goal.kind == "loss":
-        held = [r for r in log.records if r.score <= limit]
+        held = [r for r in log.records if r.score <= goal.limit]
         return min(held, key=lambda r: (r.share, r.score)).genes if held else (space.reference,) * len(space.rows)
     if goal.kind == "scalar":
         return min(log.records, key=lambda r: r.score + goal.trade * r.share).genes

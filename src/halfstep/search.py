@@ -290,11 +290,18 @@ def best_within(points: Sequence[Point], macs: int) -> Point:
     return fitting[-1]
 
 
-def fit_costs(costs: np.ndarray, plans: Sequence[Genes], scores: Sequence[float], strength: float = 0.3) -> np.ndarray:
+def fit_costs(
+    costs: np.ndarray,
+    plans: Sequence[Genes],
+    scores: Sequence[float],
+    strength: float = 0.3,
+    draw: np.random.Generator | None = None,
+) -> np.ndarray:
     """Rescale an additive error model to measured plans: score = base + sum_k a[k] * costs[k, g_k] + b[k, g_k].
 
     Non-negative a[k] near one common factor and entry offsets near zero, by ridge-regularised least squares on the
-    differences to the mean; returns the new costs [K, E] (in units of the score, up to a constant).
+    differences to the mean; returns the new costs [K, E] (in units of the score, up to a constant). With `draw` they
+    are one sample of the posterior instead of its mean (Thompson sampling): plausible for what was measured so far.
     """
     count, entries = costs.shape
     rows = np.arange(count)
@@ -311,6 +318,28 @@ def fit_costs(costs: np.ndarray, plans: Sequence[Genes], scores: Sequence[float]
     residual = y - y.mean() - common * centred
     design = x - x.mean(axis=0)
     penalty = strength * np.concatenate([np.full(count, 1.0), np.full(count * entries, 4.0)])
-    solved = np.linalg.solve(design.T @ design + np.diag(penalty), design.T @ residual)
+    precision = design.T @ design + np.diag(penalty)
+    solved = np.linalg.solve(precision, design.T @ residual)
+    if draw is not None:
+        noise = float(np.std(residual - design @ solved))
+        solved = solved + noise * np.linalg.solve(np.linalg.cholesky(precision).T, draw.standard_normal(len(solved)))
     factors = np.maximum(common + solved[:count], 0.0)
     return factors[:, None] * unit + solved[count:].reshape(count, entries)
+
+
+def promising(
+    space: Space,
+    costs: np.ndarray,
+    plans: Sequence[Genes],
+    scores: Sequence[float],
+    macs: int,
+    draw: np.random.Generator,
+) -> Genes:
+    """What to measure next: the best plan within `macs` of an error model drawn at random among those that are
+    plausible for the measured plans (Thompson sampling); a new plan where ten draws find one."""
+    for _ in range(10):
+        sampled = fit_costs(costs, plans, scores, draw=draw)
+        genes = best_within(frontier(sampled, space.gene_macs, most=5000), macs).genes
+        if genes not in plans:
+            break
+    return genes
