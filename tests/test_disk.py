@@ -271,3 +271,25 @@ def test_a_disk_that_fills_up_keeps_the_old_file_and_no_other(full: Path):
 def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path):
     assert disk.require_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_recover_clears_what_killed_processes_left_and_brings_back_what_was_set_aside(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    inner = tmp_path / "state"
+    inner.mkdir()
+    half, folder = inner / f".train.safetensors.{dead.pid}.tmp", tmp_path / f".pipeline.{dead.pid}.tmp"
+    half.write_bytes(b"half")
+    folder.mkdir()
+    aside = tmp_path / f".pipeline.{dead.pid}.old"
+    aside.mkdir()
+    (aside / "model").write_text("whole")
+    replaced = tmp_path / f".log.jsonl.{dead.pid}.old"
+    replaced.write_text("older")
+    others = [tmp_path / "log.jsonl", tmp_path / f".live.{os.getpid()}.tmp", tmp_path / ".hidden"]
+    for path in others:
+        path.write_text("kept")
+    disk.recover(tmp_path)
+    assert {p.name for p in tmp_path.rglob("*")} == {"state", "pipeline", "model"} | {p.name for p in others}
+    assert (tmp_path / "pipeline" / "model").read_text() == "whole"
+    assert others[0].read_text() == "kept"

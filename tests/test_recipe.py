@@ -24,7 +24,7 @@ positive = st.integers(1, 10**9)
 fractions = st.floats(0, 1, exclude_min=True)
 VALUES: dict[str, st.SearchStrategy] = {
     "name": st.text().map(str.strip),
-    "seed": st.integers(0, 2**40),
+    "seed": st.integers(0, 2**63 - 1),
     "model.dropout": st.floats(0, 1),
     "data.size": st.none() | positive,
     "data.flip": st.booleans(),
@@ -203,6 +203,7 @@ def test_an_edit_that_does_not_fit_is_refused_in_one_line_that_says_why(edit: st
         ({"slim": {"widths": 1.0}}, ["slim.widths", "separated by commas"]),
         ({"slim": {"widths": [1, "half"]}}, ["slim.widths", "'half'"]),
         ({"slim": {"widths": [0.5, 0]}}, ["slim.widths", "different widths"]),
+        ({"seed": 2**63}, ["seed", "below 2**63"]),
         ({"name": 3}, ["name", "a text"]),
         ([], ["a section of fields"]),
         (None, ["a section of fields"]),

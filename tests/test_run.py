@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from halfstep import run
+from halfstep.errors import HalfstepError
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
@@ -127,6 +128,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from halfstep import run
+from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe
 run.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)
 """
@@ -153,3 +155,9 @@ def test_every_named_recipe_builds_and_survives_json():
         recipe = named(name)
         assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
         assert recipe.name == name
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_a_file_is_written(tmp_path):
+    with pytest.raises(HalfstepError, match="pip install aim"):
+        run.train("digits", tmp_path / "new", tiny("train.tracker=aim"))
+    assert not (tmp_path / "new").exists()

@@ -158,3 +158,30 @@ def require_writable(folder: Path) -> Path:
         finally:
             probe.unlink(missing_ok=True)
     return folder
+
+
+def recover(folder: Path) -> None:
+    """Clear what killed processes left in a run folder: half-written files go, a folder set aside comes back."""
+    for left in [path for path in folder.rglob(".*") if _LEFT.fullmatch(path.name)]:
+        name, process, kind = _LEFT.fullmatch(left.name).groups()  # type: ignore[union-attr]
+        if _runs(int(process)):
+            continue
+        if kind == "old" and not left.with_name(name).exists():  # killed between the two renames
+            os.replace(left, left.with_name(name))
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+_LEFT = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -188,11 +188,11 @@ def random_plans(space: Space, macs: int, count: int, seed: int, slack: float = 
     draw = np.random.default_rng(seed)
     found: list[Genes] = []
     for _ in range(20_000):
+        if len(found) >= count:
+            break
         genes = tuple(
             int(g) for g in _cheapen(space, list(draw.integers(len(space.entries), size=len(space.rows))), macs, draw)
         )
         if macs - slack * space.full_macs <= space.cost(genes) <= macs and genes not in found:
             found.append(genes)
-        if len(found) == count:
-            break
     return found

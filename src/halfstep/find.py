@@ -141,10 +141,10 @@ def _fitted(
     """
     least, most = between
     draw = np.random.default_rng(seed)
-    spread = np.linspace(least, most, count // 4 + 1)[1:]
+    spread = np.linspace(least, most, max(1, count // 4) + 1)[1:]
     plans = [searching.best_within(points, int(m)).genes for m in spread]
     slack = max(0.1, (most - least) / space.full_macs - 0.15)
-    plans += evolving.random_plans(space, most, (count + 1) // 2 - len(plans), seed, slack=slack)
+    plans += evolving.random_plans(space, most, max(0, (count + 1) // 2 - len(plans)), seed, slack=slack)
     plans = list(dict.fromkeys(plans))
     scores: list[float] = []
     with watch.stage("fit error model", count) as told:

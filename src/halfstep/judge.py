@@ -14,7 +14,7 @@ from accelerate import PartialState
 from halfstep.bank import Bank
 from halfstep.data import Images
 from halfstep.errors import DataError
-from halfstep.evaluate import Reference, compare, evaluate, extract, frechet_distance, reference_stats
+from halfstep.evaluate import Difference, Reference, compare, evaluate, extract, frechet_distance, reference_stats
 from halfstep.features import Extractor, load_features
 from halfstep.plan import StepPlan
 from halfstep.profiling import interleave, machine
@@ -62,7 +62,12 @@ class Judge:
 
     def quality(self, features: np.ndarray, seed: int, bootstrap: int) -> dict[str, Quality]:
         """Every metric, each with its interval."""
-        return evaluate(features, self.reference, seed=seed, n_boot=bootstrap)
+        return evaluate(features, self.reference, seed=seed, n_boot=bootstrap, features_name=self.extractor.name)
+
+    def difference(self, ours: np.ndarray, theirs: np.ndarray, seed: int, bootstrap: int) -> Difference:
+        """How much higher the Fréchet distance of the second features [n, F] is, paired by image."""
+        name = self.extractor.name
+        return compare(ours, theirs, self.reference, n_boot=bootstrap, seed=seed, features_name=name)
 
     def wall_ms(self, plans: Mapping[str, StepPlan], *, batch: int = 64, repeats: int = 5) -> dict[str, list[float]]:
         """Milliseconds of whole trajectories at `batch`, several times in turns."""
@@ -139,7 +144,7 @@ def measure_plans(
     first = next(iter(plans))
     for name, plan in plans.items():
         quality = judge.quality(features[name], seed, recipe.eval.bootstrap)
-        difference = compare(features[first], features[name], judge.reference, n_boot=recipe.eval.bootstrap, seed=seed)
+        difference = judge.difference(features[first], features[name], seed, recipe.eval.bootstrap)
         median = sorted(times[name])[len(times[name]) // 2]
         ratios = sorted(t / r for t, r in zip(times[name], times[first], strict=True))
         rows[name] = {

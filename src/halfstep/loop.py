@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from diffusers import UNet2DModel
 
 from halfstep import disk
 from halfstep.bank import build_model
 from halfstep.data import Images
-from halfstep.errors import ModelError
+from halfstep.errors import ModelError, RecipeError
 from halfstep.judge import to_uint8
 from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
@@ -73,6 +74,18 @@ def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DMo
             where="model",
             do="change --set model.channels or model.groups",
         ) from error
+
+
+def require_tracker(name: str) -> None:
+    """Refuse a tracker that is not installed; accelerate would only warn and train on without it."""
+    known = [str(tracker) for tracker in get_available_trackers()]
+    if name and name not in known:
+        raise RecipeError(
+            got=f"{name}, which is not installed here",
+            expected=f"one of {', '.join(known)}" if known else "an installed tracker",
+            where="train.tracker",
+            do=f"pip install {name}, or leave it out: log.jsonl is written anyway",
+        )
 
 
 def run_loop(

@@ -346,6 +346,8 @@ def _check(recipe: Recipe) -> None:
     for name in _NOT_NEGATIVE:
         if values[name] < 0:
             raise RecipeError(got=values[name], expected="0 or more", where=name, do="change it with --set")
+    if values["seed"] >= 2**63:
+        raise RecipeError(got=values["seed"], expected="below 2**63", where="seed", do="change it with --set")
     for name in _SHARES:
         if not 0 <= values[name] <= 1:
             raise RecipeError(got=values[name], expected="a number in [0, 1]", where=name, do="change it with --set")

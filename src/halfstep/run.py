@@ -23,7 +23,7 @@ from halfstep.errors import HalfstepError, PlanError, RunError
 from halfstep.features import feature_net_for, train_features
 from halfstep.find import Found, baselines, search_plan
 from halfstep.judge import Judge, check_fit, default_device, extractor_for, measure_plans, to_uint8
-from halfstep.loop import new_model, run_loop
+from halfstep.loop import new_model, require_tracker, run_loop
 from halfstep.profiling import count_macs, latency, machine
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
@@ -39,7 +39,9 @@ from halfstep.watch import SILENT, Watch
 
 def open_run(out: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
     """Make or re-enter a run folder. Raises RunError when it is not writable or belongs to another recipe."""
+    require_tracker(recipe.train.tracker)
     out = disk.require_writable(Path(out))
+    disk.recover(out)
     file = out / "recipe.json"
     if file.is_file():
         record = disk.read_json(file, what="the recipe of this run", do="choose another --out")
