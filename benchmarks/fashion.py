@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from halfstep.report import Curve, Grid, Report, Table, rich_table, write_report
 from halfstep.sampling import fewer_steps, reference_plan
 
 DATA = "idx:/usr/share/datasets/fashion-mnist"
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 SMALL = {16: ((44, 44, 44), 4), 32: ((22, 44, 44), 2)}
 """Channels and groups of the small model: just under half the dense model's MACs."""
 
@@ -76,7 +77,9 @@ def with_small(bank: Bank, folder: Path) -> Bank:
     return bank.with_entry("small", load_denoiser(folder)[0].to(bank.device), bank.prediction_type)
 
 
-def searches(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, budget: float, watch: RichWatch) -> dict:
+def searches(
+    judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, budget: float, watch: RichWatch, all_three: bool
+) -> dict:
     """Frontier alone, NSGA-II alone, and both, for the same number of generated images (the table's trajectories
     counted by the share of rows that they run)."""
     spec = recipe.search
@@ -92,6 +95,8 @@ def searches(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, budget: f
         "frontier alone": replace(spec, method="frontier", fit=total - table - 1),
         "NSGA-II alone": replace(spec, method="nsga2", init="uniform", generations=generations),
     }
+    if not all_three:
+        methods = {"frontier + NSGA-II": spec}
     found = {}
     for name, search in methods.items():
         folder = work / "search" / name.replace(" ", "_").replace("+", "and")
@@ -111,6 +116,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="ignore the stored models and train here")
     parser.add_argument("--export", action="store_true", help="only copy the trained models to benchmarks/models, fp16")
     parser.add_argument("--skip-small", action="store_true", help="leave out the small model trained alone")
+    parser.add_argument("--one-search", action="store_true", help="leave out frontier alone and NSGA-II alone")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
@@ -127,7 +133,7 @@ def main() -> None:
     judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
     macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
-    found = searches(judge, plan, recipe, work, args.budget, watch)
+    found = searches(judge, plan, recipe, work, args.budget, watch, not args.one_search)
     if "small" in folders:
         judge.bank = with_small(pipe.bank, folders["small"])
         macs["small"] = count_macs(judge.bank["small"])
@@ -135,8 +141,8 @@ def main() -> None:
     best = min(found.values(), key=lambda f: min(r.score for r in f.records if r.share <= args.budget + 1e-9))
     space = best.space
     plans = {"reference": plan, "plan": plan.with_entries(best.plan.entries)}
-    for name, one in found.items():
-        plans[f"plan, {name}"] = plan.with_entries(one.plan.entries)
+    if len(found) > 1:
+        plans |= {f"plan, {name}": plan.with_entries(one.plan.entries) for name, one in found.items()}
     plans |= {f"uniform {name}": plan.uniform(name) for name in macs if name not in ("full", "small")}
     for i, genes in enumerate(random_plans(space, best.plan.macs, 3, seed=11)):
         plans[f"random plan {i + 1}"] = plan.with_entries(space.expand(genes))

@@ -161,3 +161,9 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_file_is_written(tmp
     with pytest.raises(HalfstepError, match="pip install aim"):
         run.train("digits", tmp_path / "new", tiny("train.tracker=aim"))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_trained_folder_is_reentered_whatever_the_search_and_refused_for_another_training(dense):
+    assert run.train("digits", dense.parent, tiny("search.fit=5", "eval.images=32")) == dense
+    with pytest.raises(HalfstepError, match=r"train\.steps differ"):
+        run.train("digits", dense.parent, tiny("train.steps=41"))

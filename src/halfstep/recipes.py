@@ -54,7 +54,7 @@ def fashion16() -> Recipe:
         train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
-        search=SearchSpec(images=512, error_images=256, fit=12, population=8, generations=3, genes=10),
+        search=SearchSpec(images=512, error_images=256, fit=20, population=6, generations=2, genes=10),
         eval=EvalSpec(images=2048),
     )
 
@@ -74,11 +74,11 @@ def fashion32() -> Recipe:
     return Recipe(
         name="fashion32",
         data=DataSpec(size=32, channels=1),
-        train=TrainSpec(steps=4000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2000),
+        train=TrainSpec(steps=2400, batch=64, lr=1e-3, warmup=100, save_every=200, sample_every=1200),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
-        search=SearchSpec(images=512, error_images=256, fit=12, population=8, generations=3, genes=10),
-        eval=EvalSpec(images=2048),
+        search=SearchSpec(images=256, error_images=128, fit=20, population=6, generations=2, genes=10),
+        eval=EvalSpec(images=1024),
     )
 
 

@@ -37,6 +37,10 @@ from halfstep.watch import SILENT, Watch
 # ---------------------------------------------------------------------------------------------------------- the house
 
 
+IGNORED = {"train": ("name", "sample.", "search.", "eval."), "compress slimmable": ("name", "search.", "eval.")}
+"""Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
+
+
 def open_run(out: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
     """Make or re-enter a run folder. Raises RunError when it is not writable or belongs to another recipe."""
     require_tracker(recipe.train.tracker)
@@ -46,7 +50,9 @@ def open_run(out: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
     if file.is_file():
         record = disk.read_json(file, what="the recipe of this run", do="choose another --out")
         old = Recipe.from_json(record.get("recipe", {}), where=file)
-        changed = old.differences(recipe) + [k for k, v in inputs.items() if record.get("inputs", {}).get(k) != v]
+        ignored = IGNORED.get(inputs["verb"], ())
+        changed = [name for name in old.differences(recipe) if not name.startswith(ignored)]
+        changed += [k for k, v in inputs.items() if record.get("inputs", {}).get(k) != v]
         if changed:
             raise RunError(
                 got=f"a run of another recipe ({', '.join(changed[:4])} differ)",
