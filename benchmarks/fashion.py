@@ -21,7 +21,7 @@ import torch
 from diffusers import DDPMPipeline
 from rich.console import Console
 
-from halfstep import disk, run, story
+from halfstep import compress, disk, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
 from halfstep.evolve import random_plans
@@ -53,7 +53,7 @@ def trained(size: int, work: Path, watch: RichWatch, skip_small: bool) -> dict[s
         elif name == "small" and skip_small:
             continue
         elif name == "supernet":
-            found[name] = run.compress_slimmable(str(found["dense"]), DATA, work / name, recipe, watch=watch)
+            found[name] = compress.slimmable(str(found["dense"]), DATA, work / name, recipe, watch=watch)
         else:
             found[name] = run.train(DATA, work / name, recipe, watch=watch)
     return found
@@ -131,7 +131,7 @@ def main() -> None:
     pipe = run.open_pipeline(str(folders["supernet"]))
     recipe = named(f"fashion{args.size}").edit(args.set)
     judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
-    macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
+    macs = pipe.bank.macs()
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
     found = searches(judge, plan, recipe, work, args.budget, watch, not args.one_search)
     if "small" in folders:

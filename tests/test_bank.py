@@ -12,8 +12,11 @@ from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from halfstep import bank as bank_module
 from halfstep.bank import Bank, Shared, load_denoiser
 from halfstep.errors import HalfstepError, ModelError
+from halfstep.masks import Masking, Pattern
+from halfstep.recipe import SparseSpec
 from halfstep.slices import cut_all
 from halfstep.slimmable import Supernet, width_name
+from halfstep.sparse import sparsify
 
 
 def net(seed=0, size=8, channels=1, width=16, **changes) -> UNet2DModel:
@@ -308,3 +311,70 @@ def test_broken_banks_are_refused_in_one_line_that_names_them(how, tmp_path):
     with pytest.raises(HalfstepError) as error:
         Bank.from_pretrained(tmp_path / "bank")
     assert "bank" in str(error.value) and "\n" not in str(error.value)
+
+
+# --- masked entries ---------------------------------------------------------------------------------------------------
+
+
+def masked_bank(shared: bool) -> Bank:
+    """The reference, and the same net behind a 2:4 mask: with weights of its own, or sharing the reference's."""
+    net_, spec = net(0), SparseSpec(least=1)
+    sparse = sparsify(net_, "2:4", spec)
+    masking = Masking(Pattern(2, 4), sparse.names)
+    links = {"2:4": Shared("full")} if shared else {}
+    return Bank({"full": net_, "2:4": sparse.bake(Pattern(2, 4))}, "full", "epsilon", links, {"2:4": masking})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_masked_entries_round_trip_packed_or_as_a_mask_of_another_entry(tmp_path, shared):
+    bank = masked_bank(shared)
+    bank.save_pretrained(tmp_path / "bank")
+    stored = sorted(p.name for p in (tmp_path / "bank").rglob("*.safetensors"))
+    assert stored == ["diffusion_pytorch_model.safetensors"] + ([] if shared else ["packed.safetensors"])
+    assert not [p for p in (tmp_path / "bank").rglob("*") if ":" in p.name]  # a name that Windows refuses
+    again = Bank.from_pretrained(tmp_path / "bank")
+    assert again.masking == bank.masking and again.names == bank.names
+    for name in bank:
+        for a, b in zip(bank[name].parameters(), again[name].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_masked_weights_take_fewer_bytes_and_count_fewer_macs(tmp_path):
+    bank = masked_bank(shared=False).half()
+    bank.save_pretrained(tmp_path / "bank")
+    dense, packed = sorted(p.stat().st_size for p in (tmp_path / "bank").rglob("*.safetensors"))[::-1]
+    masked = sum(bank["2:4"].state_dict()[name].numel() for name in bank.masking["2:4"].names)
+    assert dense - packed == pytest.approx(2 * masked * (1 - 0.5625), abs=8000)  # the header has more names
+    macs, layers = bank.macs(), bank.masking["2:4"].layers()
+    inside = sum(_macs_of(bank["2:4"], layer) for layer in layers)
+    assert macs["full"] - macs["2:4"] == inside / 2
+
+
+def _macs_of(model, layer: str) -> int:
+    """MACs of one layer, from the size of what it puts out in a real forward."""
+    seen = []
+    module = model.float().get_submodule(layer)
+    handle = module.register_forward_hook(
+        lambda _m, _i, out: seen.append(out[0].numel() // out.shape[1 if out.dim() == 4 else -1])
+    )
+    model(torch.zeros(1, 1, 8, 8), 1)
+    handle.remove()
+    return seen[0] * module.weight.numel()
+
+
+@pytest.mark.parametrize("harm", ["cut", "pattern", "names", "missing"])
+def test_harmed_packed_entries_are_refused_in_one_line(tmp_path, harm):
+    masked_bank(shared=False).save_pretrained(tmp_path / "bank")
+    folder = tmp_path / "bank" / "2of4"
+    file, mask = folder / "packed.safetensors", folder / "mask.json"
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == "missing":
+        file.unlink()
+    elif harm == "pattern":
+        mask.write_text(mask.read_text().replace("2:4", "1:4"))
+    else:
+        mask.write_text(json.dumps({"pattern": "2:4", "names": ["conv_out.weight"]}))
+    with pytest.raises(HalfstepError) as caught:
+        Bank.from_pretrained(tmp_path / "bank")
+    assert "2of4" in str(caught.value) and "\n" not in str(caught.value)

@@ -13,8 +13,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
     "values": ("errors", "disk", "recipe", "results", "plan", "watch"),
-    "nets": ("slices",),
-    "methods": ("slimmable",),
+    "nets": ("slices", "masks", "uvit"),
+    "methods": ("slimmable", "sparse"),
     "workers": (
         "sources",
         "data",
@@ -28,7 +28,7 @@ FLOORS = {
         "evaluate",
         "judge",
     ),
-    "wiring": ("recipes", "report", "loop", "find", "story", "run"),
+    "wiring": ("recipes", "report", "loop", "rundir", "compress", "find", "story", "run"),
     "faces": ("cli",),
 }
 HEIGHT = {module: floor for floor, modules in enumerate(FLOORS.values()) for module in modules}

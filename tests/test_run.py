@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-from halfstep import run
+from halfstep import compress, run
 from halfstep.errors import HalfstepError
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
@@ -68,7 +68,7 @@ def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
 
 
 def test_a_supernet_may_leave_the_dense_width_out(dense, tmp_path):
-    folder = run.compress_slimmable(str(dense), "digits", tmp_path, tiny("slim.widths=0.5", "train.steps=4"))
+    folder = compress.slimmable(str(dense), "digits", tmp_path, tiny("slim.widths=0.5", "train.steps=4"))
     pipe = StepAwarePipeline.from_pretrained(folder)
     assert list(pipe.bank) == ["full", "w0.50"]
     assert tuple(pipe.bank["w0.50"].config.block_out_channels) == (4, 8)
@@ -110,7 +110,7 @@ def test_sampled_files_do_not_depend_on_the_batch(finished, tmp_path):
 def test_other_predictions_and_classes_go_all_the_way(prediction, tmp_path):
     recipe = tiny(f"noise.prediction={prediction}", "model.class_conditional=true", "train.steps=10")
     model = run.train("digits", tmp_path / "dense", recipe)
-    done = run.compress_slimmable(str(model), "digits", tmp_path / "slim", recipe)
+    done = compress.slimmable(str(model), "digits", tmp_path / "slim", recipe)
     pipe = StepAwarePipeline.from_pretrained(done)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.bank.prediction_type == prediction and pipe.bank.config["num_class_embeds"] == 10
@@ -127,7 +127,7 @@ def test_a_diffusers_config_can_be_trained_and_trained_on(dense, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from halfstep import run
+from halfstep import compress, run
 from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe
 run.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)

@@ -16,27 +16,33 @@ from safetensors.torch import load_file, save_file
 
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError
+from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
+from halfstep.profiling import count_macs
 from halfstep.slices import Slices, cut_all, slices_from_json, slices_to_json
+from halfstep.uvit import UViT2DModel
 
 DIGITS_MODEL = Path(__file__).parent / "assets" / "digits_model"
-MODEL_CLASSES: dict[str, type[ModelMixin]] = {"UNet2DModel": diffusers.UNet2DModel}
+MODEL_CLASSES: dict[str, type[ModelMixin]] = {"UNet2DModel": diffusers.UNet2DModel, "UViT2DModel": UViT2DModel}
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+_PACKED = "packed.safetensors"
 
 
 @dataclass(frozen=True)
 class Shared:
-    """That an entry's weights are slices of another entry's: it is stored without weights of its own."""
+    """That an entry's weights are slices of another entry's (all of them without `slices`), masked where the bank says
+    so: it is stored without weights of its own."""
 
     source: str
-    slices: Slices
+    slices: Slices | None = None
 
 
 class Bank(torch.nn.Module):
     """Denoisers by name, with one reference.
 
-    `entries`: name -> diffusers model; `shared`: how an entry's weights follow from another entry's.
+    `entries`: name -> diffusers model; `shared`: how an entry's weights follow from another entry's; `masking`: which
+    weights of an entry follow an N:M pattern (they are stored packed, and their MACs count by the pattern).
     `prediction_type`: what all of them predict ("epsilon", "v_prediction" or "sample").
     Raises ModelError when an entry's input, output or class conditioning differs from the reference's.
     """
@@ -47,6 +53,7 @@ class Bank(torch.nn.Module):
         reference: str,
         prediction_type: str,
         shared: Mapping[str, Shared] | None = None,
+        masking: Mapping[str, Masking] | None = None,
     ):
         super().__init__()
         if reference not in entries:
@@ -59,7 +66,7 @@ class Bank(torch.nn.Module):
         self.names = tuple(entries)
         self.reference = reference
         self.prediction_type = prediction_type
-        self.shared = dict(shared or {})
+        self.shared, self.masking = dict(shared or {}), dict(masking or {})
         self.models = torch.nn.ModuleList(entries.values())  # names may hold dots, which ModuleDict refuses
         for name in self.names:
             self._check_stands_in(name)
@@ -97,7 +104,19 @@ class Bank(torch.nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def with_entry(self, name: str, model: torch.nn.Module, prediction_type: str, shared: Shared | None = None) -> Bank:
+    def macs(self) -> dict[str, int]:
+        """MACs per image of one call of every entry; masked weights count by their pattern."""
+        layers = {name: masking.layers() for name, masking in self.masking.items()}
+        return {name: count_macs(self[name], densities=layers.get(name)) for name in self.names}
+
+    def with_entry(
+        self,
+        name: str,
+        model: torch.nn.Module,
+        prediction_type: str,
+        shared: Shared | None = None,
+        masking: Masking | None = None,
+    ) -> Bank:
         """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
         if prediction_type != self.prediction_type:
             raise ModelError(
@@ -106,10 +125,10 @@ class Bank(torch.nn.Module):
                 where=f"bank entry {name!r}",
                 do="train it with the reference's prediction type",
             )
-        more = {**self.shared, name: shared} if shared else self.shared
-        return Bank(
-            {**dict(zip(self.names, self.models, strict=True)), name: model}, self.reference, prediction_type, more
-        )
+        entries = {**dict(zip(self.names, self.models, strict=True)), name: model}
+        links = {**self.shared, name: shared} if shared else self.shared
+        masks = {**self.masking, name: masking} if masking else self.masking
+        return Bank(entries, self.reference, prediction_type, links, masks)
 
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self[name].config, self.config
@@ -123,22 +142,30 @@ class Bank(torch.nn.Module):
                 )
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
-        """Write bank.json and one folder per entry; an entry that shares weights has slices.json in their place."""
+        """Write bank.json and one folder per entry; one that shares weights has slices.json in their place, one that is
+        masked has mask.json and packed weights."""
         write_atomic(Path(folder), self._write)
 
     def _write(self, folder: Path) -> None:
         folder.mkdir()
         for name in self.names:
             model = self[name]
-            (folder / name).mkdir()
+            place = folder / _folder(name)
+            place.mkdir()
             config = {"_class_name": type(model).__name__, **_plain(model.config)}
-            (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            masking = self.masking.get(name)
+            if masking:
+                mask = {"pattern": str(masking.pattern), "names": list(masking.names)}
+                (place / "mask.json").write_text(json.dumps(mask) + "\n")
             if name in self.shared:
-                link = {"of": self.shared[name].source, "slices": slices_to_json(self.shared[name].slices)}
-                (folder / name / "slices.json").write_text(json.dumps(link) + "\n")
+                shared = self.shared[name]
+                link = {"of": shared.source, "slices": shared.slices and slices_to_json(shared.slices)}
+                (place / "slices.json").write_text(json.dumps(link) + "\n")
             else:
                 tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-                save_file(tensors, folder / name / _WEIGHTS, metadata={"format": "pt"})
+                tensors = pack_all(tensors, masking) if masking else tensors
+                save_file(tensors, place / (_PACKED if masking else _WEIGHTS), metadata={"format": "pt"})
         record: dict[str, Any] = {
             "format": 1,
             "reference": self.reference,
@@ -163,20 +190,61 @@ class Bank(torch.nn.Module):
             ) from error
         entries: dict[str, torch.nn.Module] = {}
         shared: dict[str, Shared] = {}
-        for name in sorted(names, key=lambda n: (folder / n / "slices.json").is_file()):  # sources come first
-            if (folder / name / "slices.json").is_file():
-                link = read_json(folder / name / "slices.json", what="slices", do="save the bank again")
-                shared[name] = Shared(link["of"], slices_from_json(link["slices"]))
-                entries[name] = _cut_model(folder / name, entries[shared[name].source], shared[name].slices)
+        masking: dict[str, Masking] = {}
+        for name in sorted(names, key=lambda n: (folder / _folder(n) / "slices.json").is_file()):  # sources come first
+            place = folder / _folder(name)
+            if (place / "mask.json").is_file():
+                masking[name] = _masking(place / "mask.json")
+            if (place / "slices.json").is_file():
+                link = read_json(place / "slices.json", what="slices", do="save the bank again")
+                shared[name] = Shared(link["of"], link["slices"] and slices_from_json(link["slices"]))
+                entries[name] = _cut_model(place, entries[link["of"]], shared[name].slices, masking.get(name))
+            elif name in masking:
+                entries[name] = _unpacked_model(place, masking[name])
             else:
-                entries[name] = load_model(folder / name)
-        return cls({name: entries[name] for name in names}, reference, kind, shared)
+                entries[name] = load_model(place)
+        return cls({name: entries[name] for name in names}, reference, kind, shared, masking)
 
 
-def _cut_model(folder: Path, source: torch.nn.Module, slices: Slices) -> torch.nn.Module:
+def _folder(name: str) -> str:
+    """An entry's folder: 2:4 becomes 2of4, for a colon is no file name on every system."""
+    return name.replace(":", "of")
+
+
+def _masking(file: Path) -> Masking:
+    record = read_json(file, what="a mask", do="save the bank again")
+    try:
+        return Masking(Pattern.parse(record["pattern"]), tuple(map(str, record["names"])))
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            got=f"no {error}", expected="pattern and names", where=file, do="save the bank again"
+        ) from error
+
+
+def _unpacked_model(folder: Path, masking: Masking) -> torch.nn.Module:
+    model, file = build_model(_config(folder), where=folder), folder / _PACKED
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    try:
+        weights = unpack_all(load_file(file), masking, shapes, file)
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            got=f"an unreadable file ({str(error).splitlines()[0]})",
+            expected="whole packed weights that fit config.json",
+            where=file,
+            do="save or copy the model again",
+        ) from error
+    return model.eval()
+
+
+def _cut_model(
+    folder: Path, source: torch.nn.Module, slices: Slices | None, masking: Masking | None
+) -> torch.nn.Module:
     model = build_model(_config(folder), where=folder)
     try:
-        model.load_state_dict({name: value.clone() for name, value in cut_all(source.state_dict(), slices).items()})
+        weights = cut_all(source.state_dict(), slices) if slices else source.state_dict()
+        weights = mask_all(weights, masking.names, masking.pattern) if masking else weights
+        model.load_state_dict({name: value.clone() for name, value in weights.items()})
     except (KeyError, RuntimeError, IndexError) as error:
         raise ModelError(
             got="slices that do not fit the stored weights",

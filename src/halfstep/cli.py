@@ -138,10 +138,35 @@ def slimmable(model: Model, data: Data, out: Out, recipe: RecipeName = "", edits
 
     Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim`
     """
-    from halfstep import run
+    from halfstep import compress
 
-    done = run.compress_slimmable(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
+    done = compress.slimmable(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
     console.print(f"pipeline: {done}\nsamples (dense, widest, narrowest): {out / 'samples.png'}")
+
+
+@compress_app.command()
+def sparse(
+    model: Model,
+    data: Data,
+    out: Out,
+    pattern: Annotated[str, typer.Option(help="N:M, keep N of every M weights along a layer's input.")] = "2:4",
+    recipe: RecipeName = "",
+    edits: Edits = None,
+) -> None:
+    """SparseDM: fine-tune under N:M masks, with the dense model as the teacher; evaluates and writes a report too.
+
+    Masks save multiply-accumulates on paper and bytes on disk; time only where a sparse kernel runs (see `profile`).
+
+    Example: `halfstep compress sparse --model runs/dense --data folder:photos --pattern 2:4 --out runs/sparse`
+    """
+    from halfstep import disk, run, story
+    from halfstep.report import rich_table
+
+    settings = recipe_for(recipe, data, [*(edits or []), f"sparse.pattern={pattern}"])
+    page = run.sparsify(model, data, out, settings, watch=RichWatch())
+    record = disk.read_json(out / "quality.json", what="qualities", do="run again")
+    console.print(rich_table(story.plans_table(record, brief=True)))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -72,19 +72,26 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = None) -> int:
+def count_macs(
+    model: nn.Module,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    densities: Mapping[str, float] | None = None,
+) -> int:
     """MACs per image of one forward call: convolutions, linear layers and matmuls, attention's own included.
 
     Attention's two products (scores, weighted sum) are counted alike on every device and with every attention kernel.
     Tables that count layers only leave them out: google/ddpm-cifar10-32 has 6.222 G here and 6.054 G in such a table,
-    which is `conv` + `linear` of `macs_by_kind`. Not counted: norms, activations, element-wise work. Masked weights
-    count as dense ones.
+    which is `conv` + `linear` of `macs_by_kind`. Not counted: norms, activations, element-wise work. Zeros count as any
+    weight, but for the layers in `densities` (path -> share of its MACs that counts).
 
     `inputs`: keyword arguments of forward; the count is divided by the batch of `sample` (or of the first tensor).
     Nothing is computed and no weight is copied: a twin of the model is counted on the meta device. Where a forward
     needs real numbers, the model itself runs once, with its eval mode restored. Raises ModelError as `example_inputs`.
     """
-    return sum(macs_by_kind(model, inputs=inputs).values())
+    counts, batch = _count(_eager(model), inputs)
+    left_out = sum((1 - share) * sum(counts[name].values()) for name, share in (densities or {}).items())
+    return round((sum(counts[""].values()) - left_out) / 2 / batch)
 
 
 def macs_by_kind(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = None) -> dict[str, int]:

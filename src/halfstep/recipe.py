@@ -88,6 +88,34 @@ class SlimSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparseSpec:
+    """SparseDM's masks and their fine-tuning.
+
+    `pattern`: N:M, keep N of every M weights along a layer's input; `also`: further ones of `schedule` "switch", which
+    draws one at every step ("dense" is one too). "fixed" is algorithm B of the paper, "s31" and "s7" are A.
+    `final_share`: share of the steps for the last stage of A (0.2: the released equal parts).
+    `layers`: "default" leaves input, output, embeddings and layers below `least` weights dense; "paper" the long skips
+    too; "all" masks what has whole groups. `include`: globs of layer names, e.g. `*.attn.*`.
+    `decay`: the pull on dropped weights (lambda; 0: plain straight-through), `decoupled`: after the optimizer's step.
+    `teacher`: weight of the dense teacher (eta). `frozen`: masks chosen once (the ASP control).
+    `permute`: order the inner channels first so that masks keep more.
+    """
+
+    pattern: str = "2:4"
+    also: tuple[str, ...] = ()
+    schedule: Literal["fixed", "s31", "s7", "switch"] = "fixed"
+    final_share: float = 0.5
+    layers: Literal["default", "paper", "all"] = "default"
+    include: tuple[str, ...] = ("*",)
+    least: int = 1024
+    decay: float = 2e-4
+    decoupled: bool = False
+    teacher: float = 0.1
+    frozen: bool = False
+    permute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleSpec:
     """The sampler: a diffusers scheduler by its short name, and the number of steps."""
 
@@ -146,6 +174,7 @@ class Recipe:
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     slim: SlimSpec = field(default_factory=SlimSpec)
+    sparse: SparseSpec = field(default_factory=SparseSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
     search: SearchSpec = field(default_factory=SearchSpec)
     eval: EvalSpec = field(default_factory=EvalSpec)
@@ -323,6 +352,9 @@ _NOT_NEGATIVE = [
     "train.sample_every",
     "search.fit",
     "search.trade",
+    "sparse.decay",
+    "sparse.teacher",
+    "sparse.least",
 ]
 _SHARES = [
     "train.ema_decay",
@@ -332,6 +364,7 @@ _SHARES = [
     "search.crossover",
     "search.rate",
     "eval.tolerance",
+    "sparse.final_share",
 ]
 
 

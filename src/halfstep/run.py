@@ -16,71 +16,23 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from halfstep import disk
-from halfstep.bank import Bank, Shared, load_denoiser
-from halfstep.data import Images, load_images
-from halfstep.errors import HalfstepError, PlanError, RunError
+from halfstep import compress, disk
+from halfstep.bank import Bank, load_denoiser
+from halfstep.errors import HalfstepError, PlanError
 from halfstep.features import feature_net_for, train_features
 from halfstep.find import Found, baselines, search_plan
 from halfstep.judge import Judge, check_fit, default_device, extractor_for, measure_plans, to_uint8
-from halfstep.loop import new_model, require_tracker, run_loop
-from halfstep.profiling import count_macs, latency, machine
+from halfstep.loop import new_model, run_loop
+from halfstep.profiling import latency
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
+from halfstep.rundir import fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
-from halfstep.slimmable import Supernet, copy_of, sandwich_objective, supernet_of, width_name
+from halfstep.slimmable import supernet_of
 from halfstep.story import tell
-from halfstep.train import Diffusion, TrainState, dense_objective, predictor
+from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.watch import SILENT, Watch
-
-# ---------------------------------------------------------------------------------------------------------- the house
-
-
-IGNORED = {"train": ("name", "sample.", "search.", "eval."), "compress slimmable": ("name", "search.", "eval.")}
-"""Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
-
-
-def open_run(out: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
-    """Make or re-enter a run folder. Raises RunError when it is not writable or belongs to another recipe."""
-    require_tracker(recipe.train.tracker)
-    out = disk.require_writable(Path(out))
-    disk.recover(out)
-    file = out / "recipe.json"
-    if file.is_file():
-        record = disk.read_json(file, what="the recipe of this run", do="choose another --out")
-        old = Recipe.from_json(record.get("recipe", {}), where=file)
-        ignored = IGNORED.get(inputs["verb"], ())
-        changed = [name for name in old.differences(recipe) if not name.startswith(ignored)]
-        changed += [k for k, v in inputs.items() if record.get("inputs", {}).get(k) != v]
-        if changed:
-            raise RunError(
-                got=f"a run of another recipe ({', '.join(changed[:4])} differ)",
-                expected="the same recipe, to resume",
-                where=out,
-                do="choose another --out, or repeat the old settings",
-            )
-    elif any(p for p in out.iterdir() if not p.name.startswith(".")):
-        raise RunError(
-            got="a folder with other files", expected="an empty or a run folder", where=out, do="choose another --out"
-        )
-    else:
-        disk.write_json(file, {"format": 1, "recipe": recipe.to_json(), "inputs": dict(inputs), "machine": machine()})
-    return out
-
-
-def images_for(recipe: Recipe, source: str, split: str = "train") -> Images:
-    """The images that a recipe asks for."""
-    return load_images(source, size=recipe.data.size, channels=recipe.data.channels, split=split)
-
-
-def fit_data(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    """The recipe with the data's size and channels taken from the model where it leaves them open."""
-    size = config["sample_size"]
-    size = size if isinstance(size, int) else size[0]
-    data = replace(recipe.data, size=recipe.data.size or size, channels=recipe.data.channels or config["in_channels"])
-    return replace(recipe, data=data)
-
 
 # ---------------------------------------------------------------------------------------------------------- training
 
@@ -142,64 +94,6 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- compression
-
-
-def compress_slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
-    """DDSM's supernet from a dense denoiser: a bank of widths. Returns the folder of a `StepAwarePipeline`.
-
-    The bank's reference, "full", is the dense denoiser as it came; "w1.00" … are the supernet's widths.
-    """
-    dense, noise = load_denoiser(model)
-    recipe = _with_noise(fit_data(recipe, dense.config), noise)
-    supernet = supernet_of(dense, recipe.slim)  # refuses widths before anything is written
-    net = supernet.model
-    out = open_run(out, recipe, {"verb": "compress slimmable", "model": str(model), "data": data})
-    done = out / "pipeline"
-    if (done / "model_index.json").is_file():
-        return done
-    images = images_for(recipe, data)
-    check_fit(Bank({"full": dense}, "full", recipe.noise.prediction), images)
-    diffusion = Diffusion(recipe.noise)
-
-    def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        twin = copy_of(net)
-        twin.load_state_dict(weights)
-        twins = Supernet(twin, supernet.widths, recipe.slim.concat, supernet.own)
-        bank = slim_bank(dense, twins, recipe.noise.prediction)
-        plan = reference_plan(bank, noise, replace(recipe.sample, scheduler="ddim", steps=20), dict.fromkeys(bank, 1))
-        rows = [plan.uniform(name) for name in bank]
-        return torch.cat([x for p in rows for x in sample_images(bank, p, 16, seed=1234)])
-
-    dense.to(default_device())
-    teacher = predictor(dense.requires_grad_(False)) if recipe.slim.distill == "dense" else None
-    objective = sandwich_objective(supernet, diffusion.draw, recipe.slim, teacher)
-    state = TrainState.new(net, recipe.train)
-    run_loop(out, state, images, recipe, objective, "supernet", watch, preview)
-    net.load_state_dict(state.average())
-    net.cpu()
-    dense.cpu()
-    bank = slim_bank(dense, supernet, recipe.noise.prediction)
-    macs = {name: count_macs(bank[name]) for name in bank}
-    pipeline = StepAwarePipeline(bank, reference_plan(bank, noise, recipe.sample, macs))
-    pipeline.save_pretrained(done)
-    return done
-
-
-def slim_bank(dense: UNet2DModel, supernet: Supernet, prediction: str) -> Bank:
-    """The bank of a supernet: the dense reference "full", and every width, sharing the widest one's stored weights."""
-    entries = {"full": dense} | {width_name(w): supernet.subnet(w) for w in supernet.widths}
-    shared = {width_name(w): Shared(width_name(supernet.own), slices) for w, slices in supernet.slices.items()}
-    return Bank(entries, "full", prediction, shared)
-
-
-def _with_noise(recipe: Recipe, noise: Mapping[str, Any]) -> Recipe:
-    """The recipe with the forward process that the model was trained with."""
-    names = {"num_train_timesteps": "timesteps", "prediction_type": "prediction"}
-    known = {names.get(k, k): noise[k] for k in (*names, "beta_schedule", "beta_start", "beta_end") if k in noise}
-    return Recipe.from_json({**recipe.to_json(), "noise": known}, where="the model's scheduler")
-
-
 # ----------------------------------------------------------------------------------------- measuring and the main job
 
 
@@ -249,8 +143,7 @@ def search(
         out, recipe, {"verb": "search", "model": str(model), "data": data, "goal": goal_text(budget, max_loss)}
     )
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
-    macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
     found = search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
     return found
@@ -323,20 +216,46 @@ def optimize(
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
     begun = time.time()
     watch.say("1 profile the dense model")
-    folder = compress_slimmable(model, data, out / "supernet", recipe, watch=watch)
+    folder = compress.slimmable(model, data, out / "supernet", recipe, watch=watch)
     pipe = StepAwarePipeline.from_pretrained(folder)
     if not (out / "cost.json").is_file():
         costs = latency({name: pipe.bank[name] for name in pipe.bank}, batch=64, repeats=10)
         disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
-    macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
     found = search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
     pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
     disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, pictures))
+    disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
+    return tell(out)
+
+
+def sparsify(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """SparseDM from a dense denoiser to a report: fine-tune under masks, measure every pattern beside the reference
+    and beside one-shot masking of the same weights. Returns report.html; resumes."""
+    begun = time.time()
+    folder = compress.sparse(model, data, out, recipe, watch=watch)
+    pipe = StepAwarePipeline.from_pretrained(folder)
+    if not (out / "cost.json").is_file():
+        costs = latency({name: pipe.bank[name] for name in pipe.bank}, batch=64, repeats=10)
+        macs = pipe.bank.macs()
+        record = {name: cost.to_json() | {"macs": macs[name]} for name, cost in costs.items()}
+        disk.write_json(out / "cost.json", record)
+    one_shot = compress.sparse_net(load_denoiser(model)[0], replace(recipe.sparse, frozen=False))
+    bank, patterns = pipe.bank, [str(pattern) for pattern in one_shot.patterns]
+    for pattern in one_shot.patterns:
+        masking = bank.masking[str(pattern)]
+        bank = bank.with_entry(f"{pattern} one-shot", one_shot.bake(pattern), bank.prediction_type, masking=masking)
+    judge, recipe = judge_for(bank, data, recipe, out, watch)
+    reference = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs()).uniform(patterns[-1])
+    rows = {name: reference.uniform(name) for name in bank if name not in ("full", patterns[-1])}
+    verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
+    plan.save(out / "plan.json")
+    disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, verdict.pictures))
     disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
     return tell(out)
 

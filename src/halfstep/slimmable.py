@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,14 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
+from halfstep import uvit
 from halfstep.errors import ModelError
 from halfstep.recipe import SlimSpec
 from halfstep.slices import Pieces, Slices, cut_all, pieces_of
+from halfstep.uvit import UViT2DModel
 
+Net: TypeAlias = UNet2DModel | UViT2DModel
+"""What can be slimmed."""
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """clean [B,C,H,W] -> (noisy sample, timestep [B], target)"""
@@ -89,19 +93,27 @@ def _attended(config: Mapping[str, Any], channels: Sequence[int]) -> list[int]:
     return found
 
 
-def skeleton(config: Mapping[str, Any]) -> UNet2DModel:
-    """A `UNet2DModel` without memory (on the meta device), to be run with weights from elsewhere."""
+def narrowed(kind: type[Net], config: Mapping[str, Any], width: float) -> dict[str, Any]:
+    """The config of a denoiser of class `kind` at `width`. Raises ModelError for widths that do not divide it."""
+    return uvit.narrow_config(config, width) if kind is UViT2DModel else narrow_config(config, width)
+
+
+def skeleton(config: Mapping[str, Any], kind: type[Net] = UNet2DModel) -> Net:
+    """A denoiser without memory (on the meta device), to be run with weights from elsewhere."""
     with torch.device("meta"):
-        return UNet2DModel.from_config(dict(config))
+        return kind.from_config(dict(config))
 
 
-def slices_for(config: Mapping[str, Any], width: float, concat: str = "aligned") -> dict[str, tuple[Pieces, ...]]:
-    """Which part of every parameter of the full U-Net the U-Net at `width` uses."""
-    narrow = narrow_config(config, width)
-    full_shapes = {name: value.shape for name, value in skeleton(config).state_dict().items()}
-    slim_shapes = {name: value.shape for name, value in skeleton(narrow).state_dict().items()}
+def slices_for(
+    config: Mapping[str, Any], width: float, concat: str = "aligned", kind: type[Net] = UNet2DModel
+) -> dict[str, tuple[Pieces, ...]]:
+    """Which part of every parameter of the full network the network at `width` uses."""
+    narrow = narrowed(kind, config, width)
+    full_shapes = {name: value.shape for name, value in skeleton(config, kind).state_dict().items()}
+    slim_shapes = {name: value.shape for name, value in skeleton(narrow, kind).state_dict().items()}
     slices: dict[str, tuple[Pieces, ...]] = {name: tuple(((0, n),) for n in s) for name, s in slim_shapes.items()}
-    for name, dim, pieces in _exceptions(config, narrow, slim_shapes, concat):
+    found = uvit.slice_exceptions if kind is UViT2DModel else _exceptions
+    for name, dim, pieces in found(config, narrow, slim_shapes, concat):
         slices[name] = (*slices[name][:dim], pieces, *slices[name][dim + 1 :])
     for name, dims in slices.items():
         for dim, pieces in enumerate(dims):
@@ -177,18 +189,21 @@ class Supernet:
     for a model that is no UNet2DModel and for widths without whole channel groups.
     """
 
-    def __init__(self, model: UNet2DModel, widths: Sequence[float], concat: str = "aligned", own: float = 1.0):
-        if not isinstance(model, UNet2DModel):
+    def __init__(self, model: Net, widths: Sequence[float], concat: str = "aligned", own: float = 1.0):
+        if not isinstance(model, Net):
             raise ModelError(
-                got=type(model).__name__, expected="a UNet2DModel", where="the model to slim", do="bring a pixel U-Net"
+                got=type(model).__name__,
+                expected="a UNet2DModel or UViT2DModel",
+                where="the model to slim",
+                do="bring a pixel U-Net or a U-ViT",
             )
         self.model, self.widths, self.own = model, tuple(sorted(widths, reverse=True)), own
         self.slices: dict[float, Slices] = {}
-        self._skeletons: dict[float, UNet2DModel] = {}
+        self._skeletons: dict[float, Net] = {}
         for width in self.widths:
             if width != own:
-                self.slices[width] = slices_for(model.config, width / own, concat)
-                self._skeletons[width] = skeleton(narrow_config(model.config, width / own))
+                self.slices[width] = slices_for(model.config, width / own, concat, type(model))
+                self._skeletons[width] = skeleton(narrowed(type(model), model.config, width / own), type(model))
 
     def predict(self, width: float) -> Predict:
         """(sample, timestep, class_labels) -> prediction of the network at `width`."""
@@ -203,19 +218,19 @@ class Supernet:
 
         return predict
 
-    def subnet(self, width: float) -> UNet2DModel:
-        """A plain `UNet2DModel` that computes what the supernet computes at `width`, with weights of its own."""
+    def subnet(self, width: float) -> Net:
+        """A plain diffusers model that computes what the supernet computes at `width`, with weights of its own."""
         weights = self.model.state_dict()
         config = dict(self.model.config)
         if width != self.own:
             weights = cut_all(weights, self.slices[width])
-            config = narrow_config(config, width / self.own)
-        model = UNet2DModel.from_config(config)
+            config = narrowed(type(self.model), config, width / self.own)
+        model = type(self.model).from_config(config)
         model.load_state_dict({name: value.clone() for name, value in weights.items()})
         return model.to(self.model.device).eval()
 
 
-def supernet_of(dense: UNet2DModel, spec: SlimSpec) -> Supernet:
+def supernet_of(dense: Net, spec: SlimSpec) -> Supernet:
     """The untrained supernet of a dense model, which stays as it is: its channels sorted, cut to the widest width.
 
     A plan's bank holds the dense model beside the supernet, so that `spec.widths` may leave 1.0 out: no step of the
@@ -264,15 +279,15 @@ def sandwich_objective(
 # ------------------------------------------------------------------------------------------------- channel importance
 
 
-def copy_of(model: UNet2DModel) -> UNet2DModel:
-    """A second `UNet2DModel` with the same config, weights and device."""
-    copy = UNet2DModel.from_config(dict(model.config)).to(model.device)
+def copy_of(model: Net) -> Net:
+    """A second model with the same class, config, weights and device."""
+    copy = type(model).from_config(dict(model.config)).to(model.device)
     copy.load_state_dict(model.state_dict())
     return copy.train(model.training)
 
 
 @torch.no_grad()
-def sort_channels(model: UNet2DModel) -> UNet2DModel:
+def sort_channels(model: Net) -> Net:
     """A copy of `model` with its inner channels ordered by importance; it computes the same function.
 
     Sorted are the channels whose order is free: those inside each ResNet block (by group, then inside each group,
@@ -281,6 +296,9 @@ def sort_channels(model: UNet2DModel) -> UNet2DModel:
     order is not free. A channel's importance is the size of its contribution to the next layer.
     """
     copy = copy_of(model)
+    if isinstance(copy, UViT2DModel):
+        uvit.sort_inner(copy)
+        return copy
     for module in copy.modules():
         if isinstance(module, ResnetBlock2D):
             _sort_resnet(module)

@@ -113,7 +113,9 @@ def tell(out: Path) -> Path:
     record = disk.read_json(out / "quality.json", what="the qualities of a finished run", do=again)
     run = disk.read_json(out / "recipe.json", what="a recipe", do=again)
     costs = disk.read_json(out / "cost.json", what="costs", do=again)
-    table = ErrorTable.from_json(disk.read_json(out / "errors.json", what="an error table", do=again))
+    table = None
+    if (out / "errors.json").is_file():  # a run of `compress` has searched nothing
+        table = ErrorTable.from_json(disk.read_json(out / "errors.json", what="an error table", do=again))
     plan = StepPlan.load(out / "plan.json")
     with np.load(out / "pictures.npz", allow_pickle=False) as arrays:
         pictures = {name: arrays[name] for name in arrays.files}
@@ -123,9 +125,14 @@ def tell(out: Path) -> Path:
         summary=summary(record, plan),
         facts=_facts(run, record, searched, table),
         tables=(plans_table(record), _bank_table(costs, plan.reference)),
-        figures=(pareto(record, searched), plan_chart(plan), _heatmap(table), *training_curves(out)),
+        figures=(
+            pareto(record, searched),
+            plan_chart(plan),
+            *([_heatmap(table)] if table else []),
+            *training_curves(out),
+        ),
         grids=tuple(Grid(title=name, images=images, columns=8) for name, images in pictures.items()),
-        files=FILES,
+        files={name: what for name, what in FILES.items() if (out / name).exists()},
     )
     side = picture_grid(np.concatenate([pictures["reference"][:16], pictures["plan"][:16]]), columns=16)
     disk.write_png(out / "samples.png", side)
@@ -142,15 +149,22 @@ FILES = {
 }
 
 
-def _facts(run: dict[str, Any], record: dict[str, Any], searched: list[dict], table: ErrorTable) -> dict[str, str]:
+def _facts(
+    run: dict[str, Any], record: dict[str, Any], searched: list[dict], table: ErrorTable | None
+) -> dict[str, str]:
     recipe, about = run["recipe"], record["about"]
+    search = {}
+    if table:
+        search["search"] = (
+            f"{len(searched)} plans of {recipe['search']['images']} images each, and an error table on "
+            f"{table.images} trajectories"
+        )
     return {
         "model": run["inputs"]["model"],
         "data": f"{run['inputs']['data']}, fingerprint {about['data']}",
-        "goal": run["inputs"]["goal"],
+        "goal": run["inputs"].get("goal", run["inputs"]["verb"]),
         "recipe": f"{recipe['name']}, seed {recipe['seed']}, {recipe['train']['steps']} training steps",
-        "search": f"{len(searched)} plans of {recipe['search']['images']} images each, and an error table on "
-        f"{table.images} trajectories",
+        **search,
         "time of the last call": f"{record['seconds']:.0f} s",
         **{key: str(value) for key, value in about["machine"].items()},
     }

@@ -41,10 +41,11 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class Batch:
-    """clean: float32 [B,C,H,W] in [-1, 1]; labels: int64 [B] or None."""
+    """clean: float32 [B,C,H,W] in [-1, 1]; labels: int64 [B] or None; step: the number of the step, from 0."""
 
     clean: torch.Tensor
     labels: torch.Tensor | None
+    step: int = 0
 
 
 Objective = Callable[[Batch], Iterator[torch.Tensor]]
@@ -165,6 +166,12 @@ class TrainState:
                 slots.setdefault(int(index), {})[slot] = value
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
+    def restart_average(self) -> None:
+        """Let the moving average begin again at the present weights."""
+        for shadow, parameter in zip(self.ema.shadow_params, self.model.parameters(), strict=True):
+            shadow.copy_(parameter.detach())
+        self.ema.optimization_step = 0
+
     def average(self) -> dict[str, torch.Tensor]:
         """The state dict of the moving average (parameters averaged, buffers as they are)."""
         weights = dict(self.model.state_dict())
@@ -223,7 +230,7 @@ def train(
         flips = torch.rand(spec.batch) < 0.5 if flip else None
         labels = images.batch_labels(index) if _wants_labels(state.model) else None
         clean = images.batch(index, flip=flips).to(device, non_blocking=True)
-        batch = Batch(clean, None if labels is None else labels.to(device))
+        batch = Batch(clean, None if labels is None else labels.to(device), step)
         for loss in _autocast(objective(batch), device, bf16):
             accelerator.backward(loss)
             losses += loss.detach()

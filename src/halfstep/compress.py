@@ -1,0 +1,146 @@
+"""The `compress METHOD` family: from a dense denoiser and images to a bank of cheaper ones, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfstep.bank import Bank, Shared, load_denoiser
+from halfstep.judge import check_fit, default_device
+from halfstep.loop import run_loop
+from halfstep.masks import Masking
+from halfstep.recipe import Recipe, SparseSpec
+from halfstep.rundir import fit_data, images_for, open_run, with_noise
+from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
+from halfstep.slimmable import Supernet, copy_of, sandwich_objective, supernet_of, width_name
+from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, sparse_objective
+from halfstep.train import Diffusion, Objective, Predict, TrainState, predictor
+from halfstep.watch import SILENT, Watch
+
+
+def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """DDSM's supernet from a dense denoiser: a bank of widths. Returns the folder of a `StepAwarePipeline`.
+
+    The bank's reference, "full", is the dense denoiser as it came; "w1.00" … are the supernet's widths.
+    """
+    dense, noise = load_denoiser(model)
+    recipe = with_noise(fit_data(recipe, dense.config), noise)
+    supernet = supernet_of(dense, recipe.slim)  # refuses widths before anything is written
+    job = _Job("slimmable", model, data, out, recipe, dense, noise, watch)
+
+    def bank_of(net: Any) -> Bank:
+        twin = Supernet(net, supernet.widths, recipe.slim.concat, supernet.own)
+        return slim_bank(dense, twin, recipe.noise.prediction)
+
+    if job.finished:
+        return job.done
+    teacher = job.teacher() if recipe.slim.distill == "dense" else None
+    objective = sandwich_objective(supernet, job.diffusion.draw, recipe.slim, teacher)
+    return job.run("supernet", TrainState.new(supernet.model, recipe.train), objective, bank_of)
+
+
+def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """SparseDM: the dense denoiser fine-tuned under N:M masks. Returns the folder of a `StepAwarePipeline`.
+
+    The bank: "full", the dense denoiser as it came, and every pattern by its name, e.g. "2:4". With several patterns
+    one set of weights serves them all; "off" is that set without a mask.
+    """
+    dense, noise = load_denoiser(model)
+    recipe = with_noise(fit_data(recipe, dense.config), noise)
+    spec, steps = recipe.sparse, recipe.train.steps
+    net = sparse_net(dense, spec)  # refuses patterns and filters before anything is written
+    job = _Job("sparse", model, data, out, recipe, dense, noise, watch)
+    if job.finished:
+        return job.done
+    for line in net.told():
+        watch.say(line)
+    state = TrainState.new(net.model, recipe.train)
+    if spec.decoupled:
+        hook = decoupled_pull(net, spec, lambda: pattern_at(state.step, steps, spec))
+        state.optimizer.register_step_post_hook(hook)
+    teacher = job.teacher() if spec.teacher else None
+    objective = sparse_objective(net, job.diffusion.draw, spec, steps, teacher, state.restart_average)
+
+    def bank_of(trained: Any) -> Bank:
+        return sparse_bank(dense, Masked(trained, net.patterns, spec), recipe.noise.prediction)
+
+    return job.run("sparse", state, objective, bank_of)
+
+
+class _Job:
+    """What the methods have in common: the run folder, the images, the dense teacher, and the training to a bank."""
+
+    def __init__(
+        self,
+        method: str,
+        model: str,
+        data: str,
+        out: Path,
+        recipe: Recipe,
+        dense: Any,
+        noise: Mapping[str, Any],
+        watch: Watch,
+    ):
+        self.out = open_run(out, recipe, {"verb": f"compress {method}", "model": str(model), "data": data})
+        self.recipe, self.dense, self.noise, self.watch = recipe, dense, noise, watch
+        self.done = self.out / "pipeline"
+        self.finished = (self.done / "model_index.json").is_file()
+        self.diffusion = Diffusion(recipe.noise)
+        self.images = images_for(recipe, data)
+        check_fit(Bank({"full": dense}, "full", recipe.noise.prediction), self.images)
+
+    def teacher(self) -> Predict:
+        """The dense denoiser as a teacher, on the device of the training."""
+        return predictor(self.dense.to(default_device()).requires_grad_(False))
+
+    def run(self, tag: str, state: TrainState, objective: Objective, bank_of: Callable[[Any], Bank]) -> Path:
+        """Train, then save the bank of the averaged weights with the reference's plan."""
+
+        def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            twin = copy_of(state.model)
+            twin.load_state_dict(weights)
+            self.dense.to(twin.device)
+            bank = bank_of(twin)
+            sample = replace(self.recipe.sample, scheduler="ddim", steps=20)
+            plan = reference_plan(bank, self.noise, sample, dict.fromkeys(bank, 1))
+            rows = [plan.uniform(name) for name in bank]
+            return torch.cat([x for p in rows for x in sample_images(bank, p, 16, seed=1234)])
+
+        run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
+        state.model.load_state_dict(state.average())
+        self.dense.cpu()
+        bank = bank_of(state.model.cpu())
+        plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
+        StepAwarePipeline(bank, plan).save_pretrained(self.done)
+        return self.done
+
+
+def slim_bank(dense: Any, supernet: Supernet, prediction: str) -> Bank:
+    """The bank of a supernet: the dense reference "full", and every width, sharing the widest one's stored weights."""
+    entries = {"full": dense} | {width_name(w): supernet.subnet(w) for w in supernet.widths}
+    shared = {width_name(w): Shared(width_name(supernet.own), slices) for w, slices in supernet.slices.items()}
+    return Bank(entries, "full", prediction, shared)
+
+
+def sparse_net(dense: Any, spec: SparseSpec) -> Masked:
+    """The net to fine-tune: a copy of the dense one behind its masks. Raises for patterns and filters that fit none."""
+    patterns = tuple(p for p in patterns_of(spec) if p)
+    if spec.frozen:
+        return Frozen(copy_of(dense), patterns[0], spec)
+    return Masked(copy_of(dense), patterns, spec)
+
+
+def sparse_bank(dense: Any, net: Masked, prediction: str) -> Bank:
+    """The bank of a masked net: "full", every pattern, and for several patterns "off", whose weights they share."""
+    entries = {"full": dense}
+    shared = {}
+    if len(net.patterns) > 1:
+        entries["off"] = net.bake(None)
+        shared = {str(pattern): Shared("off") for pattern in net.patterns}
+    entries |= {str(pattern): net.bake(pattern) for pattern in net.patterns}
+    masking = {str(pattern): Masking(pattern, net.names) for pattern in net.patterns}
+    return Bank(entries, "full", prediction, shared, masking)

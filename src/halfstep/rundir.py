@@ -1,0 +1,66 @@
+"""What every verb begins with: a run folder of one recipe, images that fit the model, the model's forward process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from halfstep import disk
+from halfstep.data import Images, load_images
+from halfstep.errors import RunError
+from halfstep.loop import require_tracker
+from halfstep.profiling import machine
+from halfstep.recipe import Recipe
+
+IGNORED = {"train": ("name", "sample.", "search.", "eval."), "compress slimmable": ("name", "search.", "eval.")}
+"""Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
+
+
+def open_run(out: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
+    """Make or re-enter a run folder. Raises RunError when it is not writable or belongs to another recipe."""
+    require_tracker(recipe.train.tracker)
+    out = disk.require_writable(Path(out))
+    disk.recover(out)
+    file = out / "recipe.json"
+    if file.is_file():
+        record = disk.read_json(file, what="the recipe of this run", do="choose another --out")
+        old = Recipe.from_json(record.get("recipe", {}), where=file)
+        ignored = IGNORED.get(inputs["verb"], ())
+        changed = [name for name in old.differences(recipe) if not name.startswith(ignored)]
+        changed += [k for k, v in inputs.items() if record.get("inputs", {}).get(k) != v]
+        if changed:
+            raise RunError(
+                got=f"a run of another recipe ({', '.join(changed[:4])} differ)",
+                expected="the same recipe, to resume",
+                where=out,
+                do="choose another --out, or repeat the old settings",
+            )
+    elif any(p for p in out.iterdir() if not p.name.startswith(".")):
+        raise RunError(
+            got="a folder with other files", expected="an empty or a run folder", where=out, do="choose another --out"
+        )
+    else:
+        disk.write_json(file, {"format": 1, "recipe": recipe.to_json(), "inputs": dict(inputs), "machine": machine()})
+    return out
+
+
+def images_for(recipe: Recipe, source: str, split: str = "train") -> Images:
+    """The images that a recipe asks for."""
+    return load_images(source, size=recipe.data.size, channels=recipe.data.channels, split=split)
+
+
+def fit_data(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
+    """The recipe with the data's size and channels taken from the model where it leaves them open."""
+    size = config["sample_size"]
+    size = size if isinstance(size, int) else size[0]
+    data = replace(recipe.data, size=recipe.data.size or size, channels=recipe.data.channels or config["in_channels"])
+    return replace(recipe, data=data)
+
+
+def with_noise(recipe: Recipe, noise: Mapping[str, Any]) -> Recipe:
+    """The recipe with the forward process that the model was trained with."""
+    names = {"num_train_timesteps": "timesteps", "prediction_type": "prediction"}
+    known = {names.get(k, k): noise[k] for k in (*names, "beta_schedule", "beta_start", "beta_end") if k in noise}
+    return Recipe.from_json({**recipe.to_json(), "noise": known}, where="the model's scheduler")

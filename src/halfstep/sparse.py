@@ -1,0 +1,268 @@
+"""SparseDM: N:M sparse denoisers, fine-tuned with a sparse-refined straight-through estimator and the dense teacher.
+
+Paper: SparseDM: Toward Sparse Efficient Diffusion Models, Wang et al., ICME 2025, arXiv 2404.10445; the estimator is
+SR-STE of Zhou et al., ICLR 2021, arXiv 2102.04010.
+
+Implemented: masks recomputed from the dense weights at every forward, gradients straight through, the pull of dropped
+weights towards zero (`decay`); algorithm B, a fixed pattern with the dense teacher (`schedule="fixed"`, eta = 0.1), and
+algorithm A, growing sparsity (`"s31"`, `"s7"`); any N:M at inference; the controls one-shot, plain STE, frozen masks.
+
+What differs, and why:
+- Layers are not replaced. Masked weights are handed to the model by `torch.func.functional_call`, so that off is the
+  dense model itself, bit for bit, and what is saved is a plain diffusers model.
+- The pull is a loss term, decay / 2 * |dropped weights|^2, whose gradient is the paper's decay * (1 - mask) * W. The
+  released code adds it to the scaled gradient, where fp16 loss scaling divides it by 65,536; as a loss it is scaled and
+  unscaled like the others. `decoupled` applies it after the optimizer's step instead, as AdamW does its decay.
+- Growing sparsity keeps one network and one optimizer; the moving average starts again with each pattern (the released
+  script goes on training the network of the first stage).
+- `schedule="switch"` is not in the paper: every step draws one of the patterns, without the pull, so that one set of
+  weights serves them all, dense included.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from halfstep.errors import ModelError
+from halfstep.masks import Pattern, keep_mask, mask_all
+from halfstep.recipe import SparseSpec
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+ENDS = ("conv_in", "conv_out", "patch_embed.*", "pos_embed.*", "decoder_pred", "final_layer", "proj_out", "proj_out_*")
+TIME = ("time_*", "*.time_emb_proj", "class_embedding*", "label_emb*", "*.adaln_*", "*_embedder.*")
+LONG_SKIPS = ("*.skip_linear",)
+STAGES = {"s31": ("31:32", "15:16", "7:8", "3:4", "2:4"), "s7": ("7:8", "6:8", "5:8", "4:8", "2:4")}
+"""The two growing schedules of the released scripts, from dense to sparse."""
+
+
+# -------------------------------------------------------------------------------------------- which layers are masked
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided about one layer, and why."""
+
+    layer: str
+    shape: tuple[int, ...]
+    masked: bool
+    why: str
+
+
+def choose(model: nn.Module, spec: SparseSpec, patterns: Sequence[Pattern]) -> tuple[Choice, ...]:
+    """Decide for every convolution and linear layer whether it is masked.
+
+    Raises ModelError when no layer is left, and for a layer that `spec.include` names in full and that has no whole
+    groups of M inputs.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            shape = tuple(module.weight.shape)
+            why = _why_dense(name, module, spec, patterns)
+            found.append(Choice(name, shape, not why, why or "masked"))
+    if not any(choice.masked for choice in found):
+        first = found[0] if found else None
+        raise ModelError(
+            got=f"no layer to mask ({len(found)} layers; {first.layer}: {first.why})" if first else "no layers",
+            expected=f"layers whose inputs are multiples of {', '.join(str(p.m) for p in patterns)}",
+            where="sparse",
+            do="choose another pattern, or change --set sparse.include or sparse.layers",
+        )
+    return tuple(found)
+
+
+def _why_dense(name: str, layer: nn.Conv2d | nn.Linear, spec: SparseSpec, patterns: Sequence[Pattern]) -> str:
+    """Why a layer stays dense; empty when it is masked."""
+    shape = tuple(layer.weight.shape)
+    if not _matches(name, spec.include):
+        return "not included"
+    misfits = [str(p) for p in patterns if not p.fits(shape)]
+    if misfits and name in spec.include:
+        raise ModelError(
+            got=f"{shape[1]} inputs of {name}",
+            expected=f"a multiple of M for {misfits[0]}",
+            where="sparse.include",
+            do="leave that layer out or choose another pattern",
+        )
+    if misfits:
+        return f"its {shape[1]} inputs are no multiple of M for {misfits[0]}"
+    if spec.layers == "all" or name in spec.include:
+        return ""
+    if _matches(name, ENDS):
+        return "input or output layer"
+    if _matches(name, TIME):
+        return "time or class embedding"
+    if layer.weight.numel() < spec.least:
+        return f"fewer than {spec.least} weights"
+    if spec.layers == "paper" and _matches(name, LONG_SKIPS):
+        return "long skip, left dense in the paper"
+    return ""
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+# ------------------------------------------------------------------------------------------------------------- switch
+
+
+class Masked:
+    """A denoiser with a switch: `predict(pattern)` runs it masked, `predict(None)` is the dense model itself.
+
+    `patterns`: those that will be asked for; every masked layer has whole groups for all of them. `names`: the masked
+    parameters; `choices`: what was decided about every layer. Nothing is written onto the model.
+    """
+
+    def __init__(self, model: Any, patterns: Sequence[Pattern], spec: SparseSpec):
+        self.model, self.patterns = model, tuple(patterns)
+        self.choices = choose(model, spec, self.patterns)
+        self.names = tuple(f"{choice.layer}.weight" for choice in self.choices if choice.masked)
+
+    def predict(self, pattern: Pattern | None) -> Predict:
+        """(sample, timestep, class_labels) -> prediction; differentiable, masks made anew from the present weights."""
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            kwargs = {} if labels is None else {"class_labels": labels}
+            if pattern is None:
+                return self.model(sample, timestep, **kwargs).sample
+            weights = mask_all(self._weights(), self.names, pattern)
+            return torch.func.functional_call(self.model, weights, (sample, timestep), kwargs).sample
+
+        return predict
+
+    def pull(self, pattern: Pattern) -> torch.Tensor:
+        """Half the squared size of the dropped weights: its gradient is (1 - mask) * W."""
+        weights = self._weights()
+        parts = [(w * ~keep_mask(w, pattern)).square().sum() for w in map(weights.__getitem__, self.names)]
+        return 0.5 * torch.stack(parts).sum()
+
+    def told(self) -> list[str]:
+        """What was chosen and why, in a few lines."""
+        weights = self._weights()
+        kept = sum(weights[name].numel() for name in self.names)
+        lines = [f"masked: {len(self.names)} of {len(self.choices)} layers, {kept:,} weights"]
+        for why in dict.fromkeys(choice.why for choice in self.choices if not choice.masked):
+            layers = [choice.layer for choice in self.choices if choice.why == why]
+            lines.append(
+                f"dense: {', '.join(layers[:3])}{f' and {len(layers) - 3} more' if layers[3:] else ''} ({why})"
+            )
+        return lines
+
+    def bake(self, pattern: Pattern | None) -> Any:
+        """A plain model of the same class with the masked weights, zeros included."""
+        model = type(self.model).from_config(dict(self.model.config))
+        model.load_state_dict(mask_all(self.model.state_dict(), self.names, pattern))
+        first = next(self.model.parameters())
+        return nn.Module.to(model, first.device, first.dtype).eval()  # diffusers' own `to` warns of every new dtype
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_parameters())
+
+
+def sparsify(model: Any, pattern: str = "2:4", spec: SparseSpec | None = None) -> Masked:
+    """Put a switchable N:M mask on a diffusers model, e.g. `sparsify(unet, "2:4").bake(Pattern(2, 4))`."""
+    return Masked(model, (Pattern.parse(pattern),), spec or SparseSpec(pattern=pattern))
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def pattern_at(step: int, steps: int, spec: SparseSpec) -> Pattern | None:
+    """The pattern of a training step under a fixed or growing schedule.
+
+    The last stage gets `spec.final_share` of the steps (0.2 is the released equal division of five), the earlier ones
+    equal parts of the rest.
+    """
+    stages = STAGES.get(spec.schedule)
+    if stages is None:
+        return Pattern.parse(spec.pattern)
+    before = round(steps * (1 - spec.final_share))
+    stage = min(step * (len(stages) - 1) // max(before, 1), len(stages) - 2) if step < before else len(stages) - 1
+    return Pattern.parse(stages[stage])
+
+
+def patterns_of(spec: SparseSpec) -> tuple[Pattern | None, ...]:
+    """All patterns that a recipe trains for; None is dense."""
+    texts = STAGES.get(spec.schedule) or (spec.pattern, *spec.also)
+    return tuple(None if text == "dense" else Pattern.parse(text) for text in dict.fromkeys(texts))
+
+
+def sparse_objective(
+    net: Masked,
+    draw: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    spec: SparseSpec,
+    steps: int,
+    teacher: Predict | None = None,
+    on_new_pattern: Callable[[], None] | None = None,
+) -> Callable[[Any], Iterator[torch.Tensor]]:
+    """The losses of one step: noise + `spec.teacher` * teacher (spec section 3.5), then the pull on dropped weights.
+
+    Draws (noisy sample, timestep, target) by `draw`. `teacher` is always dense and gets no gradient. `on_new_pattern`
+    is called before the first step of every pattern but the first (the moving average starts again there).
+    """
+    choices = patterns_of(spec)
+
+    def objective(batch: Any) -> Iterator[torch.Tensor]:
+        if spec.schedule == "switch":
+            pattern = choices[int(torch.randint(len(choices), ()))]
+        else:
+            pattern = pattern_at(batch.step, steps, spec)
+            if batch.step and on_new_pattern and pattern != pattern_at(batch.step - 1, steps, spec):
+                on_new_pattern()
+        noisy, timestep, target = draw(batch.clean)
+        found = net.predict(pattern)(noisy, timestep, batch.labels).float()
+        loss = F.mse_loss(found, target)
+        if teacher is not None and spec.teacher:
+            with torch.no_grad():
+                lesson = teacher(noisy, timestep, batch.labels).float()
+            loss = loss + spec.teacher * F.mse_loss(found, lesson)
+        yield loss
+        if pattern is not None and spec.decay and spec.schedule != "switch" and not spec.decoupled:
+            yield spec.decay * net.pull(pattern)
+
+    return objective
+
+
+def decoupled_pull(net: Masked, spec: SparseSpec, pattern_now: Callable[[], Pattern | None]) -> Callable[..., None]:
+    """A hook for after the optimizer's step: W <- W - lr * decay * (1 - mask) * W."""
+
+    @torch.no_grad()
+    def after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        pattern, rate = pattern_now(), optimizer.param_groups[0]["lr"]
+        if pattern is not None:
+            weights = dict(net.model.named_parameters())
+            for name in net.names:
+                weights[name].mul_(1 - rate * spec.decay * ~keep_mask(weights[name], pattern))
+
+    return after_step
+
+
+class Frozen(Masked):
+    """The control without recovery (ASP): masks chosen once, from the weights as they are now, and kept."""
+
+    def __init__(self, model: Any, pattern: Pattern, spec: SparseSpec):
+        super().__init__(model, (pattern,), spec)
+        weights = self._weights()
+        self.masks: Mapping[str, torch.Tensor] = {name: keep_mask(weights[name], pattern) for name in self.names}
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                weights[name].mul_(mask)
+
+    def predict(self, pattern: Pattern | None) -> Predict:
+        def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            kwargs = {} if labels is None else {"class_labels": labels}
+            weights = {n: w * self.masks[n] if n in self.masks else w for n, w in self._weights().items()}
+            return torch.func.functional_call(self.model, weights, (sample, timestep), kwargs).sample
+
+        return predict
+
+    def pull(self, pattern: Pattern) -> torch.Tensor:
+        return torch.zeros(())
