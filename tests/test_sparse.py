@@ -13,7 +13,17 @@ from halfstep.errors import ModelError
 from halfstep.masks import Pattern, groups_of, keep_mask
 from halfstep.profiling import macs_by_kind
 from halfstep.recipe import NoiseSpec, SparseSpec, TrainSpec
-from halfstep.sparse import STAGES, Frozen, Masked, choose, decoupled_pull, pattern_at, sparse_objective, sparsify
+from halfstep.sparse import (
+    STAGES,
+    Frozen,
+    Masked,
+    choose,
+    decoupled_pull,
+    pattern_at,
+    permute,
+    sparse_objective,
+    sparsify,
+)
 from halfstep.train import Batch, Diffusion, TrainState, predictor
 from halfstep.uvit import UViT2DModel
 
@@ -246,3 +256,32 @@ def test_frozen_masks_never_change():
     for name in net.names:
         assert torch.equal(net.masks[name], masks[name])
         assert not (baked[name] * ~masks[name]).any() and (baked[name] != 0).float().mean() > 0.49
+
+
+# --- permutation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [TWO_FOUR, Pattern(1, 4), Pattern(2, 8)])
+def test_permuting_keeps_the_dense_function_and_more_magnitude(pattern):
+    torch.manual_seed(0)
+    nets = (uvit(), UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
+        attention_head_dim=32,
+    ).eval())  # fmt: skip
+    for model in nets:
+        net = Masked(model, [pattern], ALL)
+        x, t, _ = inputs()
+        before = model(x, t).sample.detach()
+        free = {name for name in net.names if name.endswith(("fc2.weight", "conv2.weight"))}
+        old = {name: _kept_magnitude(model, name, pattern) for name in free}
+        permute(model, net.names, pattern)
+        assert torch.allclose(model(x, t).sample, before, atol=2e-5)
+        new = {name: _kept_magnitude(model, name, pattern) for name in free}
+        assert free and all(new[name] >= old[name] - 1e-3 for name in free)
+        assert sum(new.values()) > 1.002 * sum(old.values())
+
+
+def _kept_magnitude(model, name: str, pattern: Pattern) -> float:
+    weight = model.get_parameter(name).detach()
+    return float((weight * keep_mask(weight, pattern)).abs().sum())

@@ -17,7 +17,7 @@ from halfstep.recipe import Recipe, SparseSpec
 from halfstep.rundir import fit_data, images_for, open_run, with_noise
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
 from halfstep.slimmable import Supernet, copy_of, sandwich_objective, supernet_of, width_name
-from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, sparse_objective
+from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
 from halfstep.train import Diffusion, Objective, Predict, TrainState, predictor
 from halfstep.watch import SILENT, Watch
 
@@ -128,10 +128,10 @@ def slim_bank(dense: Any, supernet: Supernet, prediction: str) -> Bank:
 
 def sparse_net(dense: Any, spec: SparseSpec) -> Masked:
     """The net to fine-tune: a copy of the dense one behind its masks. Raises for patterns and filters that fit none."""
-    patterns = tuple(p for p in patterns_of(spec) if p)
-    if spec.frozen:
-        return Frozen(copy_of(dense), patterns[0], spec)
-    return Masked(copy_of(dense), patterns, spec)
+    patterns, net = tuple(p for p in patterns_of(spec) if p), copy_of(dense)
+    if spec.permute:
+        permute(net, Masked(net, patterns, spec).names, patterns[-1])
+    return Frozen(net, patterns[0], spec) if spec.frozen else Masked(net, patterns, spec)
 
 
 def sparse_bank(dense: Any, net: Masked, prediction: str) -> Bank:

@@ -30,10 +30,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 
 from halfstep import uvit
+from halfstep.channels import free_channels
 from halfstep.errors import ModelError
 from halfstep.recipe import SlimSpec
 from halfstep.slices import Pieces, Slices, cut_all, pieces_of
@@ -286,83 +285,10 @@ def copy_of(model: Net) -> Net:
     return copy.train(model.training)
 
 
-@torch.no_grad()
 def sort_channels(model: Net) -> Net:
-    """A copy of `model` with its inner channels ordered by importance; it computes the same function.
-
-    Sorted are the channels whose order is free: those inside each ResNet block (by group, then inside each group,
-    because group norm must see the same sets), the heads and head channels of attention, and the time MLP. The
-    residual streams stay as they are: several group norms of different group sizes read each of them, so that their
-    order is not free. A channel's importance is the size of its contribution to the next layer.
-    """
+    """A copy of `model` whose channels of free order stand by importance, so that slices keep what contributes most; it
+    computes the same function. A channel's importance is the size of its contribution to the next layer."""
     copy = copy_of(model)
-    if isinstance(copy, UViT2DModel):
-        uvit.sort_inner(copy)
-        return copy
-    for module in copy.modules():
-        if isinstance(module, ResnetBlock2D):
-            _sort_resnet(module)
-        elif isinstance(module, Attention):
-            _sort_attention(module)
-    _sort_time_mlp(copy)
+    for free in free_channels(copy):
+        free.apply(free.by_score())
     return copy
-
-
-def _sort_resnet(block: ResnetBlock2D) -> None:
-    # after group norm every channel has unit scale, so gamma times the outgoing weights is what it contributes
-    score = block.norm2.weight.abs() * block.conv2.weight.flatten(2).norm(dim=(0, 2))
-    order = _grouped_order(score, block.norm2.num_groups)
-    _reorder(block.conv1, order, 0)
-    _reorder(block.norm2, order, 0)
-    _reorder(block.conv2, order, 1)
-    if block.time_emb_proj is not None:
-        both = [order, order + len(order)] if block.time_embedding_norm == "scale_shift" else [order]
-        _reorder(block.time_emb_proj, torch.cat(both), 0)
-
-
-def _sort_attention(attention: Attention) -> None:
-    heads = attention.heads
-    value = attention.to_v.weight.norm(dim=1) * attention.to_out[0].weight.norm(dim=0)
-    key = attention.to_q.weight.norm(dim=1) * attention.to_k.weight.norm(dim=1)
-    best = value.view(heads, -1).sum(1).argsort(descending=True, stable=True)
-    inner = len(value) // heads
-
-    def order(score: torch.Tensor) -> torch.Tensor:
-        within = score.view(heads, -1)[best].argsort(dim=1, descending=True, stable=True)
-        return (best[:, None] * inner + within).flatten()
-
-    for layer in (attention.to_q, attention.to_k):
-        _reorder(layer, order(key), 0)
-    _reorder(attention.to_v, order(value), 0)
-    _reorder(attention.to_out[0], order(value), 1)
-
-
-def _sort_time_mlp(model: UNet2DModel) -> None:
-    first, second = model.time_embedding.linear_1, model.time_embedding.linear_2
-    hidden = (first.weight.norm(dim=1) * second.weight.norm(dim=0)).argsort(descending=True, stable=True)
-    _reorder(first, hidden, 0)
-    _reorder(second, hidden, 1)
-    readers = [m.time_emb_proj for m in model.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
-    if model.config.class_embed_type is not None or not readers:
-        return  # other embeddings of the caller's own order are added to this one
-    reads = torch.stack([layer.weight.norm(dim=0) for layer in readers]).norm(dim=0)
-    order = (reads * second.weight.norm(dim=1)).argsort(descending=True, stable=True)
-    _reorder(second, order, 0)
-    for layer in readers:
-        _reorder(layer, order, 1)
-    if model.class_embedding is not None:
-        model.class_embedding.weight.copy_(model.class_embedding.weight[:, order])
-
-
-def _grouped_order(score: torch.Tensor, groups: int) -> torch.Tensor:
-    """Channel order, best first, that keeps every group together: groups by total score, then inside each group."""
-    by_group = score.view(groups, -1)
-    best = by_group.sum(1).argsort(descending=True, stable=True)
-    within = by_group[best].argsort(dim=1, descending=True, stable=True)
-    return (best[:, None] * by_group.shape[1] + within).flatten()
-
-
-def _reorder(layer: Any, order: torch.Tensor, dim: int) -> None:
-    layer.weight.copy_(layer.weight.index_select(dim, order))
-    if dim == 0 and layer.bias is not None:
-        layer.bias.copy_(layer.bias[order])

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halfstep.channels import free_channels
 from halfstep.errors import ModelError
 from halfstep.masks import Pattern, keep_mask, mask_all
 from halfstep.recipe import SparseSpec
@@ -170,6 +171,56 @@ class Masked:
 def sparsify(model: Any, pattern: str = "2:4", spec: SparseSpec | None = None) -> Masked:
     """Put a switchable N:M mask on a diffusers model, e.g. `sparsify(unet, "2:4").bake(Pattern(2, 4))`."""
     return Masked(model, (Pattern.parse(pattern),), spec or SparseSpec(pattern=pattern))
+
+
+# -------------------------------------------------------------------------------------------------------- permutation
+
+
+@torch.no_grad()
+def permute(model: nn.Module, names: Sequence[str], pattern: Pattern, rounds: int = 40) -> None:
+    """Order the channels of free order, in place, so that the masks of `names` keep more magnitude (as NVIDIA's ASP).
+
+    The dense function stays the same. Channels are swapped between two groups of M wherever that keeps more; channels
+    of one norm group or head stay together.
+    """
+    weights = dict(model.named_parameters())
+    chosen = {id(weights[name]) for name in names}
+    for free in free_channels(model):
+        read = [w for w in free.readers if id(w) in chosen]
+        size = len(free.score) // free.sets
+        if read and free.block == 1 and size % pattern.m == 0 and size >= 2 * pattern.m:
+            rows = torch.cat([w.movedim(1, -1).flatten(0, -2) for w in read]).abs()
+            free.apply(_keeping_order(rows, free.sets, pattern, rounds))
+
+
+def _keeping_order(rows: torch.Tensor, sets: int, pattern: Pattern, rounds: int) -> torch.Tensor:
+    """An order of the columns of `rows` [R, n] that keeps more, by swaps between random pairs of groups of one set."""
+    n, m = rows.shape[1], pattern.m
+    generator = torch.Generator().manual_seed(0)
+    order = torch.arange(n)
+    per_set = n // sets // m  # groups of M in a set
+    swaps = [(a, b) for a in range(m) for b in range(m)]
+    for _ in range(rounds):
+        shuffled = torch.stack([torch.randperm(per_set, generator=generator) + s * per_set for s in range(sets)])
+        half = per_set // 2
+        left, right = shuffled[:, :half].flatten(), shuffled[:, half : 2 * half].flatten()
+        groups = order.view(-1, m)
+        pairs = torch.cat([groups[left], groups[right]], dim=1)  # [P, 2M] column numbers
+        options = [pairs]
+        for a, b in swaps:
+            swapped = pairs.clone()
+            swapped[:, a], swapped[:, m + b] = pairs[:, m + b], pairs[:, a]
+            options.append(swapped)
+        kept = torch.stack([_kept(rows, option, pattern) for option in options])  # [1 + M*M, P]
+        best = torch.stack(options)[kept.argmax(0), torch.arange(len(left))]
+        groups[left], groups[right] = best[:, :m], best[:, m:]
+    return order.to(rows.device)
+
+
+def _kept(rows: torch.Tensor, pairs: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Magnitude that the pattern keeps in each pair of groups, [P]."""
+    found = rows[:, pairs.to(rows.device)].unflatten(-1, (2, pattern.m))  # [R, P, 2, M]
+    return found.topk(pattern.n, dim=-1).values.sum(dim=(0, 2, 3)).cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -225,29 +225,3 @@ def slice_exceptions(
         if name == "time_embed.0.weight":  # the narrow net's own sinusoid: columns of nearest frequency
             nearest = [min(full // 2 - 1, int(i * full / slim + 0.5)) for i in range(slim // 2)]
             yield name, 1, pieces_of(nearest + [full // 2 + i for i in nearest])
-
-
-@torch.no_grad()
-def sort_inner(model: UViT2DModel) -> None:
-    """Order the heads, and the hidden units of every MLP, by importance, in place; the function stays the same.
-
-    The residual stream keeps its order: the time token enters it as a raw sinusoid.
-    """
-    for block in model.modules():
-        if not isinstance(block, Block):
-            continue
-        attn, mlp = block.attn, block.mlp
-        score = mlp.fc1.weight.norm(dim=1) * mlp.fc2.weight.norm(dim=0)
-        order = score.argsort(descending=True, stable=True)
-        mlp.fc1.weight.copy_(mlp.fc1.weight[order])
-        mlp.fc1.bias.copy_(mlp.fc1.bias[order])
-        mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])
-        dim = len(attn.proj.weight)
-        value = attn.qkv.weight[2 * dim :].norm(dim=1) * attn.proj.weight.norm(dim=0)
-        heads = value.view(attn.heads, -1).sum(1).argsort(descending=True, stable=True)
-        order = torch.arange(dim).view(attn.heads, -1)[heads].flatten()
-        stacked = torch.cat([order, dim + order, 2 * dim + order])
-        attn.qkv.weight.copy_(attn.qkv.weight[stacked])
-        if attn.qkv.bias is not None:
-            attn.qkv.bias.copy_(attn.qkv.bias[stacked])
-        attn.proj.weight.copy_(attn.proj.weight[:, order])
