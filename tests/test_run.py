@@ -167,3 +167,29 @@ def test_a_trained_folder_is_reentered_whatever_the_search_and_refused_for_anoth
     assert run.train("digits", dense.parent, tiny("search.fit=5", "eval.images=32")) == dense
     with pytest.raises(HalfstepError, match=r"train\.steps differ"):
         run.train("digits", dense.parent, tiny("train.steps=41"))
+
+
+def test_a_run_folder_its_pipeline_and_a_dense_model_are_profiled_alike(finished, dense):
+    costs = run.profile(str(finished), repeats=1)
+    assert list(costs) == ["full", "w1.00", "w0.50"] == list(run.profile(str(finished / "pipeline"), repeats=1))
+    assert costs["w0.50"].stored_mib == 0 < costs["w1.00"].stored_mib
+    (full,) = run.profile(str(dense), repeats=1).values()
+    assert (full.macs, full.stored_mib) == (costs["full"].macs, costs["full"].stored_mib)
+
+
+def test_compress_sparse_measures_every_pattern_beside_one_shot_masking(dense, tmp_path):
+    recipe = tiny("sparse.least=1", "sparse.schedule=switch", "sparse.also=3:4,dense", "train.steps=6")
+    page = run.sparsify(str(dense), "digits", tmp_path / "sparse", recipe)
+    record = json.loads((tmp_path / "sparse" / "quality.json").read_text())["plans"]
+    assert list(record) == ["reference", "plan", "off", "3:4", "2:4 one-shot", "3:4 one-shot"]
+    assert record["plan"]["macs"] < record["3:4"]["macs"] < record["off"]["macs"] == record["reference"]["macs"]
+    assert page.is_file() and StepPlan.load(tmp_path / "sparse" / "plan.json").entries[0] == "2:4"
+    pipe = StepAwarePipeline.from_pretrained(tmp_path / "sparse" / "pipeline")
+    assert pipe.bank.shared["2:4"].source == "off" and pipe.plan.share == 1
+
+
+@pytest.mark.parametrize("edit", ["sparse.pattern=5:4", "sparse.include=nothing", "sparse.pattern=2:7"])
+def test_patterns_and_filters_that_fit_nothing_are_refused_before_a_file_is_written(dense, tmp_path, edit):
+    with pytest.raises(HalfstepError):
+        run.sparsify(str(dense), "digits", tmp_path / "new", tiny(edit))
+    assert not (tmp_path / "new").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
-from halfstep.profiling import count_macs
+from halfstep.profiling import count_macs, latency
+from halfstep.results import Cost
 from halfstep.slices import Slices, cut_all, slices_from_json, slices_to_json
 from halfstep.uvit import UViT2DModel
 
@@ -108,6 +109,18 @@ class Bank(torch.nn.Module):
         """MACs per image of one call of every entry; masked weights count by their pattern."""
         layers = {name: masking.layers() for name, masking in self.masking.items()}
         return {name: count_macs(self[name], densities=layers.get(name)) for name in self.names}
+
+    def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
+        """What every entry costs here, timed in turns: MACs as `macs`, bytes as stored by `save_pretrained`."""
+        measured = latency({name: self[name] for name in self.names}, batch=batch, repeats=repeats)
+        macs, stored = self.macs(), {name: self._stored_bytes(name) / 2**20 for name in self.names}
+        return {name: replace(cost, macs=macs[name], stored_mib=stored[name]) for name, cost in measured.items()}
+
+    def _stored_bytes(self, name: str) -> int:
+        if name in self.shared:
+            return 0
+        weights, masking = self[name].state_dict(), self.masking.get(name)
+        return sum(value.nbytes for value in (pack_all(weights, masking) if masking else weights).values())
 
     def with_entry(
         self,

@@ -199,14 +199,17 @@ def profile_table(costs: Mapping[str, Cost], reference: str) -> Table:
     values = {setting: [getattr(cost, setting) for cost in costs.values()] for setting in _SETTINGS}
     shared = [f"{key} {found[0]}" for key, found in values.items() if len(set(found)) == 1 and found[0] is not None]
     differing = [key for key, found in values.items() if len(set(found)) > 1]
-    table = Table(caption=" · ".join(["MACs per image", *shared]))
-    for header in ("entry", "params", "MACs", "MACs share", "latency ms", "latency share", "peak MiB", *differing):
+    note = "MACs per image; zeros of a mask are left out of MACs, whether a kernel skips them is what the latency shows"
+    table = Table(caption=" · ".join([note, *shared]))
+    headers = ("entry", "params", "stored MiB", "MACs", "MACs share", "latency ms", "latency share", "peak MiB")
+    for header in (*headers, *differing):
         table.add_column(header, justify="left" if header == "entry" else "right")
     base = costs[reference]
     for name, cost in costs.items():
         table.add_row(
             name,
             f"{cost.params / 1e6:.2f} M",
+            "–" if cost.stored_mib is None else f"{cost.stored_mib:.2f}",
             f"{cost.macs / 1e9:.3f} G",
             _share(cost.macs, base.macs),
             _latency_text(cost),

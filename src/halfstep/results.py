@@ -15,6 +15,7 @@ class Cost:
     `latency_ms`: median milliseconds per call at `batch`; None where it was not measured.
     `latency_spread_ms`: half the distance between the quartiles of those calls.
     `peak_mib`: peak extra memory of one call, MiB; None where it was not measured.
+    `stored_mib`: MiB of weights of its own on disk; 0 where it shares another entry's, None where unknown.
     """
 
     macs: int
@@ -22,6 +23,7 @@ class Cost:
     latency_ms: float | None = None
     latency_spread_ms: float | None = None
     peak_mib: float | None = None
+    stored_mib: float | None = None
     batch: int | None = None
     device: str | None = None
     dtype: str | None = None

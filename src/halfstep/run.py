@@ -23,13 +23,13 @@ from halfstep.features import feature_net_for, train_features
 from halfstep.find import Found, baselines, search_plan
 from halfstep.judge import Judge, check_fit, default_device, extractor_for, measure_plans, to_uint8
 from halfstep.loop import new_model, run_loop
-from halfstep.profiling import latency
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
 from halfstep.rundir import fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
 from halfstep.slimmable import supernet_of
+from halfstep.sparse import STAGES
 from halfstep.story import tell
 from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.watch import SILENT, Watch
@@ -101,10 +101,9 @@ def profile(source: str, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline."""
     folder = Path(source)
     for place in (folder, folder / "pipeline"):
-        if (place / "plan.json").is_file():
-            bank = StepAwarePipeline.from_pretrained(place).bank
-            return latency({name: bank[name] for name in bank}, batch=batch, repeats=repeats)
-    return latency({"full": load_denoiser(source)[0]}, batch=batch, repeats=repeats)
+        if (place / "model_index.json").is_file() and (place / "plan.json").is_file():
+            return StepAwarePipeline.from_pretrained(place).bank.costs(batch=batch, repeats=repeats)
+    return Bank({"full": load_denoiser(source)[0]}, "full", "epsilon").costs(batch=batch, repeats=repeats)
 
 
 def open_pipeline(source: str) -> StepAwarePipeline:
@@ -219,8 +218,7 @@ def optimize(
     folder = compress.slimmable(model, data, out / "supernet", recipe, watch=watch)
     pipe = StepAwarePipeline.from_pretrained(folder)
     if not (out / "cost.json").is_file():
-        costs = latency({name: pipe.bank[name] for name in pipe.bank}, batch=64, repeats=10)
-        disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
+        _write_costs(pipe.bank, out)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
     found = search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
@@ -240,24 +238,27 @@ def sparsify(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
     folder = compress.sparse(model, data, out, recipe, watch=watch)
     pipe = StepAwarePipeline.from_pretrained(folder)
     if not (out / "cost.json").is_file():
-        costs = latency({name: pipe.bank[name] for name in pipe.bank}, batch=64, repeats=10)
-        macs = pipe.bank.macs()
-        record = {name: cost.to_json() | {"macs": macs[name]} for name, cost in costs.items()}
-        disk.write_json(out / "cost.json", record)
+        _write_costs(pipe.bank, out)
     one_shot = compress.sparse_net(load_denoiser(model)[0], replace(recipe.sparse, frozen=False))
     bank, patterns = pipe.bank, [str(pattern) for pattern in one_shot.patterns]
     for pattern in one_shot.patterns:
         masking = bank.masking[str(pattern)]
         bank = bank.with_entry(f"{pattern} one-shot", one_shot.bake(pattern), bank.prediction_type, masking=masking)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
+    main = patterns[-1 if recipe.sparse.schedule in STAGES else 0]
     reference = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs()).uniform(patterns[-1])
-    rows = {name: reference.uniform(name) for name in bank if name not in ("full", patterns[-1])}
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs()).uniform(main)
+    rows = {name: reference.uniform(name) for name in bank if name not in ("full", main)}
     verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
     plan.save(out / "plan.json")
     disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, verdict.pictures))
     disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
     return tell(out)
+
+
+def _write_costs(bank: Bank, out: Path) -> None:
+    costs = bank.costs(batch=64, repeats=10)
+    disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -175,6 +175,7 @@ def _bank_table(costs: dict[str, Any], reference: str) -> Table:
         (
             name,
             f"{cost['params']:,}",
+            f"{cost['stored_mib']:.2f}",
             f"{cost['macs'] / 1e6:,.2f}",
             f"{cost['macs'] / costs[reference]['macs']:.0%}",
             f"{cost['latency_ms']:.1f} ± {cost['latency_spread_ms']:.1f}",
@@ -184,7 +185,10 @@ def _bank_table(costs: dict[str, Any], reference: str) -> Table:
     batch = next(iter(costs.values()))["batch"]
     note = f"One call; latency at batch {batch}: median and half the inter-quartile distance of calls taken in turns."
     return Table(
-        title="The bank", columns=("", "params", "MMACs per image", "share", "ms per call"), rows=rows, note=note
+        title="The bank",
+        columns=("", "params", "MiB stored", "MMACs per image", "share", "ms per call"),
+        rows=rows,
+        note=note,
     )
 
 
