@@ -313,6 +313,21 @@ def test_broken_banks_are_refused_in_one_line_that_names_them(how, tmp_path):
     assert "bank" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_layouts_change_strides_and_not_results():
+    bank = slim_bank()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    before = {name: bank[name](x, t).sample for name in bank}
+    layouts = bank.fastest_layouts(batch=2, repeats=1)
+    assert layouts.keys() == set(bank) and set(layouts.values()) <= {"contiguous", "channels_last"}
+    bank.set_layouts({"full": "channels_last", "w0.50": "channels_last"})
+    assert not bank["full"].mid_block.resnets[0].conv1.weight.is_contiguous()
+    assert bank["w1.00"].mid_block.resnets[0].conv1.weight.is_contiguous()
+    for name in bank:
+        assert torch.allclose(bank[name](x, t).sample, before[name], atol=1e-5)
+    bank.set_layouts(dict.fromkeys(bank, "contiguous"))
+    assert bank["full"].mid_block.resnets[0].conv1.weight.is_contiguous()
+
+
 # --- masked entries ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from halfstep.uvit import UViT2DModel
 DIGITS_MODEL = Path(__file__).parent / "assets" / "digits_model"
 MODEL_CLASSES: dict[str, type[ModelMixin]] = {"UNet2DModel": diffusers.UNet2DModel, "UViT2DModel": UViT2DModel}
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PACKED = "packed.safetensors"
@@ -104,6 +107,23 @@ class Bank(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def fastest_layouts(self, batch: int, repeats: int = 5) -> dict[str, str]:
+        """Which memory layout each entry runs faster in here, "contiguous" or "channels_last", timed in turns.
+
+        It differs between processors and between widths: up to a third of an entry's time.
+        """
+        found = {}
+        for name in self.names:
+            both = {layout: copy.deepcopy(self[name]).to(memory_format=kind) for layout, kind in LAYOUTS.items()}
+            costs = latency(both, batch=batch, repeats=repeats)
+            found[name] = min(LAYOUTS, key=lambda layout: costs[layout].latency_ms or 0.0)
+        return found
+
+    def set_layouts(self, layouts: Mapping[str, str]) -> None:
+        """Put entries into memory layouts, as `fastest_layouts` names them; results stay the same but for rounding."""
+        for name, layout in layouts.items():
+            self[name].to(memory_format=LAYOUTS[layout])
 
     def macs(self) -> dict[str, int]:
         """MACs per image of one call of every entry; masked weights count by their pattern."""

@@ -129,6 +129,7 @@ def denoise(
     timesteps = scheduler.timesteps
     for i in progress(range(start, len(calls))):
         inputs = scheduler.scale_model_input(sample, timesteps[i])
+        inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
         prediction = calls[i](inputs, timesteps[i], return_dict=False, **kwargs)[0]
         if trace is not None:
             trace(i, sample, prediction)
