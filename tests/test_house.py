@@ -27,6 +27,7 @@ FLOORS = {
         "features",
         "evaluate",
         "judge",
+        "kernels",
     ),
     "wiring": ("recipes", "report", "loop", "rundir", "compress", "find", "story", "run"),
     "faces": ("cli",),
