@@ -16,6 +16,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 
 from halfstep import compress, run
 from halfstep.errors import HalfstepError
+from halfstep.masks import masked
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
@@ -193,3 +194,17 @@ def test_patterns_and_filters_that_fit_nothing_are_refused_before_a_file_is_writ
     with pytest.raises(HalfstepError):
         run.sparsify(str(dense), "digits", tmp_path / "new", tiny(edit))
     assert not (tmp_path / "new").exists()
+
+
+def test_widths_and_masks_compose_to_entries_that_share_one_set_of_weights(dense, tmp_path):
+    recipe = tiny("slim.patterns=dense,2:4", "sparse.least=1", "train.steps=6")
+    folder = compress.slimmable(str(dense), "digits", tmp_path, recipe)
+    bank = StepAwarePipeline.from_pretrained(folder).bank
+    assert list(bank) == ["full", "w1.00", "w1.00+2:4", "w0.50", "w0.50+2:4"]
+    assert sorted(p.parent.name for p in folder.rglob("bank/*/*.safetensors")) == ["full", "w1.00"]
+    macs = bank.macs()
+    assert macs["w0.50+2:4"] < macs["w0.50"] < macs["w1.00+2:4"] < macs["w1.00"] == macs["full"]
+    masking, half, sparse = bank.masking["w0.50+2:4"], bank["w0.50"].state_dict(), bank["w0.50+2:4"].state_dict()
+    for name in half:
+        expected = masked(half[name], masking.pattern) if name in masking.names else half[name]
+        assert torch.equal(sparse[name], expected)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from halfstep.bank import Bank, Shared, load_denoiser
 from halfstep.judge import check_fit, default_device
 from halfstep.loop import run_loop
-from halfstep.masks import Masking
+from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.rundir import fit_data, images_for, open_run, with_noise
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
@@ -30,16 +31,18 @@ def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
     dense, noise = load_denoiser(model)
     recipe = with_noise(fit_data(recipe, dense.config), noise)
     supernet = supernet_of(dense, recipe.slim)  # refuses widths before anything is written
+    maskings = slim_maskings(supernet, recipe)  # and patterns
     job = _Job("slimmable", model, data, out, recipe, dense, noise, watch)
 
     def bank_of(net: Any) -> Bank:
         twin = Supernet(net, supernet.widths, recipe.slim.concat, supernet.own)
-        return slim_bank(dense, twin, recipe.noise.prediction)
+        return slim_bank(dense, twin, recipe.noise.prediction, maskings)
 
     if job.finished:
         return job.done
     teacher = job.teacher() if recipe.slim.distill == "dense" else None
-    objective = sandwich_objective(supernet, job.diffusion.draw, recipe.slim, teacher)
+    through = [through_mask(masking) for masking in maskings]
+    objective = sandwich_objective(supernet, job.diffusion.draw, recipe.slim, teacher, through)
     return job.run("supernet", TrainState.new(supernet.model, recipe.train), objective, bank_of)
 
 
@@ -119,11 +122,40 @@ class _Job:
         return self.done
 
 
-def slim_bank(dense: Any, supernet: Supernet, prediction: str) -> Bank:
-    """The bank of a supernet: the dense reference "full", and every width, sharing the widest one's stored weights."""
-    entries = {"full": dense} | {width_name(w): supernet.subnet(w) for w in supernet.widths}
-    shared = {width_name(w): Shared(width_name(supernet.own), slices) for w, slices in supernet.slices.items()}
-    return Bank(entries, "full", prediction, shared)
+def slim_bank(dense: Any, supernet: Supernet, prediction: str, maskings: Sequence[Masking | None] = (None,)) -> Bank:
+    """The bank of a supernet: the dense reference "full", and every width, sharing the widest one's stored weights.
+
+    With masks, every width has an entry for every pattern, "w0.50+2:4", whose weights are shared too.
+    """
+    entries, shared, masks = {"full": dense}, {}, {}
+    own = width_name(supernet.own)
+    for width in supernet.widths:
+        for masking in [None, *filter(None, maskings)]:
+            name = f"{width_name(width)}+{masking.pattern}" if masking else width_name(width)
+            if masking is None and None not in maskings and width != supernet.own:
+                continue  # the widest stays as the place of the weights, though it was not trained without a mask
+            entries[name] = supernet.subnet(width, through_mask(masking))
+            if name != own:
+                shared[name] = Shared(own, supernet.slices.get(width))
+            if masking:
+                masks[name] = masking
+    return Bank(entries, "full", prediction, shared, masks)
+
+
+def slim_maskings(supernet: Supernet, recipe: Recipe) -> list[Masking | None]:
+    """The masks of `slim.patterns`, on the layers that have whole groups at every width; None is dense."""
+    patterns = [None if text == "dense" else Pattern.parse(text) for text in recipe.slim.patterns]
+    masked = tuple(pattern for pattern in patterns if pattern)
+    if not masked:
+        return [None]
+    narrow = [Masked(supernet.subnet(width), masked, recipe.sparse).names for width in supernet.widths]
+    names = tuple(name for name in narrow[0] if all(name in names for names in narrow))
+    return [Masking(pattern, names) if pattern else None for pattern in patterns]
+
+
+def through_mask(masking: Masking | None) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None:
+    """What a mask does to weights."""
+    return None if masking is None else functools.partial(mask_all, names=masking.names, pattern=masking.pattern)
 
 
 def sparse_net(dense: Any, spec: SparseSpec) -> Masked:

@@ -77,6 +77,8 @@ class SlimSpec:
     `distill`: what the nets regress to: the noise ("none", the paper), or the narrower ones to the widest net's
     prediction, or all to the dense teacher's.
     `shared_noise`: one draw of timestep and noise for all widths of a step instead of one each.
+    `patterns`: masks that every width is trained for, one drawn for each loss, e.g. `dense,2:4` (DDSM x SparseDM; the
+    layers are chosen by `sparse`).
     """
 
     widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -85,6 +87,7 @@ class SlimSpec:
     sort: bool = True
     distill: Literal["none", "widest", "dense"] = "dense"
     shared_noise: bool = False
+    patterns: tuple[str, ...] = ("dense",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,8 @@ from halfstep.uvit import UViT2DModel
 Net: TypeAlias = UNet2DModel | UViT2DModel
 """What can be slimmed."""
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Through = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""What is done to a width's weights before they are used, e.g. masking."""
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """clean [B,C,H,W] -> (noisy sample, timestep [B], target)"""
 
@@ -204,26 +206,30 @@ class Supernet:
                 self.slices[width] = slices_for(model.config, width / own, concat, type(model))
                 self._skeletons[width] = skeleton(narrowed(type(model), model.config, width / own), type(model))
 
-    def predict(self, width: float) -> Predict:
-        """(sample, timestep, class_labels) -> prediction of the network at `width`."""
+    def predict(self, width: float, through: Through | None = None) -> Predict:
+        """(sample, timestep, class_labels) -> prediction of the network at `width`, its weights passed `through`."""
 
         def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
             kwargs = {} if labels is None else {"class_labels": labels}
-            if width == self.own:
+            if width == self.own and through is None:
                 return self.model(sample, timestep, **kwargs).sample
-            narrow = self._skeletons[width].train(self.model.training)
-            weights = cut_all(self.model.state_dict(keep_vars=True), self.slices[width])
-            return torch.func.functional_call(narrow, weights, (sample, timestep), kwargs).sample
+            net, weights = self.model, self.model.state_dict(keep_vars=True)
+            if width != self.own:
+                net = self._skeletons[width].train(self.model.training)
+                weights = cut_all(weights, self.slices[width])
+            weights = through(weights) if through else weights
+            return torch.func.functional_call(net, weights, (sample, timestep), kwargs).sample
 
         return predict
 
-    def subnet(self, width: float) -> Net:
+    def subnet(self, width: float, through: Through | None = None) -> Net:
         """A plain diffusers model that computes what the supernet computes at `width`, with weights of its own."""
         weights = self.model.state_dict()
         config = dict(self.model.config)
         if width != self.own:
             weights = cut_all(weights, self.slices[width])
             config = narrowed(type(self.model), config, width / self.own)
+        weights = through(weights) if through else weights
         model = type(self.model).from_config(config)
         model.load_state_dict({name: value.clone() for name, value in weights.items()})
         return model.to(self.model.device).eval()
@@ -244,12 +250,17 @@ def supernet_of(dense: Net, spec: SlimSpec) -> Supernet:
 
 
 def sandwich_objective(
-    supernet: Supernet, draw: Draw, spec: SlimSpec, teacher: Predict | None = None
+    supernet: Supernet,
+    draw: Draw,
+    spec: SlimSpec,
+    teacher: Predict | None = None,
+    through: Sequence[Through | None] = (None,),
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
     """The losses of one sandwich step (spec section 2.4): widest, narrowest, then `spec.sandwich - 2` widths between.
 
     Each loss draws its own timestep and noise on the same images unless `spec.shared_noise`. With `spec.distill` the
     widths regress to a prediction instead of the target: the narrower ones to the widest net's, or all to `teacher`'s.
+    Each loss draws one of `through`, what is done to its weights.
     """
     widest, narrowest, *between = supernet.widths[0], supernet.widths[-1], *supernet.widths[1:-1]
     if spec.distill == "widest":
@@ -270,7 +281,8 @@ def sandwich_objective(
                     with torch.no_grad():
                         lesson = teacher(noisy, timestep, batch.labels).float()
                 target = lesson
-            yield F.mse_loss(supernet.predict(width)(noisy, timestep, batch.labels).float(), target)
+            change = through[int(torch.randint(len(through), ()))] if len(through) > 1 else through[0]
+            yield F.mse_loss(supernet.predict(width, change)(noisy, timestep, batch.labels).float(), target)
 
     return objective
 
