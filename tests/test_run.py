@@ -208,3 +208,11 @@ def test_widths_and_masks_compose_to_entries_that_share_one_set_of_weights(dense
     for name in half:
         expected = masked(half[name], masking.pattern) if name in masking.names else half[name]
         assert torch.equal(sparse[name], expected)
+
+
+def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path):
+    edits = ["model.kind=uvit", "model.channels=16", "model.layers=2", "model.head_dim=4", "train.steps=6"]
+    dense = run.train("digits", tmp_path / "dense", tiny(*edits))
+    page = run.optimize(str(dense), "digits", tmp_path / "half", tiny(*edits), budget=0.5)
+    pipe = StepAwarePipeline.from_pretrained(tmp_path / "half" / "pipeline")
+    assert page.is_file() and pipe.plan.share <= 0.5 and type(pipe.bank["w0.50"]).__name__ == "UViT2DModel"

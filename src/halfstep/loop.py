@@ -19,11 +19,12 @@ from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
 from halfstep.train import Objective, TrainState, stamp
 from halfstep.train import train as train_loop
+from halfstep.uvit import UViT2DModel
 from halfstep.watch import Watch
 
 
-def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DModel:
-    """A fresh `UNet2DModel` for these images: from `spec.config` (a config.json), or from the spec's levels."""
+def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DModel | UViT2DModel:
+    """A fresh denoiser for these images: from `spec.config` (a config.json), or from the spec's sizes."""
     if spec.config:
         record = disk.read_json(Path(spec.config), what="a diffusers config.json", do="check --set model.config")
         model = build_model({"_class_name": "UNet2DModel", **record}, where=spec.config)
@@ -36,6 +37,17 @@ def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DMo
                 do="change the config or --set data.size and data.channels",
             )
         return model
+    if spec.kind == "uvit":
+        return UViT2DModel(
+            sample_size=images.size,
+            in_channels=images.channels,
+            out_channels=images.channels,
+            patch_size=spec.patch,
+            embed_dim=spec.channels[0],
+            depth=spec.layers,
+            num_heads=max(1, spec.channels[0] // spec.head_dim),
+            num_class_embeds=len(images.classes) if spec.class_conditional else None,
+        )
     halvings = 2 ** (len(spec.channels) - 1)
     if images.size % halvings:
         raise ModelError(

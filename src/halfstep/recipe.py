@@ -16,14 +16,17 @@ from halfstep.errors import RecipeError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A `UNet2DModel` to train from scratch. `config` names a diffusers config.json and then replaces the rest."""
+    """A denoiser to train from scratch: a `UNet2DModel`, or with `kind` "uvit" a `UViT2DModel` (one number in
+    `channels`, `layers` blocks, patches of `patch` pixels). `config` names a diffusers config.json instead."""
 
+    kind: Literal["unet", "uvit"] = "unet"
     channels: tuple[int, ...] = (64, 128)
     layers: int = 1
     attention: tuple[bool, ...] = (False, False)
     head_dim: int = 32
     groups: int = 8
     dropout: float = 0.0
+    patch: int = 2
     class_conditional: bool = False
     config: str = ""
 
@@ -328,6 +331,7 @@ def _typed(value: Any, hint: Any, path: str, where: object) -> Any:
 
 _POSITIVE = [
     "model.layers",
+    "model.patch",
     "model.head_dim",
     "model.groups",
     "noise.timesteps",
@@ -408,7 +412,7 @@ def _check(recipe: Recipe) -> None:
             where="model.channels",
             do="write e.g. --set model.channels=64,128",
         )
-    if len(recipe.model.attention) != len(recipe.model.channels):
+    if recipe.model.kind == "unet" and len(recipe.model.attention) != len(recipe.model.channels):
         raise RecipeError(
             got=f"{len(recipe.model.attention)} flags",
             expected=f"one for each of the {len(recipe.model.channels)} levels",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline
 from PIL import Image
 
 from halfstep import compress, disk
@@ -28,7 +28,7 @@ from halfstep.report import picture_grid
 from halfstep.results import Cost
 from halfstep.rundir import fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
-from halfstep.slimmable import supernet_of
+from halfstep.slimmable import copy_of, supernet_of
 from halfstep.sparse import STAGES
 from halfstep.story import tell
 from halfstep.train import Diffusion, TrainState, dense_objective
@@ -53,9 +53,9 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
         return done
 
     def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        net_copy = UNet2DModel.from_config(dict(net.config))
-        net_copy.load_state_dict(weights)
-        return _preview(Bank({"full": net_copy.to(net.device)}, "full", recipe.noise.prediction), diffusion, recipe)
+        twin = copy_of(net)
+        twin.load_state_dict(weights)
+        return _preview(Bank({"full": twin}, "full", recipe.noise.prediction), diffusion, recipe)
 
     state = TrainState.new(net, recipe.train)
     run_loop(out, state, images, recipe, dense_objective(net, diffusion), "dense", watch, preview)
