@@ -141,7 +141,7 @@ def slimmable(model: Model, data: Data, out: Out, recipe: RecipeName = "", edits
     from halfstep import compress
 
     done = compress.slimmable(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
-    console.print(f"pipeline: {done}\nsamples (dense, widest, narrowest): {out / 'samples.png'}")
+    console.print(f"pipeline: {done}\nsamples (a row for each entry, the dense net first): {out / 'samples.png'}")
 
 
 @compress_app.command()

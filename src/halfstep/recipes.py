@@ -9,8 +9,10 @@ from halfstep.recipe import DataSpec, EvalSpec, ModelSpec, Recipe, SampleSpec, S
 
 
 def default() -> Recipe:
-    """A user's own model and images: 50 DDIM steps, four widths, 6,000 sandwich steps. No score is promised."""
-    return Recipe(name="default", train=TrainSpec(steps=6000, batch=64, lr=5e-4))
+    """A user's own model and images: 50 DDIM steps, three widths beside the dense net, 6,000 sandwich steps. No score is
+    promised."""
+    slim = SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True)
+    return Recipe(name="default", train=TrainSpec(steps=6000, batch=64, lr=1e-3), slim=slim)
 
 
 def digits_dense() -> Recipe:
@@ -28,8 +30,8 @@ def digits() -> Recipe:
     return Recipe(
         name="digits",
         data=DataSpec(size=8, channels=1),
-        train=TrainSpec(steps=700, batch=64, lr=1e-3, warmup=50, sample_every=350, save_every=200, ema_decay=0.99),
-        slim=SlimSpec(),
+        train=TrainSpec(steps=1200, batch=64, lr=1e-3, warmup=50, sample_every=600, save_every=200, ema_decay=0.99),
+        slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=512),
         search=SearchSpec(images=512, error_images=256, fit=20, population=6, generations=2, genes=5),
         eval=EvalSpec(images=2048, features="digits", bootstrap=300),
@@ -82,6 +84,27 @@ def fashion32() -> Recipe:
     )
 
 
+def fashion32_uvit_dense() -> Recipe:
+    """A 2.1 M U-ViT with patches of 4 pixels on Fashion-MNIST at 32x32."""
+    return Recipe(
+        name="fashion32-uvit-dense",
+        model=ModelSpec(kind="uvit", channels=(160,), layers=6, head_dim=40, patch=4),
+        data=DataSpec(size=32, channels=1),
+        train=TrainSpec(steps=12000, batch=64, lr=5e-4, warmup=500, save_every=500, sample_every=3000),
+    )
+
+
+def fashion32_sparse() -> Recipe:
+    """2:4 masks on a 32x32 Fashion-MNIST model; `benchmarks/sparse.py` prints what it reaches."""
+    return Recipe(
+        name="fashion32-sparse",
+        data=DataSpec(size=32, channels=1),
+        train=TrainSpec(steps=2000, batch=64, lr=2e-4, warmup=100, save_every=250, sample_every=1000),
+        sample=SampleSpec(steps=20, batch=128),
+        eval=EvalSpec(images=1024),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "default": default,
     "digits": digits,
@@ -90,6 +113,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion16-dense": fashion16_dense,
     "fashion32": fashion32,
     "fashion32-dense": fashion32_dense,
+    "fashion32-sparse": fashion32_sparse,
+    "fashion32-uvit-dense": fashion32_uvit_dense,
 }
 
 

@@ -1,0 +1,113 @@
+"""SparseDM on Fashion-MNIST 32x32, beside every control, as one table.
+
+    python benchmarks/sparse.py --net unet      # or --net uvit; trains what is missing, resumable
+
+Every variant starts from the same dense model and gets the same fine-tuning steps. Rows: dense; dense with the same extra
+steps; 2:4 one-shot (no training), with masks frozen at the start (ASP), by plain straight-through, by the full method;
+grown by stages; one set of weights for several patterns; 1:4 one-shot and by the full method; a smaller dense model.
+Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fashion import DATA, markdown
+from halfstep import compress, run, story
+from halfstep.bank import Bank, load_denoiser
+from halfstep.cli import RichWatch
+from halfstep.judge import measure_plans
+from halfstep.recipe import Recipe, SparseSpec
+from halfstep.recipes import named
+from halfstep.report import Grid, Report, rich_table, write_report
+from halfstep.sampling import reference_plan
+from halfstep.sparse import STAGES
+
+VARIANTS = {
+    "2:4 frozen masks (ASP)": SparseSpec(frozen=True, teacher=0.0),
+    "2:4 plain straight-through": SparseSpec(decay=0.0, teacher=0.0),
+    "2:4 SparseDM": SparseSpec(),
+    "2:4 SparseDM, permuted first": SparseSpec(permute=True),
+    "2:4 grown by stages": SparseSpec(schedule="s31"),
+    "switch": SparseSpec(schedule="switch", also=("3:4", "dense")),
+    "1:4 SparseDM": SparseSpec(pattern="1:4"),
+}
+
+
+def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
+    if net == "uvit":
+        return run.train(DATA, work / "dense", named("fashion32-uvit-dense"), watch=watch)
+    stored = Path(__file__).parent / "models" / "fashion32-dense"
+    return stored if stored.is_dir() else run.train(DATA, work / "dense", named("fashion32-dense"), watch=watch)
+
+
+def with_variant(bank: Bank, name: str, spec: SparseSpec, folder: Path) -> Bank:
+    """The bank with what one variant's training made."""
+    made = run.open_pipeline(str(folder)).bank
+    if spec.schedule == "switch":
+        for entry in ("off", "2:4", "3:4"):
+            title = f"one set of weights, {'mask off' if entry == 'off' else entry}"
+            bank = bank.with_entry(title, made[entry], made.prediction_type, masking=made.masking.get(entry))
+        return bank
+    pattern = "2:4" if spec.schedule in STAGES else spec.pattern
+    return bank.with_entry(name, made[pattern], made.prediction_type, masking=made.masking[pattern])
+
+
+def one_shot(bank: Bank, pattern: str, recipe: Recipe) -> Bank:
+    net = compress.sparse_net(bank["full"], replace(recipe.sparse, pattern=pattern))
+    (chosen,) = net.patterns
+    masking = compress.Masking(chosen, net.names)
+    return bank.with_entry(f"{pattern} one-shot", net.bake(chosen), bank.prediction_type, masking=masking)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=("unet", "uvit"), default="unet")
+    parser.add_argument("--only", default="", help="only variants whose name contains this")
+    parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    watch, work = RichWatch(), args.work or Path(f"runs/sparse-{args.net}")
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = named("fashion32-sparse").edit(args.set)
+    folder = dense_model(args.net, work, watch)
+    dense, noise = load_denoiser(folder)
+    bank = Bank({"full": dense}, "full", noise["prediction_type"])
+    for pattern in ("2:4", "1:4"):
+        bank = one_shot(bank, pattern, recipe)
+    for name, spec in VARIANTS.items():
+        if args.only in name:
+            out = work / name.replace(" ", "-").replace(":", "of").replace(",", "")
+            compress.sparse(str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
+            bank = with_variant(bank, name, spec, out)
+    more = run.train(DATA, work / "dense-more", replace(recipe, sparse=SparseSpec()), model=str(folder), watch=watch)
+    bank = bank.with_entry("dense, same extra steps", load_denoiser(more)[0], bank.prediction_type)
+    judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
+    plan = reference_plan(bank, noise, recipe.sample, bank.macs())
+    plans = {"reference": plan} | {name: plan.uniform(name) for name in bank if name != "full"}
+    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
+    table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
+    grids = tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items())
+    report = Report(
+        title=table.title,
+        summary=f"Fine-tuned for {recipe.train.steps} steps of {recipe.train.batch} from one dense model.",
+        facts={key: str(value) for key, value in verdict.record["about"]["machine"].items()},
+        tables=(table,),
+        figures=(story.pareto(verdict.record, []),),
+        grids=grids,
+    )
+    write_report(report, work)
+    Path(__file__).with_name(f"sparse-{args.net}.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
+    Console().print(rich_table(table))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
