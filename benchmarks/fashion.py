@@ -37,7 +37,7 @@ from halfstep.sampling import fewer_steps, reference_plan
 DATA = "idx:/usr/share/datasets/fashion-mnist"
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 SMALL = {16: ((32, 32, 32), 8), 32: ((16, 32, 32), 8)}
-"""Channels and groups of the small model: half the dense model's width, a quarter of its MACs, as the default budget."""
+"""Channels and groups of the small model: half the dense width, a quarter of the MACs, which is the default budget."""
 
 
 def trained(size: int, work: Path, watch: RichWatch, skip_small: bool) -> dict[str, Path]:

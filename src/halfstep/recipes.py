@@ -9,8 +9,10 @@ from halfstep.recipe import DataSpec, EvalSpec, ModelSpec, Recipe, SampleSpec, S
 
 
 def default() -> Recipe:
-    """A user's own model and images: 50 DDIM steps, three widths beside the dense net, 6,000 sandwich steps. No score is
-    promised."""
+    """A user's own model and images: 50 DDIM steps, three widths beside the dense net, 6,000 sandwich steps.
+
+    No score is promised: it hangs on the data. On Fashion-MNIST this reaches what `fashion16` says.
+    """
     slim = SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True)
     return Recipe(name="default", train=TrainSpec(steps=6000, batch=64, lr=1e-3), slim=slim)
 
