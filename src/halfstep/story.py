@@ -14,7 +14,18 @@ from halfstep.search import ErrorTable
 
 
 def quality_cell(record: dict[str, Any]) -> str:
-    return f"{record['value']:.3g} [{record['low']:.3g}, {record['high']:.3g}]"
+    """A value with its interval, to two decimals."""
+    return f"{record['value']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+
+
+def change_cell(difference: dict[str, Any]) -> str:
+    """A relative change with its interval."""
+    low, high = _signed(difference["relative_low"]), _signed(difference["relative_high"])
+    return f"{_signed(difference['share'])} [{low}, {high}]"
+
+
+def _signed(share: float) -> str:
+    return f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
 
 
 def plans_table(record: dict[str, Any], title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
@@ -25,7 +36,7 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
     about, rows = record["about"], []
     for name, row in record["plans"].items():
         difference = row["difference"]
-        change = f"{difference['share']:+.1%} [{difference['relative_low']:+.1%}, {difference['relative_high']:+.1%}]"
+        change = change_cell(difference)
         rows.append(
             (
                 name,
@@ -64,16 +75,17 @@ def summary(record: dict[str, Any], plan: StepPlan) -> str:
     return (
         f"The plan saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of "
         f"{len(plan.rows)} {plan.scheduler.removesuffix('Scheduler')} calls; the Fréchet distance changes by "
-        f"{difference['share']:+.1%} (95 % interval {difference['relative_low']:+.1%} to "
-        f"{difference['relative_high']:+.1%}, n = {about['n']}), so quality {held} within the "
+        f"{_signed(difference['share'])} (95 % interval {_signed(difference['relative_low'])} to "
+        f"{_signed(difference['relative_high'])}, n = {about['n']}), so quality {held} within the "
         f"tolerance of {about['tolerance']:.0%}."
     )
 
 
-def pareto(record: dict[str, Any], searched: list[dict]) -> Pareto:
-    """Quality against MACs: the plans that the search measured, and the final rows with intervals."""
+def pareto(record: dict[str, Any], searched: list[dict], images: int = 0) -> Pareto:
+    """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
     dots = tuple((r["share"], r["score"], None, None) for r in searched if r["stage"] != "reference")
-    series = [Series(name="measured by the search", points=dots, style="points")] if dots else []
+    label = f"the search, on {images} images\n(fewer images: higher)"
+    series = [Series(name=label, points=dots, style="points")] if dots else []
     for name, row in record["plans"].items():
         fd = row["quality"]["fd"]
         style: Any = "star" if name in ("plan", "reference") else "points"
@@ -126,7 +138,7 @@ def tell(out: Path) -> Path:
         facts=_facts(run, record, searched, table),
         tables=(plans_table(record), _bank_table(costs, plan.reference)),
         figures=(
-            pareto(record, searched),
+            pareto(record, searched, run["recipe"]["search"]["images"]),
             plan_chart(plan),
             *([_heatmap(table)] if table else []),
             *training_curves(out),
