@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fashion import markdown
 from rich.console import Console
 
+from fashion import markdown
 from halfstep.kernels import use_semi_structured
 from halfstep.masks import Masking, Pattern, masked
 from halfstep.profiling import example_inputs, interleave
@@ -65,7 +66,7 @@ def model_rows() -> list[tuple[str, ...]]:
         inputs = example_inputs(dense, batch)
         for backend in ("eager", "compiled"):
             nets = [torch.compile(m) if backend == "compiled" else m for m in (dense, sparse)]
-            calls = {"dense": lambda m=nets[0]: m(**inputs), "sparse": lambda m=nets[1]: m(**inputs)}
+            calls = {kind: partial(m, **inputs) for kind, m in zip(("dense", "sparse"), nets, strict=True)}
             times = {kind: median(found) for kind, found in interleave(calls, repeats=20, warmup=5).items()}
             ratio = times["dense"] / times["sparse"]
             what = f"{name}, batch {batch}, {backend}"
