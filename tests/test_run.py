@@ -216,3 +216,22 @@ def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path)
     page = run.optimize(str(dense), "digits", tmp_path / "half", tiny(*edits), budget=0.5)
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "half" / "pipeline")
     assert page.is_file() and pipe.plan.share <= 0.5 and type(pipe.bank["w0.50"]).__name__ == "UViT2DModel"
+
+
+@pytest.mark.parametrize("edit", ["spectral.wavelet=true", "spectral.wavelet=false"])
+def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teacher(tmp_path, edit):
+    edits = ["model.channels=32,64", "model.groups=8", "model.head_dim=16", "train.steps=6", edit]
+    teacher = run.train("digits", tmp_path / "dense", tiny(*edits))
+    page = run.make_slim(str(teacher), "digits", tmp_path / "slim", tiny(*edits))
+    bank = StepAwarePipeline.from_pretrained(tmp_path / "slim" / "pipeline").bank
+    assert list(bank) == ["full", "spectral"] and bank.macs()["spectral"] * 8 <= bank.macs()["full"]
+    assert type(bank["spectral"]).__name__ == ("SpectralUNet2DModel" if "true" in edit else "UNet2DModel")
+    assert page.is_file() and not [name for name in bank["spectral"].state_dict() if "align" in name]
+    found = run.search(str(tmp_path / "slim"), "digits", tmp_path / "mix", tiny(*edits), budget=0.6)
+    assert found.plan.share <= 0.6
+
+
+def test_a_reduction_that_no_student_reaches_is_refused_before_a_file_is_written(dense, tmp_path):
+    with pytest.raises(HalfstepError, match="ask for less"):
+        run.make_slim(str(dense), "digits", tmp_path / "new", tiny("spectral.reduction=1000"))
+    assert not (tmp_path / "new").exists()

@@ -13,8 +13,11 @@ from scipy.stats import spearmanr
 
 from halfstep.errors import DataError, ModelError
 from halfstep.profiling import count_params, macs_by_kind
+from halfstep.recipe import NoiseSpec, SpectralSpec
 from halfstep.spectral import (
     Gates,
+    Levels,
+    Pupil,
     SpectralUNet2DModel,
     WaveletDown,
     WaveletUp,
@@ -24,11 +27,14 @@ from halfstep.spectral import (
     levels_of,
     power_spectrum,
     radial_mean,
+    spectral_objective,
     spectral_weights,
+    student_configs,
     wiener_clean,
     wiener_noise,
     wiener_power,
 )
+from halfstep.train import Batch, Diffusion
 
 
 def make(seed: int = 0, **config) -> SpectralUNet2DModel:
@@ -262,3 +268,69 @@ def test_levels_of_teacher_and_student_have_the_same_sizes():
         model(torch.randn(1, 1, 8, 8), 3)
         sizes.append(seen)
     assert sizes[0] == sizes[1] == [(8, 8), (4, 4), (4, 4), (4, 4), (8, 8)]
+
+
+@pytest.mark.parametrize(("spatial", "freq"), [(0.1, 0.1), (0.3, 0.0), (0.0, 0.2), (0.0, 0.0)])
+def test_the_loss_is_noise_plus_both_terms_and_the_teacher_sees_the_same(spatial, freq):
+    student, teacher, diffusion = make(), make(3, block_out_channels=(32, 64)).net, Diffusion(NoiseSpec())
+    pupil, seen = Pupil(student, teacher), []
+    handles = [m.register_forward_pre_hook(lambda _m, given: seen.append(given[:2])) for m in (student, teacher)]
+    spec = SpectralSpec(spatial=spatial, freq=freq, ramp=0.0)
+    batch = Batch(torch.randn(2, 1, 8, 8), None, 5)
+    torch.manual_seed(4)
+    (loss,) = spectral_objective(pupil, teacher, diffusion.draw, spec, 10)(batch)
+    for handle in handles:
+        handle.remove()
+    torch.manual_seed(4)
+    noisy, timestep, target = diffusion.draw(batch.clean)
+    assert len(seen) == (2 if spatial or freq else 1)
+    assert all(torch.equal(a, noisy) and torch.equal(b, timestep) for a, b in seen)
+    with Levels(student) as mine, Levels(teacher) as theirs:
+        ours, lesson = student(noisy, timestep).sample, teacher(noisy, timestep).sample
+    expected = F.mse_loss(ours, target)
+    features = [(a(x), y) for a, x, y in zip(pupil.align, mine.seen, theirs.seen, strict=True)]
+    for one, other in [*features, (ours, lesson)]:
+        weights = spectral_weights(batch.clean, one.shape[2:], -1.0)
+        expected = expected + spatial * F.mse_loss(one, other) + freq * frequency_loss(other, one, weights)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert (pupil.align[0].weight.grad is not None) == bool(spatial or freq)
+
+
+def test_a_student_that_is_its_teacher_differs_in_no_term_and_the_ramp_grows_from_nothing():
+    student, teacher, diffusion = make(5), make(5), Diffusion(NoiseSpec())
+    pupil, batch = Pupil(student, teacher), Batch(torch.randn(2, 1, 8, 8), None)
+    for align in pupil.align:
+        torch.nn.init.dirac_(align.weight)
+        torch.nn.init.zeros_(align.bias)
+    losses = []
+    for spatial, freq in ((0.0, 0.0), (5.0, 5.0)):
+        torch.manual_seed(1)
+        losses += spectral_objective(pupil, teacher, diffusion.draw, SpectralSpec(spatial=spatial, freq=freq), 10)(
+            batch
+        )
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+    other, found, spec = make(6), [], SpectralSpec(spatial=0.0, ramp=0.2)
+    for step in (0, 9, 19, 60):
+        torch.manual_seed(1)
+        objective = spectral_objective(
+            Pupil(student, other), other, diffusion.draw, SpectralSpec(spatial=0.0, ramp=0.2), 100
+        )
+        found += [float(x) for x in objective(Batch(batch.clean, None, step))]
+    assert found[0] < found[1] < found[2] == found[3]
+
+
+def test_students_of_a_teacher_are_narrower_and_narrower():
+    teacher = make(block_out_channels=(32, 64)).net
+    configs = student_configs(teacher.config)
+    sizes = [sum(config["block_out_channels"]) for config in configs]
+    assert configs[0]["block_out_channels"] == (32, 64) and sizes == sorted(sizes, reverse=True)
+    assert configs[-1]["block_out_channels"] == (8, 8)
+    for config in configs:
+        assert SpectralUNet2DModel(**config)(torch.randn(1, 1, 8, 8), 3).sample.shape == (1, 1, 8, 8)
+
+
+def test_a_teacher_with_other_levels_is_refused():
+    with pytest.raises(ModelError, match="as many levels"):
+        Pupil(make(), make(sample_size=16).net)

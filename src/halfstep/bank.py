@@ -21,10 +21,15 @@ from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
 from halfstep.profiling import count_macs, latency
 from halfstep.results import Cost
 from halfstep.slices import Slices, cut_all, slices_from_json, slices_to_json
+from halfstep.spectral import SpectralUNet2DModel
 from halfstep.uvit import UViT2DModel
 
 DIGITS_MODEL = Path(__file__).parent / "assets" / "digits_model"
-MODEL_CLASSES: dict[str, type[ModelMixin]] = {"UNet2DModel": diffusers.UNet2DModel, "UViT2DModel": UViT2DModel}
+MODEL_CLASSES: dict[str, type[ModelMixin]] = {
+    "UNet2DModel": diffusers.UNet2DModel,
+    "UViT2DModel": UViT2DModel,
+    "SpectralUNet2DModel": SpectralUNet2DModel,
+}
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -97,6 +97,16 @@ def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
         console.print(table())
 
 
+def show_run(out: Path, page: Path) -> None:
+    """The table of a finished run and the place of its report."""
+    from halfstep import disk, story
+    from halfstep.report import rich_table
+
+    record = disk.read_json(out / "quality.json", what="qualities", do="run again")
+    console.print(rich_table(story.plans_table(record, brief=True)))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
@@ -159,14 +169,31 @@ def sparse(
 
     Example: `halfstep compress sparse --model runs/dense --data folder:photos --pattern 2:4 --out runs/sparse`
     """
-    from halfstep import disk, run, story
-    from halfstep.report import rich_table
+    from halfstep import run
 
     settings = recipe_for(recipe, data, [*(edits or []), f"sparse.pattern={pattern}"])
-    page = run.sparsify(model, data, out, settings, watch=RichWatch())
-    record = disk.read_json(out / "quality.json", what="qualities", do="run again")
-    console.print(rich_table(story.plans_table(record, brief=True)))
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    show_run(out, run.sparsify(model, data, out, settings, watch=RichWatch()))
+
+
+@compress_app.command()
+def spectral(
+    teacher: Annotated[str, typer.Option("--teacher", help="The dense model: a diffusers folder, or `digits`.")],
+    data: Data,
+    out: Out,
+    reduction: Annotated[float, typer.Option(help="How many times fewer MACs than the teacher.")] = 8.0,
+    recipe: RecipeName = "",
+    edits: Edits = None,
+) -> None:
+    """Spectral Diffusion: a slim wavelet-gated student, distilled by spectrum; evaluates and writes a report too.
+
+    `halfstep search --model OUT` then mixes student and teacher step by step.
+
+    Example: `halfstep compress spectral --teacher runs/dense --data folder:photos --reduction 8 --out runs/slim`
+    """
+    from halfstep import run
+
+    settings = recipe_for(recipe, data, [*(edits or []), f"spectral.reduction={reduction}"])
+    show_run(out, run.make_slim(teacher, data, out, settings, watch=RichWatch()))
 
 
 @app.command()

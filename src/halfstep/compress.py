@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 
 from halfstep.bank import Bank, Shared, load_denoiser
+from halfstep.errors import ModelError
 from halfstep.judge import check_fit, default_device
 from halfstep.loop import run_loop
 from halfstep.masks import Masking, Pattern, mask_all
-from halfstep.recipe import Recipe, SparseSpec
+from halfstep.profiling import count_macs
+from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
 from halfstep.rundir import fit_data, images_for, open_run, with_noise
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
 from halfstep.slimmable import Supernet, copy_of, sandwich_objective, supernet_of, width_name
 from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
+from halfstep.spectral import Pupil, SpectralUNet2DModel, spectral_objective, student_configs
 from halfstep.train import Diffusion, Objective, Predict, TrainState, predictor
 from halfstep.watch import SILENT, Watch
 
@@ -74,6 +78,48 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     return job.run("sparse", state, objective, bank_of)
 
 
+def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """Spectral Diffusion: a slim wavelet-gated student of the dense denoiser. Returns the folder of a
+    `StepAwarePipeline` whose bank holds "full", the teacher as it came, and "spectral"."""
+    dense, noise = load_denoiser(model)
+    recipe = with_noise(fit_data(recipe, dense.config), noise)
+    torch.manual_seed(recipe.seed)
+    student = student_of(dense, recipe.spectral)  # refuses what cannot be built before anything is written
+    pupil = Pupil(student, dense)
+    job = _Job("spectral", model, data, out, recipe, dense, noise, watch)
+    if job.finished:
+        return job.done
+    watch.say(f"student: channels {tuple(student.config.block_out_channels)}, {count_macs(student) / 1e6:,.1f} MMACs")
+    teacher = dense.to(default_device()).requires_grad_(False)
+    objective = spectral_objective(pupil, teacher, job.diffusion.draw, recipe.spectral, recipe.train.steps)
+
+    def bank_of(net: Any) -> Bank:
+        return Bank({"full": dense, "spectral": net}, "full", recipe.noise.prediction)
+
+    return job.run("spectral", TrainState.new(pupil, recipe.train), objective, bank_of, student)
+
+
+def student_of(dense: Any, spec: SpectralSpec) -> Any:
+    """The widest student of the teacher's layout that has `spec.reduction` times fewer MACs. Raises ModelError."""
+    if not isinstance(dense, UNet2DModel):
+        raise ModelError(
+            got=type(dense).__name__, expected="a UNet2DModel as teacher", where="--model", do="bring a pixel U-Net"
+        )
+    kind, more = (SpectralUNet2DModel, {"gate": spec.gate}) if spec.wavelet else (UNet2DModel, {})
+    target, macs = count_macs(dense) / spec.reduction, 0
+    for config in student_configs(dense.config):
+        with torch.device("meta"):
+            macs = count_macs(kind(**config, **more))
+        if macs <= target:
+            return kind(**config, **more)
+    raise ModelError(
+        got=f"a reduction of {spec.reduction:g}",
+        expected=f"at most {count_macs(dense) / macs:.1f} for this teacher",
+        where="spectral.reduction",
+        do="ask for less, or bring a wider teacher",
+    )
+
+
 class _Job:
     """What the methods have in common: the run folder, the images, the dense teacher, and the training to a bank."""
 
@@ -100,12 +146,26 @@ class _Job:
         """The dense denoiser as a teacher, on the device of the training."""
         return predictor(self.dense.to(default_device()).requires_grad_(False))
 
-    def run(self, tag: str, state: TrainState, objective: Objective, bank_of: Callable[[Any], Bank]) -> Path:
-        """Train, then save the bank of the averaged weights with the reference's plan."""
+    def run(
+        self,
+        tag: str,
+        state: TrainState,
+        objective: Objective,
+        bank_of: Callable[[Any], Bank],
+        part: Any = None,
+    ) -> Path:
+        """Train, then save the bank of the averaged weights with the reference's plan.
+
+        `part`: the `model` inside of what is trained, when more is trained than is kept.
+        """
+        net, prefix = (state.model, "") if part is None else (part, "model.")
+
+        def kept(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
 
         def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-            twin = copy_of(state.model)
-            twin.load_state_dict(weights)
+            twin = copy_of(net)
+            twin.load_state_dict(kept(weights))
             self.dense.to(twin.device)
             bank = bank_of(twin)
             sample = replace(self.recipe.sample, scheduler="ddim", steps=20)
@@ -114,9 +174,9 @@ class _Job:
             return torch.cat([x for p in rows for x in sample_images(bank, p, 16, seed=1234)])
 
         run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
-        state.model.load_state_dict(state.average())
+        net.load_state_dict(kept(state.average()))
         self.dense.cpu()
-        bank = bank_of(state.model.cpu())
+        bank = bank_of(net.cpu())
         plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
         StepAwarePipeline(bank, plan).save_pretrained(self.done)
         return self.done

@@ -122,6 +122,25 @@ class SparseSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpectralSpec:
+    """Spectral Diffusion's student and its distillation.
+
+    `reduction`: how many times fewer MACs than the teacher; `wavelet`: gated wavelet resampling, or plain convolutions
+    (the control); `gate`: one gate per band and "channel", or "scalar" ones. `spatial`, `freq`: weights of the two
+    distillation terms (0 and 0: trained on the noise alone); `alpha`: exponent of the clean spectrum in the second;
+    `ramp`: share of the steps over which it grows to its weight.
+    """
+
+    reduction: float = 8.0
+    wavelet: bool = True
+    gate: Literal["channel", "scalar"] = "channel"
+    spatial: float = 0.1
+    freq: float = 0.1
+    alpha: float = -1.0
+    ramp: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleSpec:
     """The sampler: a diffusers scheduler by its short name, and the number of steps."""
 
@@ -181,6 +200,7 @@ class Recipe:
     train: TrainSpec = field(default_factory=TrainSpec)
     slim: SlimSpec = field(default_factory=SlimSpec)
     sparse: SparseSpec = field(default_factory=SparseSpec)
+    spectral: SpectralSpec = field(default_factory=SpectralSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
     search: SearchSpec = field(default_factory=SearchSpec)
     eval: EvalSpec = field(default_factory=EvalSpec)
@@ -350,6 +370,7 @@ _POSITIVE = [
     "eval.images",
     "eval.feature_steps",
     "eval.bootstrap",
+    "spectral.reduction",
 ]
 _NOT_NEGATIVE = [
     "seed",
@@ -362,6 +383,8 @@ _NOT_NEGATIVE = [
     "sparse.decay",
     "sparse.teacher",
     "sparse.least",
+    "spectral.spatial",
+    "spectral.freq",
 ]
 _SHARES = [
     "train.ema_decay",
@@ -372,6 +395,7 @@ _SHARES = [
     "search.rate",
     "eval.tolerance",
     "sparse.final_share",
+    "spectral.ramp",
 ]
 
 

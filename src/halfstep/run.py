@@ -244,17 +244,33 @@ def sparsify(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
     """SparseDM from a dense denoiser to a report: fine-tune under masks, measure every pattern beside the reference
     and beside one-shot masking of the same weights. Returns report.html; resumes."""
     begun = time.time()
-    folder = compress.sparse(model, data, out, recipe, watch=watch)
-    pipe = StepAwarePipeline.from_pretrained(folder)
-    if not (out / "cost.json").is_file():
-        _write_costs(pipe.bank, out)
+    pipe = open_pipeline(str(compress.sparse(model, data, out, recipe, watch=watch)))
     one_shot = compress.sparse_net(load_denoiser(model)[0], replace(recipe.sparse, frozen=False))
     bank, patterns = pipe.bank, [str(pattern) for pattern in one_shot.patterns]
     for pattern in one_shot.patterns:
         masking = bank.masking[str(pattern)]
         bank = bank.with_entry(f"{pattern} one-shot", one_shot.bake(pattern), bank.prediction_type, masking=masking)
-    judge, recipe = judge_for(bank, data, recipe, out, watch)
     main = patterns[-1 if recipe.sparse.schedule in STAGES else 0]
+    return _measured(pipe, bank, main, data, out, recipe, begun, watch)
+
+
+def make_slim(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """Spectral Diffusion from a dense denoiser to a report: train the student, measure it beside the teacher.
+
+    Returns report.html; resumes. The bank of `out` is what `search` mixes step by step.
+    """
+    begun = time.time()
+    pipe = open_pipeline(str(compress.spectral(model, data, out, recipe, watch=watch)))
+    return _measured(pipe, pipe.bank, "spectral", data, out, recipe, begun, watch)
+
+
+def _measured(
+    pipe: StepAwarePipeline, bank: Bank, main: str, data: str, out: Path, recipe: Recipe, begun: float, watch: Watch
+) -> Path:
+    """Measure every entry of `bank` used alone, `main` as the plan, beside the reference; write and tell it."""
+    if not (out / "cost.json").is_file():
+        _write_costs(pipe.bank, out)
+    judge, recipe = judge_for(bank, data, recipe, out, watch)
     reference = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs()).uniform(main)
     rows = {name: reference.uniform(name) for name in bank if name not in ("full", main)}

@@ -18,6 +18,7 @@ What differs, and why:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from halfstep.errors import DataError, ModelError
+from halfstep.recipe import SpectralSpec
 
 # --------------------------------------------------------------------------------------------------------- the wavelet
 
@@ -239,3 +241,109 @@ def levels_of(model: Any) -> list[nn.Module]:
     net = model.net if isinstance(model, SpectralUNet2DModel) else model
     last = [block.resnets[-1] for block in (*net.down_blocks, *net.up_blocks)]
     return [*last, net.mid_block] if net.mid_block is not None else last
+
+
+class Pupil(nn.Module):
+    """A student and, for the training only, a learned 1x1 convolution for each compared level (to teacher channels).
+
+    `teacher`: a `UNet2DModel` or `SpectralUNet2DModel` with as many levels of the same sizes; it gets no gradient.
+    Raises ModelError when the levels do not match.
+    """
+
+    def __init__(self, student: Any, teacher: Any):
+        super().__init__()
+        self.model, self.config = student, student.config
+        ours, theirs = _level_shapes(student), _level_shapes(teacher)
+        if [shape[2:] for shape in ours] != [shape[2:] for shape in theirs]:
+            raise ModelError(
+                got=f"levels of sizes {[shape[-1] for shape in ours]}",
+                expected=f"the teacher's, {[shape[-1] for shape in theirs]}",
+                where="spectral distillation",
+                do="take a teacher with as many levels and the same image size",
+            )
+        pairs = zip(ours, theirs, strict=True)
+        self.align = nn.ModuleList(nn.Conv2d(mine[1], other[1], 1) for mine, other in pairs)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def _level_shapes(model: Any) -> list[torch.Size]:
+    with Levels(model) as levels, torch.no_grad():
+        config = model.config
+        labels = {} if config.num_class_embeds is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
+        model(torch.zeros(1, config.in_channels, config.sample_size, config.sample_size), 1, **labels)
+        return [value.shape for value in levels.seen]
+
+
+class Levels:
+    """Collects, inside a `with`, what the compared modules of a model put out, in the order in which they run."""
+
+    def __init__(self, model: Any):
+        self.model, self.seen = model, []  # type: ignore[var-annotated]
+
+    def __enter__(self) -> Levels:
+        keep = lambda _module, _given, out: self.seen.append(out)  # noqa: E731
+        self._handles = [module.register_forward_hook(keep) for module in levels_of(self.model)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def spectral_objective(
+    pupil: Pupil,
+    teacher: nn.Module,
+    draw: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    spec: SpectralSpec,
+    steps: int,
+) -> Callable[[Any], Iterator[torch.Tensor]]:
+    """noise + spatial * sum of squared feature differences + freq * the same by frequency, weighted (section 4).
+
+    Teacher and student see the same noisy images, timesteps and labels. The frequency term grows from 0 over the first
+    `spec.ramp` of the steps.
+    """
+
+    def objective(batch: Any) -> Iterator[torch.Tensor]:
+        noisy, timestep, target = draw(batch.clean)
+        labels = {} if batch.labels is None else {"class_labels": batch.labels}
+        with Levels(pupil.model) as mine:
+            found = pupil.model(noisy, timestep, **labels).sample.float()
+        loss = F.mse_loss(found, target)
+        freq = spec.freq * min(1.0, (batch.step + 1) / max(1.0, spec.ramp * steps))
+        if spec.spatial or spec.freq:
+            with torch.no_grad(), Levels(teacher) as theirs:
+                lesson = teacher(noisy, timestep, **labels).sample.float()
+            pairs = [
+                (other.detach().float(), align(one).float())
+                for one, other, align in zip(mine.seen, theirs.seen, pupil.align, strict=True)
+            ]
+            for other, one in [*pairs, (lesson, found)]:
+                loss = loss + spec.spatial * F.mse_loss(one, other)
+                if spec.freq:
+                    weights = spectral_weights(batch.clean, (one.shape[2], one.shape[3]), spec.alpha)
+                    loss = loss + freq * frequency_loss(other, one, weights)
+        yield loss
+
+    return objective
+
+
+def student_configs(teacher: Mapping[str, Any], unit: int = 8) -> list[dict[str, Any]]:
+    """Configs of slimmer U-Nets of a teacher's layout, widest first; the caller takes the first that is cheap enough.
+
+    Channels are multiples of `unit`, which is also the number of norm groups where it divides them.
+    """
+    layout = ("sample_size", "in_channels", "out_channels", "layers_per_block", "down_block_types", "up_block_types")
+    kept = {key: teacher[key] for key in (*layout, "num_class_embeds")}
+    full = teacher["block_out_channels"]
+    found: list[dict[str, Any]] = []
+    for base in range(max(full), 0, -1):
+        scale = base / max(full)
+        channels = tuple(max(unit, unit * round(c * scale / unit)) for c in full)
+        config = kept | {"block_out_channels": channels, "norm_num_groups": unit, "dropout": 0.0}
+        config["attention_head_dim"] = min(teacher.get("attention_head_dim") or 8, min(channels))
+        if not found or found[-1] != config:
+            found.append(config)
+    return found
