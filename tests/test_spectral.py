@@ -305,19 +305,16 @@ def test_a_student_that_is_its_teacher_differs_in_no_term_and_the_ramp_grows_fro
         torch.nn.init.dirac_(align.weight)
         torch.nn.init.zeros_(align.bias)
     losses = []
-    for spatial, freq in ((0.0, 0.0), (5.0, 5.0)):
+    for size in (0.0, 5.0):
         torch.manual_seed(1)
-        losses += spectral_objective(pupil, teacher, diffusion.draw, SpectralSpec(spatial=spatial, freq=freq), 10)(
-            batch
-        )
+        spec = SpectralSpec(spatial=size, freq=size)
+        losses += spectral_objective(pupil, teacher, diffusion.draw, spec, 10)(batch)
     assert torch.allclose(losses[0], losses[1], rtol=1e-5)
     other, found, spec = make(6), [], SpectralSpec(spatial=0.0, ramp=0.2)
     for step in (0, 9, 19, 60):
         torch.manual_seed(1)
-        objective = spectral_objective(
-            Pupil(student, other), other, diffusion.draw, SpectralSpec(spatial=0.0, ramp=0.2), 100
-        )
-        found += [float(x) for x in objective(Batch(batch.clean, None, step))]
+        objective = spectral_objective(Pupil(student, other), other, diffusion.draw, spec, 100)
+        found += [x.item() for x in objective(Batch(batch.clean, None, step))]
     assert found[0] < found[1] < found[2] == found[3]
 
 
