@@ -235,3 +235,14 @@ def test_a_reduction_that_no_student_reaches_is_refused_before_a_file_is_written
     with pytest.raises(HalfstepError, match="ask for less"):
         run.make_slim(str(dense), "digits", tmp_path / "new", tiny("spectral.reduction=1000"))
     assert not (tmp_path / "new").exists()
+
+
+def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path):
+    page = run.spectrum([str(dense), "digits"], "digits", tmp_path / "s", timesteps=(20, 400), images=32)
+    record = json.loads((tmp_path / "s" / "spectrum.json").read_text())["timesteps"]
+    assert list(record) == ["20", "400"] and list(record["20"]) == [str(dense), "digits"]
+    bundled = record["20"]["digits"]
+    assert sum(bundled["error"]) < 0.5 * sum(record["20"][str(dense)]["error"])
+    assert page.is_file() and len(list((tmp_path / "s" / "figures").glob("clean-estimate*.png"))) == 2
+    with pytest.raises(HalfstepError, match="--timestep"):
+        run.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))

@@ -27,6 +27,7 @@ from halfstep.spectral import (
     levels_of,
     power_spectrum,
     radial_mean,
+    spectra,
     spectral_objective,
     spectral_weights,
     student_configs,
@@ -206,6 +207,23 @@ def test_spectra_of_known_images():
     assert torch.allclose(rings, torch.ones(8), atol=0.15) and centres[0] == 1 / 32 and centres[-1] == 15 / 32
     wave = torch.cos(2 * torch.pi * torch.arange(16) * 4 / 16).expand(1, 1, 16, 16)
     assert radial_mean(power_spectrum(wave), 8)[1].argmax() == 4
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_best_linear_denoiser_draws_the_wiener_line(kind):
+    clean, alphas = pink(400, 16), torch.linspace(0.99, 0.01, 10)
+    power = power_spectrum(clean)
+
+    def predict(noisy, timestep, _):
+        a = alphas[timestep[0]]
+        wanted = torch.fft.ifft2(torch.fft.fft2(noisy) * wiener_clean(a, power)).real
+        noise = (noisy - a.sqrt() * wanted) / (1 - a).sqrt()
+        return {"epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * wanted, "sample": wanted}[kind]
+
+    for timestep in (1, 5, 8):
+        rings = spectra(predict, clean, timestep, alphas, kind, bins=8, seed=5)  # pink() has seed 0
+        assert torch.allclose(rings["model"], rings["wiener"], rtol=0.15)
+        assert (rings["wiener"] <= rings["data"]).all() and (rings["error"] <= 1.1 * rings["data"]).all()
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

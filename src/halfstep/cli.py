@@ -302,6 +302,28 @@ def profile(
 
 
 @app.command()
+def spectrum(
+    models: Annotated[list[str], typer.Option("--model", help="A denoiser; repeat it to compare several.")],
+    data: Data,
+    out: Out,
+    timesteps: Annotated[
+        list[int] | None, typer.Option("--timestep", help="Noise level, 0 to 999; may be repeated.", show_default=False)
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images to average over.", min=1)] = 256,
+) -> None:
+    """Which frequencies a denoiser loses: power spectra of its clean estimate, the data and the best linear denoiser.
+
+    Writes OUT/spectrum.json and OUT/report.html with one picture per timestep.
+
+    Example: `halfstep spectrum --model runs/dense --model runs/small --data folder:photos --out runs/spectrum`
+    """
+    from halfstep import run
+
+    page = run.spectrum(models, data, out, timesteps=timesteps or (20, 100, 300, 600), images=images)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(out: Annotated[Path, typer.Option("--out", help="The folder of a finished optimize run.")]) -> None:
     """Write the report of a finished run again (after an update of Halfstep, say).
 

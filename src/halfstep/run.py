@@ -6,14 +6,14 @@ Each takes plain values, writes a run folder and can be called again to resume. 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from halfstep import compress, disk
@@ -30,8 +30,9 @@ from halfstep.rundir import fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
 from halfstep.slimmable import copy_of, supernet_of
 from halfstep.sparse import STAGES
-from halfstep.story import tell
-from halfstep.train import Diffusion, TrainState, dense_objective
+from halfstep.spectral import spectra
+from halfstep.story import tell, tell_spectra
+from halfstep.train import Diffusion, TrainState, dense_objective, predictor
 from halfstep.watch import SILENT, Watch
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -262,6 +263,41 @@ def make_slim(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
     begun = time.time()
     pipe = open_pipeline(str(compress.spectral(model, data, out, recipe, watch=watch)))
     return _measured(pipe, pipe.bank, "spectral", data, out, recipe, begun, watch)
+
+
+def spectrum(
+    models: Sequence[str], data: str, out: Path, *, timesteps: Sequence[int] = (20, 100, 300, 600), images: int = 256
+) -> Path:
+    """Power spectra of each model's clean estimate beside the data's and the best linear denoiser's, by timestep.
+
+    Writes out/spectrum.json and out/report.html, whose path it returns. Raises DataError for images that do not fit.
+    """
+    lines: dict[str, dict[str, Any]] = {}
+    for source in models:
+        dense, noise = load_denoiser(source)
+        found = images_for(fit_data(Recipe(), dense.config), data)
+        check_fit(Bank({"full": dense}, "full", noise["prediction_type"]), found)
+        chosen = slice(0, min(images, len(found)))
+        labels = found.batch_labels(chosen) if dense.config.get("num_class_embeds") else None
+        alphas = DDPMScheduler.from_config(noise).alphas_cumprod
+        for timestep in timesteps:
+            if not 0 <= timestep < len(alphas):
+                raise PlanError(
+                    got=timestep, expected=f"0 to {len(alphas) - 1}", where="--timestep", do="choose one of these"
+                )
+            rings = spectra(
+                predictor(dense),
+                found.batch(chosen),
+                timestep,
+                alphas,
+                noise["prediction_type"],
+                bins=max(4, found.size // 2),
+                labels=labels,
+            )
+            lines.setdefault(str(timestep), {})[source] = {name: line.tolist() for name, line in rings.items()}
+    out = disk.require_writable(Path(out))
+    disk.write_json(out / "spectrum.json", {"data": data, "images": images, "timesteps": lines})
+    return tell_spectra(out)
 
 
 def _measured(

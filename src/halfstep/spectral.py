@@ -34,6 +34,9 @@ from torch import nn
 from halfstep.errors import DataError, ModelError
 from halfstep.recipe import SpectralSpec
 
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
 # --------------------------------------------------------------------------------------------------------- the wavelet
 
 
@@ -213,6 +216,44 @@ def radial_mean(spectrum: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.
     counts = torch.bincount(ring.flatten(), minlength=bins + 1)
     centres = (torch.arange(bins) + 0.5) / (2 * bins)
     return centres, sums[:bins] / counts[:bins].clamp(min=1)
+
+
+@torch.no_grad()
+def spectra(
+    predict: Predict,
+    clean: torch.Tensor,
+    timestep: int,
+    alphas_cumprod: torch.Tensor,
+    prediction_type: str,
+    *,
+    bins: int,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """How much power a denoiser's clean estimate has at each frequency, beside what can be had: four lines of [bins].
+
+    "frequency" (cycles per pixel), "data" (the images' own power), "wiener" (of the best linear estimate from these
+    noisy images), "model" (of this denoiser's), "error" (of its difference to the clean images). clean: [N,C,S,S]; the
+    same seed draws the same noise for every model.
+    """
+    a = alphas_cumprod[timestep].to(clean)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
+    noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+    steps = torch.full((len(clean),), timestep, device=clean.device)
+    found = predict(noisy, steps, labels).float()
+    estimate = {
+        "epsilon": lambda: (noisy - (1 - a).sqrt() * found) / a.sqrt(),
+        "v_prediction": lambda: a.sqrt() * noisy - (1 - a).sqrt() * found,
+        "sample": lambda: found,
+    }[prediction_type]()
+    power = power_spectrum(clean)
+    lines = {
+        "data": power,
+        "wiener": wiener_power(a, power),
+        "model": power_spectrum(estimate),
+        "error": power_spectrum(estimate - clean),
+    }
+    return {"frequency": radial_mean(power, bins)[0]} | {k: radial_mean(v, bins)[1] for k, v in lines.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

@@ -151,6 +151,44 @@ def tell(out: Path) -> Path:
     return write_report(report, out)
 
 
+def tell_spectra(out: Path) -> Path:
+    """Write report.html of what `halfstep spectrum` measured: one picture per timestep, all models in each."""
+    record = disk.read_json(out / "spectrum.json", what="measured spectra", do="run halfstep spectrum")
+    figures, rows = [], []
+    for timestep, models in record["timesteps"].items():
+        lines: dict[str, tuple[tuple[float, float], ...]] = {}
+        for name, rings in models.items():
+            lines |= {kind: _points(rings, kind) for kind in ("data", "wiener")}
+            lines[name] = _points(rings, "model")
+            half = len(rings["frequency"]) // 2
+            shares = [sum(rings[kind][half:]) / sum(rings["data"][half:]) for kind in ("model", "wiener", "error")]
+            rows.append((timestep, name, *(f"{share:.3f}" for share in shares)))
+        title = f"Clean estimate at timestep {timestep}"
+        axis = "frequency (cycles per pixel)"
+        figures.append(Curve(title=title, xlabel=axis, ylabel="power", lines=lines))
+    note = "Power in the upper half of the frequencies, as a share of the data's: of the estimate, of the best linear "
+    table = Table(
+        title="High frequencies",
+        columns=("timestep", "model", "estimate", "Wiener", "error"),
+        rows=tuple(rows),
+        note=note + f"one, and of the estimate's error. {record['images']} images of {record['data']}.",
+    )
+    summary_text = "A model that loses detail has less power at high frequencies than the linear bound allows."
+    report = Report(
+        title="Power spectra",
+        summary=summary_text,
+        facts={"data": record["data"]},
+        tables=(table,),
+        figures=(*figures,),
+        grids=(),
+    )
+    return write_report(report, out)
+
+
+def _points(rings: dict[str, list[float]], kind: str) -> tuple[tuple[float, float], ...]:
+    return tuple(zip(rings["frequency"], rings[kind], strict=True))
+
+
 FILES = {
     "pipeline/": "the cheaper diffusers pipeline: StepAwarePipeline.from_pretrained",
     "plan.json": "what runs at each step",
