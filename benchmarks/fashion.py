@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="only copy the trained models to benchmarks/models, fp16")
     parser.add_argument("--skip-small", action="store_true", help="leave out the small model trained alone")
     parser.add_argument("--one-search", action="store_true", help="leave out frontier alone and NSGA-II alone")
+    parser.add_argument("--confirm", type=int, metavar="N", help="only measure the found plan again, on N images")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
@@ -127,6 +128,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if args.export:
         return export(args.size, work)
+    if args.confirm:
+        return confirm(args.size, args.confirm, work, named(f"fashion{args.size}").edit(args.set), watch)
     folders = trained(args.size, work, watch, args.skip_small)
     pipe = run.open_pipeline(str(folders["supernet"]))
     recipe = named(f"fashion{args.size}").edit(args.set)
@@ -141,6 +144,7 @@ def main() -> None:
     best = min(found.values(), key=lambda f: min(r.score for r in f.records if r.share <= args.budget + 1e-9))
     space = best.space
     plans = {"reference": plan, "plan": plan.with_entries(best.plan.entries)}
+    plans["plan"].save(work / "plan.json")
     if len(found) > 1:
         plans |= {f"plan, {name}": plan.with_entries(one.plan.entries) for name, one in found.items()}
     plans |= {f"uniform {name}": plan.uniform(name) for name in macs if name not in ("full", "small")}
@@ -173,6 +177,23 @@ def main() -> None:
     print(plans["plan"])
     print(report.summary)
     return None
+
+
+def confirm(size: int, count: int, work: Path, recipe: Recipe, watch: RichWatch) -> None:
+    """The plan of a finished run and the reference once more, on `count` images: a narrower interval of the change."""
+    stored = MODELS / f"fashion{size}-supernet"
+    pipe = run.open_pipeline(str(stored if stored.is_dir() else work / "supernet"))
+    recipe = replace(recipe, seed=recipe.seed + 100, eval=replace(recipe.eval, images=count))
+    judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
+    plan = StepPlan.load(work / "plan.json")
+    plans = {"reference": plan.uniform(plan.reference), "plan": plan}
+    verdict = measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
+    (work / "confirmed.json").write_text(json.dumps(verdict.record, indent=2))
+    table = story.plans_table(verdict.record, f"The same plan on {count:,} images of other seeds")
+    page = Path(__file__).with_name(f"fashion{size}.md")
+    kept = page.read_text().split("**The same plan on")[0].rstrip()
+    page.write_text(f"{kept}\n\n{markdown(table)}\n")
+    Console().print(rich_table(table))
 
 
 def searches_table(found: dict, recipe: Recipe) -> Table:
