@@ -187,6 +187,7 @@ def confirm(size: int, count: int, work: Path, recipe: Recipe, watch: RichWatch)
     judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
     plan = StepPlan.load(work / "plan.json")
     plans = {"reference": plan.uniform(plan.reference), "plan": plan}
+    plans |= {f"uniform {name}": plan.uniform(name) for name in ("w0.75", "w0.50")}
     verdict = measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
     (work / "confirmed.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"The same plan on {count:,} images of other seeds")
