@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="only copy the trained models to benchmarks/models, fp16")
     parser.add_argument("--skip-small", action="store_true", help="leave out the small model trained alone")
     parser.add_argument("--one-search", action="store_true", help="leave out frontier alone and NSGA-II alone")
+    parser.add_argument("--repeats", type=int, default=5, help="timed trajectories of each plan")
     parser.add_argument("--confirm", type=int, metavar="N", help="only measure the found plan again, on N images")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
@@ -155,7 +156,7 @@ def main() -> None:
     if "small" in folders:
         plans["small model alone"] = plan.uniform("small")
     plans["dense, 50 steps"] = fewer_steps(plan, 50)
-    verdict = measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
+    verdict = measure_plans(judge, plans, recipe, repeats=args.repeats, batch=64, watch=watch)
     (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"Fashion-MNIST {args.size}x{args.size}, budget {args.budget:.0%}")
     spent = searches_table(found, recipe)
