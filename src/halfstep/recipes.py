@@ -58,7 +58,7 @@ def fashion16() -> Recipe:
         train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
-        search=SearchSpec(images=512, error_images=256, fit=20, population=6, generations=2, genes=10),
+        search=SearchSpec(images=512, error_images=256, fit=14, population=6, generations=2, genes=10),
         eval=EvalSpec(images=2048),
     )
 
