@@ -23,6 +23,7 @@ from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
 from halfstep.judge import measure_plans
+from halfstep.masks import Masking
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
 from halfstep.report import Grid, Report, rich_table, write_report
@@ -62,7 +63,7 @@ def with_variant(bank: Bank, name: str, spec: SparseSpec, folder: Path) -> Bank:
 def one_shot(bank: Bank, pattern: str, recipe: Recipe) -> Bank:
     net = compress.sparse_net(bank["full"], replace(recipe.sparse, pattern=pattern))
     (chosen,) = net.patterns
-    masking = compress.Masking(chosen, net.names)
+    masking = Masking(chosen, net.names)
     return bank.with_entry(f"{pattern} one-shot", net.bake(chosen), bank.prediction_type, masking=masking)
 
 

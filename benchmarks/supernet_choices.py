@@ -21,9 +21,10 @@ from rich.table import Table
 
 from halfstep.bank import load_denoiser
 from halfstep.data import load_images
+from halfstep.denoiser import predictor
 from halfstep.recipe import NoiseSpec, SlimSpec, TrainSpec
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of
-from halfstep.train import Batch, Diffusion, TrainState, predictor, train
+from halfstep.train import Batch, Diffusion, TrainState, train
 
 VARIANTS = {
     "sorted, aligned, no distillation (paper's loss)": SlimSpec(distill="none"),

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
     "values": ("errors", "disk", "recipe", "results", "plan", "watch"),
-    "nets": ("slices", "masks", "uvit", "channels", "spectral"),
+    "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral"),
     "methods": ("slimmable", "sparse"),
     "workers": (
         "sources",

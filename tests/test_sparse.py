@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from halfstep.denoiser import predictor
 from halfstep.errors import ModelError
 from halfstep.masks import Pattern, groups_of, keep_mask
 from halfstep.profiling import macs_by_kind
@@ -24,7 +25,7 @@ from halfstep.sparse import (
     sparse_objective,
     sparsify,
 )
-from halfstep.train import Batch, Diffusion, TrainState, predictor
+from halfstep.train import Batch, Diffusion, TrainState
 from halfstep.uvit import UViT2DModel
 
 TWO_FOUR = Pattern(2, 4)

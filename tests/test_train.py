@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from halfstep.data import Images, load_images
+from halfstep.denoiser import predictor
 from halfstep.errors import RunError
 from halfstep.recipe import NoiseSpec, TrainSpec
 from halfstep.train import (
@@ -35,7 +36,6 @@ from halfstep.train import (
     TrainState,
     dense_objective,
     learning_rate,
-    predictor,
     stamp,
     train,
 )

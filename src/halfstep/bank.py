@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
-from halfstep.profiling import count_macs, latency
+from halfstep.profiling import call_times, count_macs, latency
 from halfstep.results import Cost
 from halfstep.slices import Slices, cut_all, slices_from_json, slices_to_json
 from halfstep.spectral import SpectralUNet2DModel
@@ -121,8 +122,8 @@ class Bank(torch.nn.Module):
         found = {}
         for name in self.names:
             both = {layout: copy.deepcopy(self[name]).to(memory_format=kind) for layout, kind in LAYOUTS.items()}
-            costs = latency(both, batch=batch, repeats=repeats)
-            found[name] = min(LAYOUTS, key=lambda layout: costs[layout].latency_ms or 0.0)
+            times = call_times(both, batch=batch, repeats=repeats)
+            found[name] = min(LAYOUTS, key=lambda layout: median(times[layout]))
         return found
 
     def set_layouts(self, layouts: Mapping[str, str]) -> None:

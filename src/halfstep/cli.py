@@ -97,13 +97,17 @@ def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
         console.print(table())
 
 
-def show_run(out: Path, page: Path) -> None:
-    """The table of a finished run and the place of its report."""
+def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
+    """The table of a finished run, its plan where that is the result, and the place of its report."""
     from halfstep import disk, story
+    from halfstep.plan import StepPlan
     from halfstep.report import rich_table
 
     record = disk.read_json(out / "quality.json", what="qualities", do="run again")
     console.print(rich_table(story.plans_table(record, brief=True)))
+    if plan:
+        chosen = StepPlan.load(out / "plan.json")
+        console.print(f"{chosen}\n{story.summary(record, chosen)}", highlight=False)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
@@ -213,18 +217,11 @@ def optimize(
 
     Example: `halfstep optimize --model runs/dense --data folder:photos --budget 0.5 --out runs/half`
     """
-    from halfstep import disk, run, story
-    from halfstep.plan import StepPlan
-    from halfstep.report import rich_table
+    from halfstep import run
 
     settings = recipe_for(recipe, data, edits)
     page = run.optimize(model, data, out, settings, budget=budget, max_loss=max_loss, watch=RichWatch())
-    record = disk.read_json(out / "quality.json", what="qualities", do="run again")
-    plan = StepPlan.load(out / "plan.json")
-    console.print(rich_table(story.plans_table(record, brief=True)))
-    console.print(str(plan), highlight=False)
-    console.print(story.summary(record, plan), highlight=False)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    show_run(out, page, plan=True)
 
 
 @app.command()

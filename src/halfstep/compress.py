@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,19 @@ import torch
 from diffusers import UNet2DModel
 
 from halfstep.bank import Bank, Shared, load_denoiser
+from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.judge import check_fit, default_device
-from halfstep.loop import run_loop
+from halfstep.loop import preview_of, run_loop
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
 from halfstep.rundir import fit_data, images_for, open_run, with_noise
-from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
-from halfstep.slimmable import Supernet, copy_of, sandwich_objective, supernet_of, width_name
+from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.slimmable import Supernet, sandwich_objective, supernet_of, width_name
 from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
 from halfstep.spectral import Pupil, SpectralUNet2DModel, spectral_objective, student_configs
-from halfstep.train import Diffusion, Objective, Predict, TrainState, predictor
+from halfstep.train import Diffusion, Objective, TrainState
 from halfstep.watch import SILENT, Watch
 
 
@@ -44,7 +44,7 @@ def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
 
     if job.finished:
         return job.done
-    teacher = job.teacher() if recipe.slim.distill == "dense" else None
+    teacher = predictor(job.teacher()) if recipe.slim.distill == "dense" else None
     through = [through_mask(masking) for masking in maskings]
     objective = sandwich_objective(supernet, job.diffusion.draw, recipe.slim, teacher, through)
     return job.run("supernet", TrainState.new(supernet.model, recipe.train), objective, bank_of)
@@ -69,7 +69,7 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     if spec.decoupled:
         hook = decoupled_pull(net, spec, lambda: pattern_at(state.step, steps, spec))
         state.optimizer.register_step_post_hook(hook)
-    teacher = job.teacher() if spec.teacher else None
+    teacher = predictor(job.teacher()) if spec.teacher else None
     objective = sparse_objective(net, job.diffusion.draw, spec, steps, teacher, state.restart_average)
 
     def bank_of(trained: Any) -> Bank:
@@ -90,8 +90,7 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
     if job.finished:
         return job.done
     watch.say(f"student: channels {tuple(student.config.block_out_channels)}, {count_macs(student) / 1e6:,.1f} MMACs")
-    teacher = dense.to(default_device()).requires_grad_(False)
-    objective = spectral_objective(pupil, teacher, job.diffusion.draw, recipe.spectral, recipe.train.steps)
+    objective = spectral_objective(pupil, job.teacher(), job.diffusion.draw, recipe.spectral, recipe.train.steps)
 
     def bank_of(net: Any) -> Bank:
         return Bank({"full": dense, "spectral": net}, "full", recipe.noise.prediction)
@@ -142,9 +141,9 @@ class _Job:
         self.images = images_for(recipe, data)
         check_fit(Bank({"full": dense}, "full", recipe.noise.prediction), self.images)
 
-    def teacher(self) -> Predict:
+    def teacher(self) -> Any:
         """The dense denoiser as a teacher, on the device of the training."""
-        return predictor(self.dense.to(default_device()).requires_grad_(False))
+        return self.dense.to(default_device()).requires_grad_(False)
 
     def run(
         self,
@@ -167,11 +166,7 @@ class _Job:
             twin = copy_of(net)
             twin.load_state_dict(kept(weights))
             self.dense.to(twin.device)
-            bank = bank_of(twin)
-            sample = replace(self.recipe.sample, scheduler="ddim", steps=20)
-            plan = reference_plan(bank, self.noise, sample, dict.fromkeys(bank, 1))
-            rows = [plan.uniform(name) for name in bank]
-            return torch.cat([x for p in rows for x in sample_images(bank, p, 16, seed=1234)])
+            return preview_of(bank_of(twin), self.noise, self.recipe, 16)
 
         run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
         net.load_state_dict(kept(state.average()))

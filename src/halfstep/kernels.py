@@ -150,10 +150,7 @@ def _inputs_of(model: nn.Module, masking: Masking, batch: int) -> dict[str, torc
         seen.setdefault(name, given[0])
 
     handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, given, _out, name=name: seen.setdefault(name, given[0])
-        )
-        for name in masking.layers()
+        model.get_submodule(name).register_forward_hook(functools.partial(keep, name)) for name in masking.layers()
     ]
     try:
         model(**example_inputs(model, batch))

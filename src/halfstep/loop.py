@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,12 +13,13 @@ from accelerate.tracking import get_available_trackers
 from diffusers import UNet2DModel
 
 from halfstep import disk
-from halfstep.bank import build_model
+from halfstep.bank import Bank, build_model
 from halfstep.data import Images
 from halfstep.errors import ModelError, RecipeError
 from halfstep.judge import to_uint8
 from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
+from halfstep.sampling import reference_plan, sample_images
 from halfstep.train import Objective, TrainState, stamp
 from halfstep.train import train as train_loop
 from halfstep.uvit import UViT2DModel
@@ -121,7 +124,8 @@ def run_loop(
         accelerator.init_trackers(f"halfstep-{tag}", config={"steps": spec.steps, "lr": spec.lr, "batch": spec.batch})
     state.to(accelerator.device)
     world = accelerator.num_processes  # the order of the images depends on it
-    ours = stamp(recipe.train, recipe.noise, recipe.model, recipe.slim, recipe.seed, images.fingerprint, tag, world)
+    methods = (recipe.slim, recipe.sparse, recipe.spectral)
+    ours = stamp(recipe.train, recipe.noise, recipe.model, methods, recipe.seed, images.fingerprint, tag, world)
     if file.is_file():
         state.load(file, ours)
         watch.say(f"resuming {tag} at step {state.step} of {spec.steps}")
@@ -145,6 +149,14 @@ def run_loop(
             watch.say(f"stopped; {out} can be resumed with the same command")
             raise
     accelerator.end_training()
+
+
+def preview_of(bank: Bank, noise: Mapping[str, Any], recipe: Recipe, count: int = 32) -> torch.Tensor:
+    """A few images of every entry of a bank by 20 DDIM steps, [entries * count, C, S, S]; `noise` as in the plan."""
+    sample = replace(recipe.sample, scheduler="ddim", steps=20)
+    plan = reference_plan(bank, noise, sample, dict.fromkeys(bank, 1))
+    rows = [plan.uniform(name) for name in bank]
+    return torch.cat([x for p in rows for x in sample_images(bank, p, count, seed=1234)])
 
 
 def _passed(step: int, every: int, stride: int) -> bool:

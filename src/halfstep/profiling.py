@@ -151,6 +151,15 @@ def interleave(
     return times
 
 
+def call_times(
+    models: Mapping[str, nn.Module], *, batch: int = 1, repeats: int = 10, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of one call of each denoiser where it lives, in turns, in eval mode without gradients."""
+    calls = {name: functools.partial(model, **example_inputs(model, batch)) for name, model in models.items()}
+    with _measuring(*models.values()):
+        return interleave(calls, repeats=repeats, warmup=warmup)
+
+
 def latency(
     models: Mapping[str, nn.Module],
     *,
@@ -169,8 +178,8 @@ def latency(
     here = {name: _moved(model, device, dtype) for name, model in models.items()}
     inputs = {name: example_inputs(model, batch) for name, model in here.items()}
     calls = {name: functools.partial(model, **inputs[name]) for name, model in here.items()}
+    times = call_times(here, batch=batch, repeats=repeats, warmup=warmup)
     with _measuring(*here.values()):
-        times = interleave(calls, repeats=repeats, warmup=warmup)
         peaks = {name: peak_mib(call, device=_home(here[name])[0]) for name, call in calls.items()}
     return {name: _cost(model, times[name], peaks[name], batch) for name, model in here.items()}
 

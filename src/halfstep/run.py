@@ -18,21 +18,22 @@ from PIL import Image
 
 from halfstep import compress, disk
 from halfstep.bank import Bank, load_denoiser
+from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import HalfstepError, PlanError
 from halfstep.features import feature_net_for, train_features
 from halfstep.find import Found, baselines, search_plan
-from halfstep.judge import Judge, check_fit, default_device, extractor_for, measure_plans, to_uint8
-from halfstep.loop import new_model, run_loop
+from halfstep.judge import Judge, Verdict, check_fit, default_device, extractor_for, measure_plans, to_uint8
+from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
 from halfstep.rundir import fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
-from halfstep.slimmable import copy_of, supernet_of
+from halfstep.slimmable import supernet_of
 from halfstep.sparse import STAGES
 from halfstep.spectral import spectra
 from halfstep.story import tell, tell_spectra
-from halfstep.train import Diffusion, TrainState, dense_objective, predictor
+from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.watch import SILENT, Watch
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -56,7 +57,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         twin = copy_of(net)
         twin.load_state_dict(weights)
-        return _preview(Bank({"full": twin}, "full", recipe.noise.prediction), diffusion, recipe)
+        return preview_of(Bank({"full": twin}, "full", recipe.noise.prediction), diffusion.scheduler.config, recipe)
 
     state = TrainState.new(net, recipe.train)
     run_loop(out, state, images, recipe, dense_objective(net, diffusion), "dense", watch, preview)
@@ -64,12 +65,6 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     pipeline = DDPMPipeline(net.cpu(), diffusion.scheduler)
     disk.write_atomic(done, lambda folder: pipeline.save_pretrained(folder))
     return done
-
-
-def _preview(bank: Bank, diffusion: Diffusion, recipe: Recipe, count: int = 32) -> torch.Tensor:
-    sample = replace(recipe.sample, scheduler="ddim", steps=20)
-    plan = reference_plan(bank, diffusion.scheduler.config, sample, dict.fromkeys(bank, 1))
-    return torch.cat(list(sample_images(bank, plan, count, seed=1234)))
 
 
 def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
@@ -235,10 +230,7 @@ def optimize(
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
-    pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
-    disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, pictures))
-    disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
-    return tell(out)
+    return _told(judge, verdict, out, begun)
 
 
 def sparsify(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
@@ -312,7 +304,13 @@ def _measured(
     rows = {name: reference.uniform(name) for name in bank if name not in ("full", main)}
     verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
     plan.save(out / "plan.json")
-    disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, verdict.pictures))
+    return _told(judge, verdict, out, begun)
+
+
+def _told(judge: Judge, verdict: Verdict, out: Path, begun: float) -> Path:
+    """Write what was measured, with its pictures, and the report on it, whose path is returned."""
+    pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
+    disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, pictures))
     disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
     return tell(out)
 

@@ -46,6 +46,16 @@ def pieces_of(indices: Sequence[int]) -> Pieces:
     return tuple(pieces)
 
 
+def nearest_frequencies(full: int, slim: int, shift: float = 0) -> Pieces:
+    """Columns of a layer on sines and cosines of `full` frequencies that a net with `slim` of them uses: the nearest.
+
+    `shift` is diffusers' `downscale_freq_shift` of both sinusoids.
+    """
+    ratio = (full - shift) / max(slim - shift, 1)
+    nearest = [min(full - 1, int(i * ratio + 0.5)) for i in range(slim)]
+    return pieces_of(nearest + [full + i for i in nearest])
+
+
 def slices_to_json(slices: Slices) -> dict[str, list]:
     return {name: [[list(piece) for piece in pieces] for pieces in dims] for name, dims in slices.items()}
 

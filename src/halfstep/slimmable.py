@@ -33,18 +33,16 @@ from diffusers import UNet2DModel
 
 from halfstep import uvit
 from halfstep.channels import free_channels
+from halfstep.denoiser import Draw, Predict, copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.recipe import SlimSpec
-from halfstep.slices import Pieces, Slices, cut_all, pieces_of
+from halfstep.slices import Pieces, Slices, cut_all, nearest_frequencies
 from halfstep.uvit import UViT2DModel
 
 Net: TypeAlias = UNet2DModel | UViT2DModel
 """What can be slimmed."""
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Through = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """What is done to a width's weights before they are used, e.g. masking."""
-Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""clean [B,C,H,W] -> (noisy sample, timestep [B], target)"""
 
 
 def width_name(width: float) -> str:
@@ -172,11 +170,7 @@ def _time_columns(config: Mapping[str, Any], narrow: Mapping[str, Any]) -> Piece
         return ((0, slim),)
     if kind == "fourier":  # sin and cos of `slim` random frequencies, which are a prefix of the full ones
         return ((0, slim), (full, slim))
-    shift = config.get("freq_shift", 0)
-    full, slim = full // 2, slim // 2
-    ratio = (full - shift) / max(slim - shift, 1)
-    nearest = [min(full - 1, math.floor(i * ratio + 0.5)) for i in range(slim)]
-    return pieces_of(nearest + [full + i for i in nearest])
+    return nearest_frequencies(full // 2, slim // 2, config.get("freq_shift", 0))
 
 
 # ----------------------------------------------------------------------------------------------------------- supernet
@@ -208,19 +202,17 @@ class Supernet:
 
     def predict(self, width: float, through: Through | None = None) -> Predict:
         """(sample, timestep, class_labels) -> prediction of the network at `width`, its weights passed `through`."""
+        if width == self.own and through is None:
+            return predictor(self.model)
+        net = self.model if width == self.own else self._skeletons[width]
 
-        def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            kwargs = {} if labels is None else {"class_labels": labels}
-            if width == self.own and through is None:
-                return self.model(sample, timestep, **kwargs).sample
-            net, weights = self.model, self.model.state_dict(keep_vars=True)
-            if width != self.own:
-                net = self._skeletons[width].train(self.model.training)
-                weights = cut_all(weights, self.slices[width])
-            weights = through(weights) if through else weights
-            return torch.func.functional_call(net, weights, (sample, timestep), kwargs).sample
+        def weights() -> Mapping[str, torch.Tensor]:
+            net.train(self.model.training)
+            found = self.model.state_dict(keep_vars=True)
+            found = found if width == self.own else cut_all(found, self.slices[width])
+            return through(found) if through else found
 
-        return predict
+        return predictor(net, weights)
 
     def subnet(self, width: float, through: Through | None = None) -> Net:
         """A plain diffusers model that computes what the supernet computes at `width`, with weights of its own."""
@@ -288,13 +280,6 @@ def sandwich_objective(
 
 
 # ------------------------------------------------------------------------------------------------- channel importance
-
-
-def copy_of(model: Net) -> Net:
-    """A second model with the same class, config, weights and device."""
-    copy = type(model).from_config(dict(model.config)).to(model.device)
-    copy.load_state_dict(model.state_dict())
-    return copy.train(model.training)
 
 
 def sort_channels(model: Net) -> Net:

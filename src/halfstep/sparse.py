@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from halfstep.channels import free_channels
+from halfstep.denoiser import Draw, Predict, predictor
 from halfstep.errors import ModelError
 from halfstep.masks import Pattern, keep_mask, mask_all
 from halfstep.recipe import SparseSpec
-
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 ENDS = ("conv_in", "conv_out", "patch_embed.*", "pos_embed.*", "decoder_pred", "final_layer", "proj_out", "proj_out_*")
 TIME = ("time_*", "*.time_emb_proj", "class_embedding*", "label_emb*", "*.adaln_*", "*_embedder.*")
@@ -129,15 +128,8 @@ class Masked:
 
     def predict(self, pattern: Pattern | None) -> Predict:
         """(sample, timestep, class_labels) -> prediction; differentiable, masks made anew from the present weights."""
-
-        def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            kwargs = {} if labels is None else {"class_labels": labels}
-            if pattern is None:
-                return self.model(sample, timestep, **kwargs).sample
-            weights = mask_all(self._weights(), self.names, pattern)
-            return torch.func.functional_call(self.model, weights, (sample, timestep), kwargs).sample
-
-        return predict
+        masked = None if pattern is None else lambda: mask_all(self._weights(), self.names, pattern)
+        return predictor(self.model, masked)
 
     def pull(self, pattern: Pattern) -> torch.Tensor:
         """Half the squared size of the dropped weights: its gradient is (1 - mask) * W."""
@@ -248,7 +240,7 @@ def patterns_of(spec: SparseSpec) -> tuple[Pattern | None, ...]:
 
 def sparse_objective(
     net: Masked,
-    draw: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    draw: Draw,
     spec: SparseSpec,
     steps: int,
     teacher: Predict | None = None,
@@ -308,12 +300,8 @@ class Frozen(Masked):
                 weights[name].mul_(mask)
 
     def predict(self, pattern: Pattern | None) -> Predict:
-        def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            kwargs = {} if labels is None else {"class_labels": labels}
-            weights = {n: w * self.masks[n] if n in self.masks else w for n, w in self._weights().items()}
-            return torch.func.functional_call(self.model, weights, (sample, timestep), kwargs).sample
-
-        return predict
+        masks = self.masks
+        return predictor(self.model, lambda: {n: w * masks[n] if n in masks else w for n, w in self._weights().items()})
 
     def pull(self, pattern: Pattern) -> torch.Tensor:
         return torch.zeros(())

@@ -19,6 +19,7 @@ What differs, and why:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,11 +32,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from halfstep.denoiser import Draw, Predict, predictor, require_config
 from halfstep.errors import DataError, ModelError
 from halfstep.recipe import SpectralSpec
-
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
 
 # --------------------------------------------------------------------------------------------------------- the wavelet
 
@@ -134,13 +133,12 @@ class SpectralUNet2DModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         levels = len(block_out_channels) - 1
-        self._require(sample_size % 2**levels == 0, f"size {sample_size}", f"a multiple of {2**levels}")
-        self._require(
-            all(c % 4 == 0 for c in block_out_channels), f"channels {tuple(block_out_channels)}", "multiples of 4"
-        )
+        require = partial(require_config, where="SpectralUNet2DModel")
+        require(sample_size % 2**levels == 0, f"size {sample_size}", f"a multiple of {2**levels}")
+        require(all(c % 4 == 0 for c in block_out_channels), f"channels {tuple(block_out_channels)}", "multiples of 4")
         kinds = ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D")
         foreign = [kind for kind in (*down_block_types, *up_block_types) if kind not in kinds]
-        self._require(not foreign, f"block type {foreign[:1]}", f"one of {', '.join(kinds)}")
+        require(not foreign, f"block type {foreign[:1]}", f"one of {', '.join(kinds)}")
         self.net = UNet2DModel(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -161,11 +159,6 @@ class SpectralUNet2DModel(ModelMixin, ConfigMixin):
         for block in self.net.up_blocks:
             if block.upsamplers:
                 block.upsamplers[0] = WaveletUp(_channels(block.upsamplers[0]), scalar, start)
-
-    @staticmethod
-    def _require(holds: bool, got: str, expected: str) -> None:
-        if not holds:
-            raise ModelError(got=got, expected=expected, where="SpectralUNet2DModel", do="change the model's config")
 
     def forward(
         self,
@@ -337,7 +330,7 @@ class Levels:
 def spectral_objective(
     pupil: Pupil,
     teacher: nn.Module,
-    draw: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    draw: Draw,
     spec: SpectralSpec,
     steps: int,
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
@@ -346,17 +339,17 @@ def spectral_objective(
     Teacher and student see the same noisy images, timesteps and labels. The frequency term grows from 0 over the first
     `spec.ramp` of the steps.
     """
+    ours, taught = predictor(pupil.model), predictor(teacher)
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
         noisy, timestep, target = draw(batch.clean)
-        labels = {} if batch.labels is None else {"class_labels": batch.labels}
         with Levels(pupil.model) as mine:
-            found = pupil.model(noisy, timestep, **labels).sample.float()
+            found = ours(noisy, timestep, batch.labels).float()
         loss = F.mse_loss(found, target)
         freq = spec.freq * min(1.0, (batch.step + 1) / max(1.0, spec.ramp * steps))
         if spec.spatial or spec.freq:
             with torch.no_grad(), Levels(teacher) as theirs:
-                lesson = teacher(noisy, timestep, **labels).sample.float()
+                lesson = taught(noisy, timestep, batch.labels).float()
             pairs = [
                 (other.detach().float(), align(one).float())
                 for one, other, align in zip(mine.seen, theirs.seen, pupil.align, strict=True)

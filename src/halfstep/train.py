@@ -21,12 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from halfstep.data import Images
+from halfstep.denoiser import Predict, predictor
 from halfstep.disk import write_atomic
 from halfstep.errors import RunError
 from halfstep.recipe import NoiseSpec, TrainSpec
-
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(sample [B,C,H,W], timestep [B], class_labels [B] or None) -> prediction [B,C,H,W]"""
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,6 @@ class Diffusion:
     def loss(self, predict: Predict, batch: Batch) -> torch.Tensor:
         noisy, timestep, target = self.draw(batch.clean)
         return F.mse_loss(predict(noisy, timestep, batch.labels).float(), target)
-
-
-def predictor(model: torch.nn.Module) -> Predict:
-    """The call of a diffusers denoiser as a plain function; labels are passed only to models that take them."""
-
-    def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        return model(sample, timestep, **({} if labels is None else {"class_labels": labels})).sample
-
-    return predict
 
 
 def dense_objective(model: torch.nn.Module, diffusion: Diffusion) -> Objective:

@@ -13,6 +13,7 @@ diffusers' (0 to 999), which the released code's 999 t is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from halfstep.denoiser import require_config
 from halfstep.errors import ModelError
-from halfstep.slices import Pieces, pieces_of
+from halfstep.slices import Pieces, nearest_frequencies
 
 
 class UViT2DModel(ModelMixin, ConfigMixin):
@@ -55,10 +57,11 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
     ):
         super().__init__()
-        _require(sample_size % patch_size == 0, f"size {sample_size}", f"a multiple of the patch size {patch_size}")
-        _require(embed_dim % num_heads == 0, f"{embed_dim} channels", f"a multiple of {num_heads} heads")
-        _require(embed_dim % 2 == 0, f"{embed_dim} channels", "an even number, for sines and cosines")
-        _require(depth % 2 == 0 and depth > 0, f"depth {depth}", "an even number above 0")
+        require = partial(require_config, where="UViT2DModel")
+        require(sample_size % patch_size == 0, f"size {sample_size}", f"a multiple of the patch size {patch_size}")
+        require(embed_dim % num_heads == 0, f"{embed_dim} channels", f"a multiple of {num_heads} heads")
+        require(embed_dim % 2 == 0, f"{embed_dim} channels", "an even number, for sines and cosines")
+        require(depth % 2 == 0 and depth > 0, f"depth {depth}", "an even number above 0")
         self.gradient_checkpointing = False
         tokens = (sample_size // patch_size) ** 2
         self.extras = 1 if num_class_embeds is None else 2
@@ -186,11 +189,6 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _require(holds: bool, got: str, expected: str) -> None:
-    if not holds:
-        raise ModelError(got=got, expected=expected, where="UViT2DModel", do="change the model's config")
-
-
 # -------------------------------------------------------------------------------- narrower versions (see slimmable.py)
 
 
@@ -223,5 +221,4 @@ def slice_exceptions(
         if name.endswith("skip_linear.weight") and concat == "aligned":  # own tokens beside the partner's
             yield name, 1, ((0, slim), (full, slim))
         if name == "time_embed.0.weight":  # the narrow net's own sinusoid: columns of nearest frequency
-            nearest = [min(full // 2 - 1, int(i * full / slim + 0.5)) for i in range(slim // 2)]
-            yield name, 1, pieces_of(nearest + [full // 2 + i for i in nearest])
+            yield name, 1, nearest_frequencies(full // 2, slim // 2)

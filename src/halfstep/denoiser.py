@@ -1,0 +1,48 @@
+"""How every part calls a denoiser: as a plain function of (noisy sample, timestep, class labels)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from halfstep.errors import ModelError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(sample [B,C,H,W], timestep [B], class_labels [B] or None) -> prediction [B,C,H,W]"""
+
+Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""clean [B,C,H,W] -> (noisy sample [B,C,H,W], timestep [B], target [B,C,H,W])"""
+
+
+def predictor(model: nn.Module, weights: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> Predict:
+    """A diffusers denoiser as a function; labels are passed only where there are any.
+
+    `weights` is asked at every call for the weights to run with in place of the model's own (gradients reach them).
+    """
+
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        kwargs = {} if labels is None else {"class_labels": labels}
+        if weights is None:
+            return model(sample, timestep, **kwargs).sample
+        return torch.func.functional_call(model, dict(weights()), (sample, timestep), kwargs).sample
+
+    return predict
+
+
+def copy_of(model: Model) -> Model:
+    """A second model with the same class, config, weights and device."""
+    kind: Any = type(model)
+    copy = kind.from_config(dict(model.config)).to(model.device)  # type: ignore[arg-type]
+    copy.load_state_dict(model.state_dict())
+    return copy.train(model.training)
+
+
+def require_config(holds: bool, got: str, expected: str, where: str) -> None:
+    """Raise ModelError for a config that builds no model."""
+    if not holds:
+        raise ModelError(got=got, expected=expected, where=where, do="change the model's config")
