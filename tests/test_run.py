@@ -25,7 +25,7 @@ from halfstep.sampling import StepAwarePipeline
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=40 train.batch=32
 train.save_every=10 train.log_every=5 train.sample_every=20 slim.widths=1,0.5 sample.steps=4 sample.batch=64
-search.images=32 search.error_images=32 search.fit=2 search.population=2 search.generations=1 search.genes=2
+search.images=32 search.final_images=48 search.error_images=32 search.fit=2 search.population=2 search.generations=1 search.genes=2
 eval.images=64 eval.bootstrap=20 eval.feature_steps=20
 """.split()  # noqa: SIM905 (a list of thirty strings reads worse)
 
@@ -68,6 +68,19 @@ def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
             assert one["low"] <= one["value"] <= one["high"] and one["n"] == 64
 
 
+def test_the_final_round_measures_the_best_plans_again_and_chooses_the_best_of_them(finished):
+    searched, finals = (
+        [json.loads(line) for line in (finished / name).read_text().splitlines()]
+        for name in ("search.jsonl", "finals.jsonl")
+    )
+    fitting = sorted((r for r in searched if r["share"] <= 0.5), key=lambda r: r["score"])
+    uniform = max((r for r in finals if len(set(r["genes"])) == 1), key=lambda r: r["share"])
+    assert {tuple(r["genes"]) for r in finals} == {tuple(r["genes"]) for r in [*fitting[:3], uniform]}
+    pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
+    best = min(finals, key=lambda r: r["score"])
+    assert pipe.plan.entries == tuple(list(pipe.bank)[gene] for gene in best["genes"] for _ in range(2))
+
+
 def test_a_supernet_may_leave_the_dense_width_out(dense, tmp_path):
     folder = compress.slimmable(str(dense), "digits", tmp_path, tiny("slim.widths=0.5", "train.steps=4"))
     pipe = StepAwarePipeline.from_pretrained(folder)
@@ -95,6 +108,8 @@ def test_the_narrow_entry_is_a_plain_unet(finished, tmp_path):
 def test_a_huge_tolerated_loss_finds_a_cheap_plan(finished, tmp_path):
     found = run.search(str(finished), "digits", tmp_path / "o", tiny(), max_loss=1000.0)
     assert found.plan.share < 0.5
+    finals = [json.loads(line) for line in (tmp_path / "o" / "finals.jsonl").read_text().splitlines()]
+    assert [r["share"] for r in finals] == [1.0, pytest.approx(found.plan.share)]  # the cheapest held again
     record = run.evaluate(str(tmp_path / "o"), "digits", tmp_path / "e", tiny())
     assert record["plans"]["plan"]["share"] == pytest.approx(found.plan.share)
 

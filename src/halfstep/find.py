@@ -51,7 +51,7 @@ def search_plan(
     macs = space.require_budget(budget) if budget is not None else space.full_macs
     table = _table(judge, plan, space, recipe, out, watch)
     costs = table.costs(spec.weights, space.rows)
-    log = _Measured(judge, plan, space, recipe, out / "search.jsonl")
+    log = _Measured(judge, plan, space, out / "search.jsonl", spec.images, recipe.seed + 2)
     reference = log("reference", (space.reference,) * len(space.rows))
     points = searching.frontier(costs, space.gene_macs)
     if spec.fit and spec.method != "nsga2":
@@ -68,6 +68,9 @@ def search_plan(
     if spec.method != "frontier":
         _evolve(log, space, goal, spec, _seeds(space, points, macs, log) if spec.method == "both" else [], watch)
     best = _best_measured(log, space, goal, macs)
+    if spec.finalists and goal.kind in ("budget", "loss"):
+        fresh = _Measured(judge, plan, space, out / "finals.jsonl", spec.final_images, recipe.seed + 5)
+        best = _final_round(log, fresh, space, spec.finalists, macs, max_loss, watch)
     chosen = plan.with_entries(space.expand(best))
     chosen.save(out / "plan.json")
     return Found(chosen, table, tuple(points), tuple(log.records), reference, space)
@@ -103,9 +106,9 @@ def _table(
 class _Measured:
     """Scores plans, logs each, and knows those of an earlier, interrupted search."""
 
-    def __init__(self, judge: Judge, plan: StepPlan, space: searching.Space, recipe: Recipe, file: Path):
+    def __init__(self, judge: Judge, plan: StepPlan, space: searching.Space, file: Path, count: int, seed: int):
         self.judge, self.plan, self.space, self.file = judge, plan, space, file
-        self.count, self.seed = recipe.search.images, recipe.seed + 2
+        self.count, self.seed = count, seed
         self.known = {tuple(r["genes"]): r["score"] for r in disk.read_records(file)}
         self.records: list[evolving.SearchRecord] = []
 
@@ -214,12 +217,42 @@ def _best_measured(log: _Measured, space: searching.Space, goal: evolving.Goal, 
     return min(fitting, key=lambda r: r.score).genes
 
 
+def _final_round(
+    log: _Measured,
+    fresh: _Measured,
+    space: searching.Space,
+    count: int,
+    macs: int,
+    max_loss: float | None,
+    watch: Watch,
+) -> searching.Genes:
+    """The choice among the best measured plans, on fresh seeds: the best of many scores on the same few images is
+    partly luck. A budget's candidates are the `count` best plans and the dearest uniform one; for a tolerated loss, the
+    cheapest plan is taken that holds it again."""
+    if max_loss is None:
+        fitting = sorted((r for r in log.records if space.cost(r.genes) <= macs), key=lambda r: r.score)[:count]
+        candidates = [r.genes for r in fitting] + space.uniform_within(macs)[:1]
+    else:
+        limit = log.known[log.records[0].genes] * (1 + max_loss)
+        candidates = [r.genes for r in sorted(log.records, key=lambda r: r.share) if r.score <= limit]
+        limit = fresh("final", (space.reference,) * len(space.rows)) * (1 + max_loss)
+    candidates = list(dict.fromkeys(candidates))
+    scores: list[float] = []
+    with watch.stage("final round", len(candidates)) as told:
+        for genes in candidates:
+            scores.append(fresh("final", genes))
+            told(len(scores), f"score {scores[-1]:.3g} at {space.share(genes):.0%}")
+            if max_loss is not None and scores[-1] <= limit:
+                return genes
+        told(len(candidates), "")
+    return candidates[int(np.argmin(scores))]
+
+
 def baselines(plan: StepPlan, found: Found) -> dict[str, StepPlan]:
     """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference."""
     space, macs = found.space, found.plan.macs
-    uniform = [e for e in space.entries if space.cost((space.entries.index(e),) * len(space.rows)) <= macs]
-    best = max(uniform, key=lambda e: plan.entry_macs[e], default=None)
-    controls = {f"uniform {best}": plan.uniform(best)} if best else {}
+    uniform = [space.entries[genes[0]] for genes in space.uniform_within(macs)]
+    controls = {f"uniform {name}": plan.uniform(name) for name in uniform[:1]}
     for genes in evolving.random_plans(space, macs, 1, seed=11, slack=0.05):
         controls["random plan"] = plan.with_entries(space.expand(genes))
     steps = max(1, round(plan.steps * found.plan.share))

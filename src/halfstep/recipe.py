@@ -157,6 +157,8 @@ class SearchSpec:
     is weighted. `fit`: measured plans that the additive surrogate is fitted to (0: none).
     `objective`: "budget" minimises quality under the budget, "scalar" is DDSM's quality + lambda * MACs share,
     "pareto" keeps both. `mutation` "released" is DDSM's code, whose mutation never acts; `rate` 0 means 1 / genes.
+    `finalists`: the best plans (and the dearest uniform one) are measured again on `final_images` fresh images, and the
+    best of them is chosen; 0: none.
     `init`: "frontier" starts from the frontier's plans, "uniform" is DDSM's (uniform plans + random), or "random".
     """
 
@@ -174,6 +176,8 @@ class SearchSpec:
     trade: float = 6.0
     init: Literal["frontier", "uniform", "random"] = "frontier"
     genes: int = 50
+    finalists: int = 3
+    final_images: int = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +371,7 @@ _POSITIVE = [
     "search.population",
     "search.generations",
     "search.genes",
+    "search.final_images",
     "eval.images",
     "eval.feature_steps",
     "eval.bootstrap",
@@ -379,6 +384,7 @@ _NOT_NEGATIVE = [
     "train.clip_norm",
     "train.sample_every",
     "search.fit",
+    "search.finalists",
     "search.trade",
     "sparse.decay",
     "sparse.teacher",

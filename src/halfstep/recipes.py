@@ -35,7 +35,9 @@ def digits() -> Recipe:
         train=TrainSpec(steps=1200, batch=64, lr=1e-3, warmup=50, sample_every=600, save_every=200, ema_decay=0.99),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=512),
-        search=SearchSpec(images=512, error_images=256, fit=20, population=6, generations=2, genes=5),
+        search=SearchSpec(
+            images=512, error_images=256, fit=20, population=6, generations=2, genes=5, final_images=2048
+        ),
         eval=EvalSpec(images=2048, features="digits", bootstrap=300),
     )
 
@@ -58,7 +60,9 @@ def fashion16() -> Recipe:
         train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
-        search=SearchSpec(images=512, error_images=256, fit=14, population=6, generations=2, genes=10),
+        search=SearchSpec(
+            images=512, error_images=256, fit=14, population=6, generations=2, genes=10, final_images=2048
+        ),
         eval=EvalSpec(images=2048),
     )
 
@@ -78,10 +82,12 @@ def fashion32() -> Recipe:
     return Recipe(
         name="fashion32",
         data=DataSpec(size=32, channels=1),
-        train=TrainSpec(steps=2400, batch=64, lr=1e-3, warmup=100, save_every=200, sample_every=1200),
+        train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
-        search=SearchSpec(images=256, error_images=128, fit=20, population=6, generations=2, genes=10),
+        search=SearchSpec(
+            images=256, error_images=128, fit=14, population=6, generations=1, genes=10, final_images=1024
+        ),
         eval=EvalSpec(images=1024),
     )
 

@@ -66,6 +66,11 @@ class Space:
     def share(self, genes: Sequence[int]) -> float:
         return self.cost(genes) / self.full_macs
 
+    def uniform_within(self, macs: int) -> list[Genes]:
+        """The plans of one entry everywhere that cost at most `macs`, the dearest first."""
+        plans = [(entry,) * len(self.rows) for entry in range(len(self.entries))]
+        return sorted((genes for genes in plans if self.cost(genes) <= macs), key=self.cost, reverse=True)
+
     def expand(self, genes: Sequence[int]) -> list[str]:
         """The entry of every row."""
         return [self.entries[g] for g, n in zip(genes, self.rows, strict=True) for _ in range(n)]
