@@ -18,6 +18,7 @@ FLOORS = {
     "workers": (
         "sources",
         "data",
+        "latents",
         "train",
         "bank",
         "sampling",

@@ -25,8 +25,8 @@ from halfstep.sampling import StepAwarePipeline
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=40 train.batch=32
 train.save_every=10 train.log_every=5 train.sample_every=20 slim.widths=1,0.5 sample.steps=4 sample.batch=64
-search.images=32 search.final_images=48 search.error_images=32 search.fit=2 search.population=2 search.generations=1 search.genes=2
-eval.images=64 eval.bootstrap=20 eval.feature_steps=20
+search.images=32 search.final_images=48 search.error_images=32 search.fit=2 search.population=2
+search.generations=1 search.genes=2 eval.images=64 eval.bootstrap=20 eval.feature_steps=20
 """.split()  # noqa: SIM905 (a list of thirty strings reads worse)
 
 

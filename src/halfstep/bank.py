@@ -33,6 +33,8 @@ MODEL_CLASSES: dict[str, type[ModelMixin]] = {
 }
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
 
+VAE_CLASSES: dict[str, type[ModelMixin]] = {"AutoencoderKL": diffusers.AutoencoderKL}
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,7 +55,8 @@ class Bank(torch.nn.Module):
 
     `entries`: name -> diffusers model; `shared`: how an entry's weights follow from another entry's; `masking`: which
     weights of an entry follow an N:M pattern (they are stored packed, and their MACs count by the pattern).
-    `prediction_type`: what all of them predict ("epsilon", "v_prediction" or "sample").
+    `prediction_type`: what all of them predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their
+    samples, where they work on latents (the pipeline stores it).
     Raises ModelError when an entry's input, output or class conditioning differs from the reference's.
     """
 
@@ -64,6 +67,7 @@ class Bank(torch.nn.Module):
         prediction_type: str,
         shared: Mapping[str, Shared] | None = None,
         masking: Mapping[str, Masking] | None = None,
+        vae: torch.nn.Module | None = None,
     ):
         super().__init__()
         if reference not in entries:
@@ -77,6 +81,7 @@ class Bank(torch.nn.Module):
         self.reference = reference
         self.prediction_type = prediction_type
         self.shared, self.masking = dict(shared or {}), dict(masking or {})
+        self.vae = vae
         self.models = torch.nn.ModuleList(entries.values())  # names may hold dots, which ModuleDict refuses
         for name in self.names:
             self._check_stands_in(name)
@@ -108,11 +113,11 @@ class Bank(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return next(self.models.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return next(self.models.parameters()).device
 
     def fastest_layouts(self, batch: int, repeats: int = 5) -> dict[str, str]:
         """Which memory layout each entry runs faster in here, "contiguous" or "channels_last", timed in turns.
@@ -167,7 +172,7 @@ class Bank(torch.nn.Module):
         entries = {**dict(zip(self.names, self.models, strict=True)), name: model}
         links = {**self.shared, name: shared} if shared else self.shared
         masks = {**self.masking, name: masking} if masking else self.masking
-        return Bank(entries, self.reference, prediction_type, links, masks)
+        return Bank(entries, self.reference, prediction_type, links, masks, self.vae)
 
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self[name].config, self.config
@@ -317,18 +322,20 @@ def _config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def build_model(config: Mapping[str, Any], *, where: object) -> ModelMixin:
-    """A model with fresh weights from a diffusers config that names one of `MODEL_CLASSES`. Raises ModelError."""
+def build_model(
+    config: Mapping[str, Any], *, where: object, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES
+) -> ModelMixin:
+    """A model with fresh weights from a diffusers config that names one of `classes`. Raises ModelError."""
     name = config.get("_class_name") if isinstance(config, Mapping) else None
-    if name not in MODEL_CLASSES:
+    if name not in classes:
         raise ModelError(
             got=f"a {name or 'config without a class'}",
-            expected=f"an image denoiser of class {' or '.join(MODEL_CLASSES)}",
+            expected=f"a model of class {' or '.join(classes)}",
             where=where,
-            do="give a denoising U-Net in diffusers format",
+            do="give a denoiser (or for latents its VAE) in diffusers format",
         )
     try:
-        model = MODEL_CLASSES[name].from_config(dict(config))
+        model = classes[str(name)].from_config(dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ModelError(
             got=f"a config that builds nothing ({error})", expected=f"a {name}", where=where, do="mend it"
@@ -336,10 +343,10 @@ def build_model(config: Mapping[str, Any], *, where: object) -> ModelMixin:
     return model
 
 
-def load_model(folder: Path) -> ModelMixin:
+def load_model(folder: Path, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES) -> ModelMixin:
     """A diffusers model from a folder with config.json and safetensors weights. Raises ModelError."""
     folder = Path(folder)
-    model = build_model(_config(folder), where=folder)
+    model = build_model(_config(folder), where=folder, classes=classes)
     file = folder / _WEIGHTS
     if not file.is_file():
         others = [p.name for p in folder.glob("*.bin")]
@@ -368,6 +375,24 @@ def load_model(folder: Path) -> ModelMixin:
     return model.eval()
 
 
+def _pipeline_folder(source: str | Path) -> Path:
+    folder = DIGITS_MODEL if source == "digits" else Path(source)
+    if not folder.is_dir():
+        raise ModelError(
+            got="no such folder", expected="a diffusers model or pipeline folder", where=folder, do="check --model"
+        )
+    return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+
+
+def load_vae(source: str | Path) -> Any:
+    """The VAE of a latent diffusion pipeline (or of a folder that is one); None for pixels. Raises ModelError."""
+    folder = _pipeline_folder(source)
+    for place in (folder, folder / "vae", folder / "vqvae"):
+        if (place / "config.json").is_file() and (place != folder or _config(place).get("_class_name") in VAE_CLASSES):
+            return load_model(place, VAE_CLASSES).requires_grad_(False)
+    return None
+
+
 def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
     """A denoiser and the config of its noise scheduler.
 
@@ -375,13 +400,7 @@ def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
     `halfstep train`, or a model folder (then DDPM's linear schedule with epsilon prediction is assumed, unless a
     folder `scheduler` stands beside or inside it). Raises ModelError.
     """
-    folder = DIGITS_MODEL if source == "digits" else Path(source)
-    if not folder.is_dir():
-        raise ModelError(
-            got="no such folder", expected="a diffusers model or pipeline folder", where=folder, do="check --model"
-        )
-    if (folder / "pipeline" / "model_index.json").is_file():
-        folder = folder / "pipeline"
+    folder = _pipeline_folder(source)
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     model = load_model(inner)
     for place in (folder / "scheduler", folder.parent / "scheduler"):

@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DModel
 
-from halfstep.bank import Bank, Shared, load_denoiser
+from halfstep.bank import Bank, Shared, load_denoiser, load_vae
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.judge import check_fit, default_device
+from halfstep.latents import check_vae
 from halfstep.loop import preview_of, run_loop
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
-from halfstep.rundir import fit_data, images_for, open_run, with_noise
+from halfstep.rundir import encoded, fit_data, images_for, open_run, with_noise
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of, width_name
 from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
@@ -32,11 +33,11 @@ def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
 
     The bank's reference, "full", is the dense denoiser as it came; "w1.00" … are the supernet's widths.
     """
-    dense, noise = load_denoiser(model)
-    recipe = with_noise(fit_data(recipe, dense.config), noise)
+    source, recipe = _opened(model, recipe)
+    dense = source.dense
     supernet = supernet_of(dense, recipe.slim)  # refuses widths before anything is written
     maskings = slim_maskings(supernet, recipe)  # and patterns
-    job = _Job("slimmable", model, data, out, recipe, dense, noise, watch)
+    job = _Job("slimmable", model, data, out, recipe, source, watch)
 
     def bank_of(net: Any) -> Bank:
         twin = Supernet(net, supernet.widths, recipe.slim.concat, supernet.own)
@@ -56,11 +57,11 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     The bank: "full", the dense denoiser as it came, and every pattern by its name, e.g. "2:4". With several patterns
     one set of weights serves them all; "off" is that set without a mask.
     """
-    dense, noise = load_denoiser(model)
-    recipe = with_noise(fit_data(recipe, dense.config), noise)
+    source, recipe = _opened(model, recipe)
+    dense = source.dense
     spec, steps = recipe.sparse, recipe.train.steps
     net = sparse_net(dense, spec)  # refuses patterns and filters before anything is written
-    job = _Job("sparse", model, data, out, recipe, dense, noise, watch)
+    job = _Job("sparse", model, data, out, recipe, source, watch)
     if job.finished:
         return job.done
     for line in net.told():
@@ -81,12 +82,12 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
 def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Spectral Diffusion: a slim wavelet-gated student of the dense denoiser. Returns the folder of a
     `StepAwarePipeline` whose bank holds "full", the teacher as it came, and "spectral"."""
-    dense, noise = load_denoiser(model)
-    recipe = with_noise(fit_data(recipe, dense.config), noise)
+    source, recipe = _opened(model, recipe)
+    dense = source.dense
     torch.manual_seed(recipe.seed)
     student = student_of(dense, recipe.spectral)  # refuses what cannot be built before anything is written
     pupil = Pupil(student, dense)
-    job = _Job("spectral", model, data, out, recipe, dense, noise, watch)
+    job = _Job("spectral", model, data, out, recipe, source, watch)
     if job.finished:
         return job.done
     watch.say(f"student: channels {tuple(student.config.block_out_channels)}, {count_macs(student) / 1e6:,.1f} MMACs")
@@ -119,6 +120,22 @@ def student_of(dense: Any, spec: SpectralSpec) -> Any:
     )
 
 
+class _Source(NamedTuple):
+    """What a method starts from: the denoiser, the config of its noise scheduler, and its VAE for latents."""
+
+    dense: Any
+    noise: dict[str, Any]
+    vae: Any
+
+
+def _opened(model: str, recipe: Recipe) -> tuple[_Source, Recipe]:
+    """The dense denoiser of a folder, and the recipe with what follows from it."""
+    source = _Source(*load_denoiser(model), load_vae(model))
+    if source.vae is not None:
+        check_vae(source.vae, source.dense.config, model)
+    return source, with_noise(fit_data(recipe, source.dense.config, source.vae), source.noise)
+
+
 class _Job:
     """What the methods have in common: the run folder, the images, the dense teacher, and the training to a bank."""
 
@@ -129,17 +146,17 @@ class _Job:
         data: str,
         out: Path,
         recipe: Recipe,
-        dense: Any,
-        noise: Mapping[str, Any],
+        source: _Source,
         watch: Watch,
     ):
         self.out = open_run(out, recipe, {"verb": f"compress {method}", "model": str(model), "data": data})
-        self.recipe, self.dense, self.noise, self.watch = recipe, dense, noise, watch
+        self.recipe, self.dense, self.noise, self.vae, self.watch = recipe, *source, watch
         self.done = self.out / "pipeline"
         self.finished = (self.done / "model_index.json").is_file()
         self.diffusion = Diffusion(recipe.noise)
-        self.images = images_for(recipe, data)
-        check_fit(Bank({"full": dense}, "full", recipe.noise.prediction), self.images)
+        images = images_for(recipe, data)
+        check_fit(self.dense.config, images, self.vae)
+        self.images = encoded(images, self.vae, watch)
 
     def teacher(self) -> Any:
         """The dense denoiser as a teacher, on the device of the training."""
@@ -166,12 +183,15 @@ class _Job:
             twin = copy_of(net)
             twin.load_state_dict(kept(weights))
             self.dense.to(twin.device)
-            return preview_of(bank_of(twin), self.noise, self.recipe, 16)
+            bank = bank_of(twin)
+            bank.vae = self.vae and self.vae.to(twin.device)
+            return preview_of(bank, self.noise, self.recipe, 16)
 
         run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
         net.load_state_dict(kept(state.average()))
         self.dense.cpu()
         bank = bank_of(net.cpu())
+        bank.vae = self.vae and self.vae.cpu()
         plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
         StepAwarePipeline(bank, plan).save_pretrained(self.done)
         return self.done

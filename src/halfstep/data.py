@@ -113,13 +113,18 @@ def load_images(
         raise bad(source, f"{channels!r} channels", "1 or 3", "give 1 or 3, or leave it out")
     record = [CACHE_FORMAT, scheme, file_stats(scheme, place), size, channels, split]
     key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:24]
-    root = Path(cache or os.environ.get("HALFSTEP_CACHE") or Path.home() / ".cache" / "halfstep") / "data"
+    root = (cache or cache_root()) / "data"
     found = _open_cache(root / key, source)
     if found is None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only warns up to twice its limit
             found = _build(READERS[scheme](place, split), source, size, channels, root, key)
     return found
+
+
+def cache_root() -> Path:
+    """Where decoded and encoded images are kept: $HALFSTEP_CACHE, else ~/.cache/halfstep."""
+    return Path(os.environ.get("HALFSTEP_CACHE") or Path.home() / ".cache" / "halfstep")
 
 
 # ---- what every scheme shares --------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from halfstep.data import Images
 from halfstep.errors import DataError
 from halfstep.evaluate import Difference, Reference, compare, evaluate, extract, frechet_distance, reference_stats
 from halfstep.features import Extractor, load_features
+from halfstep.latents import shape_for
 from halfstep.plan import StepPlan
 from halfstep.profiling import interleave, machine
 from halfstep.recipe import Recipe
 from halfstep.results import Quality
-from halfstep.sampling import denoise, image_generators, sample_images, start_noise
+from halfstep.sampling import denoise, image_generators, sample_images, start_noise, to_images
 from halfstep.watch import SILENT, Watch
 
 
@@ -28,7 +29,7 @@ class Judge:
     """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers)."""
 
     def __init__(self, bank: Bank, images: Images, extractor: Extractor, *, cache: Path | None, batch: int):
-        check_fit(bank, images)
+        check_fit(bank.config, images, bank.vae)
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
 
@@ -56,9 +57,9 @@ class Judge:
         """Fréchet distance of `count` images of a plan."""
         return self.fd(self.features(plan, count, seed)[0])
 
-    def measure(self, images: torch.Tensor) -> float:
-        """Fréchet distance of given images [N,C,H,W] in [-1, 1]."""
-        return self.fd(extract(self.extractor, images.split(self.batch)))
+    def measure(self, samples: torch.Tensor) -> float:
+        """Fréchet distance of what `denoise` gave, [N,C,H,W]."""
+        return self.fd(extract(self.extractor, (to_images(self.bank, part) for part in samples.split(self.batch))))
 
     def quality(self, features: np.ndarray, seed: int, bootstrap: int) -> dict[str, Quality]:
         """Every metric, each with its interval."""
@@ -80,16 +81,17 @@ class Judge:
 
         def call() -> torch.Tensor:
             generators = image_generators(0, 0, batch)
-            return denoise(self.bank, plan, start_noise(self.bank, generators), generators, labels)
+            return to_images(
+                self.bank, denoise(self.bank, plan, start_noise(self.bank, generators), generators, labels)
+            )
 
         return call
 
 
-def check_fit(bank: Bank, images: Images) -> None:
-    """Raise DataError when the images' channels or size are not the model's."""
-    size = bank.config["sample_size"]
-    size = size if isinstance(size, int) else size[0]
-    wanted = (bank.config["in_channels"], size)
+def check_fit(config: Mapping[str, Any], images: Images, vae: Any = None) -> None:
+    """Raise DataError when the images' channels or size are not the model's, or its VAE's."""
+    wanted = shape_for(config, vae)
+    size = wanted[1]
     if (images.channels, images.size) != wanted:
         raise DataError(
             got=f"{images.channels} channels at {images.size}x{images.size}",

@@ -17,6 +17,7 @@ from halfstep.bank import Bank, build_model
 from halfstep.data import Images
 from halfstep.errors import ModelError, RecipeError
 from halfstep.judge import to_uint8
+from halfstep.latents import Latents
 from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
 from halfstep.sampling import reference_plan, sample_images
@@ -26,7 +27,7 @@ from halfstep.uvit import UViT2DModel
 from halfstep.watch import Watch
 
 
-def new_model(spec: ModelSpec, images: Images, noise_timesteps: int) -> UNet2DModel | UViT2DModel:
+def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -> UNet2DModel | UViT2DModel:
     """A fresh denoiser for these images: from `spec.config` (a config.json), or from the spec's sizes."""
     if spec.config:
         record = disk.read_json(Path(spec.config), what="a diffusers config.json", do="check --set model.config")
@@ -106,7 +107,7 @@ def require_tracker(name: str) -> None:
 def run_loop(
     out: Path,
     state: TrainState,
-    images: Images,
+    images: Images | Latents,
     recipe: Recipe,
     objective: Objective,
     tag: str,

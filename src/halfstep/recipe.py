@@ -17,7 +17,8 @@ from halfstep.errors import RecipeError
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A denoiser to train from scratch: a `UNet2DModel`, or with `kind` "uvit" a `UViT2DModel` (one number in
-    `channels`, `layers` blocks, patches of `patch` pixels). `config` names a diffusers config.json instead."""
+    `channels`, `layers` blocks, patches of `patch` pixels). `config` names a diffusers config.json instead. `vae`: the
+    folder of an AutoencoderKL (or of a pipeline with one) on whose latents the denoiser works."""
 
     kind: Literal["unet", "uvit"] = "unet"
     channels: tuple[int, ...] = (64, 128)
@@ -29,6 +30,7 @@ class ModelSpec:
     patch: int = 2
     class_conditional: bool = False
     config: str = ""
+    vae: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

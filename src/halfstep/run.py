@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, LDMPipeline
 from PIL import Image
 
 from halfstep import compress, disk
-from halfstep.bank import Bank, load_denoiser
+from halfstep.bank import Bank, load_denoiser, load_vae
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import HalfstepError, PlanError
 from halfstep.features import feature_net_for, train_features
@@ -27,7 +27,7 @@ from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
-from halfstep.rundir import fit_data, images_for, open_run
+from halfstep.rundir import encoded, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
 from halfstep.slimmable import supernet_of
 from halfstep.sparse import STAGES
@@ -42,14 +42,17 @@ from halfstep.watch import SILENT, Watch
 def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Train a dense denoiser on `data` (from the recipe's model spec, or on from the folder `model`).
 
-    Returns the folder of a stock `DDPMPipeline` (out/pipeline). Resumes when called again.
+    Returns the folder of a stock `DDPMPipeline` (with `model.vae` a `LDMPipeline`), out/pipeline. Resumes when called
+    again.
     """
     out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""})
     done = out / "pipeline"
     images = images_for(recipe, data)
     torch.manual_seed(recipe.seed)
-    net = load_denoiser(model)[0] if model else new_model(recipe.model, images, recipe.noise.timesteps)
-    diffusion = Diffusion(recipe.noise)
+    vae = load_vae(model or recipe.model.vae) if model or recipe.model.vae else None
+    seen = encoded(images, vae, watch)
+    net = load_denoiser(model)[0] if model else new_model(recipe.model, seen, recipe.noise.timesteps)
+    diffusion = Diffusion(recipe.noise, clip=vae is None)
     if (done / "model_index.json").is_file():
         watch.say(f"{done} is there already")
         return done
@@ -57,12 +60,15 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         twin = copy_of(net)
         twin.load_state_dict(weights)
-        return preview_of(Bank({"full": twin}, "full", recipe.noise.prediction), diffusion.scheduler.config, recipe)
+        bank = Bank({"full": twin}, "full", recipe.noise.prediction, vae=vae and vae.to(twin.device))
+        return preview_of(bank, diffusion.scheduler.config, recipe)
 
     state = TrainState.new(net, recipe.train)
-    run_loop(out, state, images, recipe, dense_objective(net, diffusion), "dense", watch, preview)
+    run_loop(out, state, seen, recipe, dense_objective(net, diffusion), "dense", watch, preview)
     net.load_state_dict(state.average())
-    pipeline = DDPMPipeline(net.cpu(), diffusion.scheduler)
+    pipeline: Any = DDPMPipeline(net.cpu(), diffusion.scheduler)
+    if vae is not None:
+        pipeline = LDMPipeline(vae.cpu(), net.cpu(), diffusion.scheduler)
     disk.write_atomic(done, lambda folder: pipeline.save_pretrained(folder))
     return done
 
@@ -111,9 +117,9 @@ def open_pipeline(source: str) -> StepAwarePipeline:
 
 def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:
     """A judge on the data of a recipe; trains the data's own feature network where the recipe wants one."""
-    recipe = fit_data(recipe, bank.config)
+    recipe = fit_data(recipe, bank.config, bank.vae)
     images = images_for(recipe, data)
-    check_fit(bank, images)
+    check_fit(bank.config, images, bank.vae)
     if recipe.eval.features == "own":
         features(data, out / "features", recipe, watch=watch)
     bank.to(default_device())
@@ -213,10 +219,10 @@ def optimize(
     Stages that an earlier call finished are not done again.
     """
     goal = goal_text(budget, max_loss)
-    dense, _ = load_denoiser(model)
-    recipe = fit_data(recipe, dense.config)
+    (dense, _), vae = load_denoiser(model), load_vae(model)
+    recipe = fit_data(recipe, dense.config, vae)
     supernet_of(dense, recipe.slim)  # refuses what cannot work before the first file is written
-    check_fit(Bank({"full": dense}, "full", recipe.noise.prediction), images_for(recipe, data))
+    check_fit(dense.config, images_for(recipe, data), vae)
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
     begun = time.time()
     watch.say("1 profile the dense model")
@@ -266,9 +272,10 @@ def spectrum(
     """
     lines: dict[str, dict[str, Any]] = {}
     for source in models:
-        dense, noise = load_denoiser(source)
-        found = images_for(fit_data(Recipe(), dense.config), data)
-        check_fit(Bank({"full": dense}, "full", noise["prediction_type"]), found)
+        (dense, noise), vae = load_denoiser(source), load_vae(source)
+        pixels = images_for(fit_data(Recipe(), dense.config, vae), data)
+        check_fit(dense.config, pixels, vae)
+        found = encoded(pixels, vae)
         chosen = slice(0, min(images, len(found)))
         labels = found.batch_labels(chosen) if dense.config.get("num_class_embeds") else None
         alphas = DDPMScheduler.from_config(noise).alphas_cumprod

@@ -10,9 +10,12 @@ from typing import Any
 from halfstep import disk
 from halfstep.data import Images, load_images
 from halfstep.errors import RunError
+from halfstep.judge import default_device
+from halfstep.latents import Latents, encode_images, shape_for
 from halfstep.loop import require_tracker
 from halfstep.profiling import machine
 from halfstep.recipe import Recipe
+from halfstep.watch import SILENT, Watch
 
 IGNORED = {"train": ("name", "sample.", "search.", "eval."), "compress slimmable": ("name", "search.", "eval.")}
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
@@ -51,11 +54,19 @@ def images_for(recipe: Recipe, source: str, split: str = "train") -> Images:
     return load_images(source, size=recipe.data.size, channels=recipe.data.channels, split=split)
 
 
-def fit_data(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    """The recipe with the data's size and channels taken from the model where it leaves them open."""
-    size = config["sample_size"]
-    size = size if isinstance(size, int) else size[0]
-    data = replace(recipe.data, size=recipe.data.size or size, channels=recipe.data.channels or config["in_channels"])
+def encoded(images: Images, vae: Any, watch: Watch = SILENT) -> Images | Latents:
+    """What a denoiser is trained on: the images, or their latents where it comes with a VAE."""
+    if vae is None:
+        return images
+    found = encode_images(vae.to(default_device()), images, watch=watch)
+    vae.cpu()
+    return found
+
+
+def fit_data(recipe: Recipe, config: Mapping[str, Any], vae: Any = None) -> Recipe:
+    """The recipe with the data's size and channels taken from the model (or its VAE) where it leaves them open."""
+    channels, size = shape_for(config, vae)
+    data = replace(recipe.data, size=recipe.data.size or size, channels=recipe.data.channels or channels)
     return replace(recipe, data=data)
 
 

@@ -13,9 +13,10 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from halfstep.bank import Bank
+from halfstep.bank import Bank, load_vae
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import PlanError
+from halfstep.latents import decode
 from halfstep.plan import Row, StepPlan
 from halfstep.recipe import SampleSpec
 
@@ -161,7 +162,7 @@ def sample_images(
     labels: Callable[[int], int] | None = None,
     first: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """Images first … first + count - 1 of a seed, as batches in [-1, 1] (clamped).
+    """Images first … first + count - 1 of a seed, as batches in [-1, 1] (clamped), decoded where they are latents.
 
     `labels`: image number -> class, for class-conditional models (default: the classes in turn).
     """
@@ -174,7 +175,12 @@ def sample_images(
         if classes:
             chosen = torch.tensor([choose(begin + i) for i in range(n)], device=bank.device)
         noise = start_noise(bank, generators)
-        yield denoise(bank, plan, noise, generators, chosen).clamp(-1, 1)
+        yield to_images(bank, denoise(bank, plan, noise, generators, chosen))
+
+
+def to_images(bank: Bank, sample: torch.Tensor) -> torch.Tensor:
+    """What `denoise` gives, decoded where the bank works on latents, clamped to [-1, 1]."""
+    return (sample if bank.vae is None else decode(bank.vae, sample)).clamp(-1, 1)
 
 
 class StepAwarePipeline(DiffusionPipeline):
@@ -198,7 +204,7 @@ class StepAwarePipeline(DiffusionPipeline):
     @property
     def components(self) -> dict[str, Any]:
         """What `to` moves and what the folder holds."""
-        return {"bank": self.bank, "scheduler": self.scheduler}
+        return {"bank": self.bank, "scheduler": self.scheduler}  # the bank holds the VAE
 
     @torch.no_grad()
     def __call__(
@@ -235,7 +241,7 @@ class StepAwarePipeline(DiffusionPipeline):
             noise = torch.randn(shape, generator=generator, device=generator.device).to(bank.device, bank.dtype)
             generators = [generator]
         image = denoise(bank, plan, noise, generators, labels, progress=self.progress_bar)
-        image = (image / 2 + 0.5).clamp(0, 1)
+        image = to_images(bank, image) / 2 + 0.5
         images: Any = image
         if output_type != "pt":
             images = image.cpu().float().permute(0, 2, 3, 1).numpy()
@@ -258,6 +264,9 @@ class StepAwarePipeline(DiffusionPipeline):
             "bank": ["halfstep.bank", "Bank"],
             "scheduler": ["diffusers", self.plan.scheduler],
         }
+        if self.bank.vae is not None:
+            self.bank.vae.save_pretrained(folder / "vae")
+            index["vae"] = ["diffusers", type(self.bank.vae).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     @classmethod
@@ -272,4 +281,6 @@ class StepAwarePipeline(DiffusionPipeline):
                 where=folder,
                 do="load it with diffusers, or make a step-aware one with halfstep optimize",
             )
-        return cls(Bank.from_pretrained(folder / "bank"), StepPlan.load(folder / "plan.json"))
+        bank = Bank.from_pretrained(folder / "bank")
+        bank.vae = load_vae(folder)
+        return cls(bank, StepPlan.load(folder / "plan.json"))

@@ -24,6 +24,7 @@ from halfstep.data import Images
 from halfstep.denoiser import Predict, predictor
 from halfstep.disk import write_atomic
 from halfstep.errors import RunError
+from halfstep.latents import Latents
 from halfstep.recipe import NoiseSpec, TrainSpec
 
 
@@ -52,15 +53,19 @@ time; the gradients add up, which is the gradient of the summed losses."""
 
 
 class Diffusion:
-    """The forward process and its regression loss (DDPM, arXiv 2006.11239, eq. 14; any prediction type)."""
+    """The forward process and its regression loss (DDPM, arXiv 2006.11239, eq. 14; any prediction type).
 
-    def __init__(self, noise: NoiseSpec):
+    `clip`: whether samplers clamp the clean estimate to [-1, 1], as for pixels and not for latents.
+    """
+
+    def __init__(self, noise: NoiseSpec, clip: bool = True):
         self.scheduler = DDPMScheduler(
             num_train_timesteps=noise.timesteps,
             beta_schedule=noise.beta_schedule,
             beta_start=noise.beta_start,
             beta_end=noise.beta_end,
             prediction_type=noise.prediction,
+            clip_sample=clip,
         )
 
     def draw(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -193,7 +198,7 @@ def use_bf16(spec: TrainSpec, device: torch.device) -> bool:
 
 def train(
     state: TrainState,
-    images: Images,
+    images: Images | Latents,
     spec: TrainSpec,
     objective: Objective,
     accelerator: Accelerator,

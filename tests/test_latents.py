@@ -1,0 +1,158 @@
+"""Latent diffusion; oracles: the VAE itself, stock diffusers' LDMPipeline, the round trip of every verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
+
+from halfstep import compress, run
+from halfstep.bank import Bank, load_denoiser, load_vae
+from halfstep.data import load_images
+from halfstep.errors import HalfstepError
+from halfstep.latents import decode, encode_images, factor
+from halfstep.recipe import Recipe
+from halfstep.sampling import StepAwarePipeline, denoise, image_generators, reference_plan, start_noise
+
+EDITS = """
+model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
+train.save_every=4 train.log_every=4 train.sample_every=8 slim.widths=1,0.5 sample.steps=4 sample.batch=64
+search.images=32 search.final_images=32 search.error_images=32 search.fit=2 search.population=2
+search.generations=1 search.genes=2 eval.images=64 eval.bootstrap=20 eval.feature_steps=20 spectral.reduction=2
+""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
+
+
+def tiny_vae(**more) -> AutoencoderKL:
+    torch.manual_seed(0)
+    config = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 2,
+        "norm_num_groups": 4,
+        "sample_size": 8,
+        "scaling_factor": 0.7,
+        "shift_factor": 0.2,
+    }
+    return AutoencoderKL(**(config | more)).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALFSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(vae_folder, tmp_path_factory) -> Path:
+    recipe = Recipe().edit([*EDITS, f"model.vae={vae_folder}"])
+    return run.train("digits", tmp_path_factory.mktemp("runs") / "dense", recipe)
+
+
+def test_batches_are_draws_from_the_vaes_posterior_scaled_as_its_config_says():
+    vae, images = tiny_vae(), load_images("digits")
+    latents = encode_images(vae, images)
+    assert (len(latents), latents.channels, latents.size) == (len(images), 2, 4)
+    index = torch.tensor([5, 900])
+    with torch.no_grad():
+        law = vae.encode(images.batch(index)).latent_dist
+    draws = torch.stack([latents.batch(index) for _ in range(2000)])
+    wanted = (law.mean - 0.2) * 0.7
+    assert (draws.mean(0) - wanted).abs().max() < 5 * 0.7 * law.std.max() / 2000**0.5
+    assert torch.allclose(draws.std(0), 0.7 * law.std, rtol=0.1)
+    assert torch.equal(latents.batch_labels(index), images.batch_labels(index))
+    assert encode_images(vae, images).fingerprint == latents.fingerprint
+    assert encode_images(tiny_vae(scaling_factor=0.5), images).scaling == 0.5
+
+
+def test_decoding_undoes_the_scaling():
+    vae, z = tiny_vae(), torch.randn(2, 2, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(decode(vae, (z - 0.2) * 0.7), vae.decode((z - 0.2) * 0.7 / 0.7 + 0.2).sample)
+    assert factor(vae) == 2
+
+
+def test_a_latent_denoiser_is_a_stock_ldm_pipeline_and_samples_as_one(vae_folder, tmp_path):
+    vae = tiny_vae(shift_factor=None)  # diffusers' LDMPipeline knows no shift
+    dense = run.new_model(Recipe().edit(EDITS).model, encode_images(vae, load_images("digits")), 1000).eval()
+    scheduler = DDIMScheduler(clip_sample=False)
+    LDMPipeline(vae, dense, scheduler).save_pretrained(tmp_path / "ldm")
+    stock = LDMPipeline.from_pretrained(tmp_path / "ldm")
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    wanted = stock(batch_size=2, generator=generator, num_inference_steps=4, eta=0.0, output_type="np").images
+    net, noise = load_denoiser(tmp_path / "ldm")
+    bank = Bank({"full": net}, "full", "epsilon", vae=load_vae(tmp_path / "ldm"))
+    plan = reference_plan(bank, noise, Recipe().edit(EDITS).sample, bank.macs())
+    pipe = StepAwarePipeline(bank, plan)
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(batch_size=2, generator=torch.Generator().manual_seed(3), output_type="np").images
+    assert np.abs(found - wanted).max() < 1e-5
+
+
+def test_training_writes_a_pipeline_that_diffusers_loads(dense):
+    stock = LDMPipeline.from_pretrained(dense)
+    assert stock.unet.config.in_channels == 2 and stock.unet.config.sample_size == 4
+    assert stock.vqvae.config.scaling_factor == 0.7
+    assert not stock.scheduler.config.clip_sample
+
+
+def test_optimize_goes_all_the_way_on_latents_and_its_pipeline_decodes(dense, tmp_path):
+    run.optimize(str(dense), "digits", tmp_path / "half", Recipe().edit(EDITS), budget=0.6)
+    pipe = StepAwarePipeline.from_pretrained(tmp_path / "half" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(batch_size=2, output_type="pt").images
+    assert images.shape == (2, 1, 8, 8)
+    generators = image_generators(0, 0, 2)
+    latents = denoise(pipe.bank, pipe.plan, start_noise(pipe.bank, generators), generators)
+    assert torch.allclose(images, (decode(pipe.bank.vae, latents).clamp(-1, 1) + 1) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["sparse", "spectral"])
+def test_every_method_works_on_latents(dense, tmp_path, method):
+    edits = ["sparse.least=1"] if method == "sparse" else []
+    folder = getattr(compress, method)(str(dense), "digits", tmp_path / "o", Recipe().edit([*EDITS, *edits]))
+    bank = StepAwarePipeline.from_pretrained(folder).bank
+    assert bank.vae is not None and bank.config["in_channels"] == 2
+
+
+def test_spectra_are_those_of_the_latents(dense, tmp_path):
+    assert run.spectrum([str(dense)], "digits", tmp_path / "s", timesteps=[100], images=64).is_file()
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"latent_channels": 3}, "3 latent channels"),
+        ({"in_channels": 3, "out_channels": 3}, "expected 3 channels|expected 3 at"),
+    ],
+)
+def test_a_vae_that_does_not_fit_is_refused_before_a_file_is_written(dense, tmp_path, change, told):
+    foreign = LDMPipeline.from_pretrained(dense)
+    foreign.register_modules(vqvae=tiny_vae(**change))
+    foreign.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(HalfstepError, match=told):
+        compress.slimmable(str(tmp_path / "foreign"), "digits", tmp_path / "o", Recipe().edit(EDITS))
+    assert not (tmp_path / "o").exists() or not (tmp_path / "o" / "pipeline").exists()
+
+
+def test_a_vq_model_and_flips_are_refused(dense, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(HalfstepError, match="VQModel"):
+        load_vae(tmp_path)
+    with pytest.raises(HalfstepError, match="flips"):
+        run.train("digits", tmp_path / "o", Recipe().edit([*EDITS, "data.flip=true"]), model=str(dense))
