@@ -113,6 +113,20 @@ def fashion32_sparse() -> Recipe:
     )
 
 
+def fashion32_spectral() -> Recipe:
+    """An eighth of the MACs of the 32x32 Fashion-MNIST model; `benchmarks/spectral.py` prints what it reaches."""
+    return Recipe(
+        name="fashion32-spectral",
+        data=DataSpec(size=32, channels=1),
+        train=TrainSpec(steps=4000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=2000),
+        sample=SampleSpec(steps=20, batch=128),
+        search=SearchSpec(
+            images=256, error_images=128, fit=10, population=4, generations=1, genes=10, final_images=1024
+        ),
+        eval=EvalSpec(images=1024),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "default": default,
     "digits": digits,
@@ -122,6 +136,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion32": fashion32,
     "fashion32-dense": fashion32_dense,
     "fashion32-sparse": fashion32_sparse,
+    "fashion32-spectral": fashion32_spectral,
     "fashion32-uvit-dense": fashion32_uvit_dense,
 }
 

@@ -364,7 +364,7 @@ def spectral_objective(
     return objective
 
 
-def student_configs(teacher: Mapping[str, Any], unit: int = 8) -> list[dict[str, Any]]:
+def student_configs(teacher: Mapping[str, Any], unit: int = 4) -> list[dict[str, Any]]:
     """Configs of slimmer U-Nets of a teacher's layout, widest first; the caller takes the first that is cheap enough.
 
     Channels are multiples of `unit`, which is also the number of norm groups where it divides them.

@@ -1,0 +1,113 @@
+"""Spectral Diffusion on Fashion-MNIST 32x32, each of its ingredients beside its control, as one table.
+
+    python benchmarks/spectral.py               # trains what is missing, resumable
+
+Teacher: benchmarks/models/fashion32-dense. Every student has the same MACs (an eighth), the same training images and
+steps: a plain small U-Net on the noise alone, with plain distillation, with wavelet gates, with the spectrum's weights;
+and the plan that mixes the last one with the teacher step by step, beside fewer teacher steps at the same MACs.
+Everything goes to runs/spectral/, the table to benchmarks/spectral.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fashion import DATA, MODELS, markdown
+from halfstep import compress, run, story
+from halfstep.bank import Bank, load_denoiser
+from halfstep.cli import RichWatch
+from halfstep.find import search_plan
+from halfstep.judge import measure_plans
+from halfstep.recipe import SpectralSpec
+from halfstep.recipes import named
+from halfstep.report import Grid, Report, Table, rich_table, write_report
+from halfstep.sampling import fewer_steps, reference_plan
+from halfstep.spectral import power_spectrum, radial_mean
+
+STUDENTS = {
+    "plain": SpectralSpec(wavelet=False, spatial=0.0, freq=0.0),
+    "plain, distilled": SpectralSpec(wavelet=False, freq=0.0),
+    "wavelet, distilled": SpectralSpec(freq=0.0),
+    "plain, by spectrum": SpectralSpec(wavelet=False),
+    "wavelet, by spectrum": SpectralSpec(),
+}
+
+
+def spectrum_table(pictures: dict, real: torch.Tensor) -> Table:
+    """How far the power of drawn images is from the data's: mean |log10 ratio| over low and over high frequencies."""
+    rows, middle = [], 8  # of 16 rings up to 1/2 cycle per pixel
+    wanted = radial_mean(power_spectrum(real), 16)[1].log10()
+    for name, images in pictures.items():
+        found = radial_mean(power_spectrum(torch.from_numpy(images).float() / 127.5 - 1), 16)[1].log10()
+        off = (found - wanted).abs()
+        rows.append((name, f"{off[:middle].mean():.3f}", f"{off[middle:].mean():.3f}"))
+    count = len(next(iter(pictures.values())))
+    note = f"{count} drawn against {len(real)} real images; low: below 1/4 cycle per pixel."
+    columns = ("plan", "low frequencies", "high frequencies")
+    return Table(title="Spectrum error |log10 power ratio|", columns=columns, rows=tuple(rows), note=note)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=0.35, help="of the mixed plan, a share of the teacher's MACs")
+    parser.add_argument("--reduction", type=float, default=8.0)
+    parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
+    parser.add_argument("--work", type=Path, default=Path("runs/spectral"))
+    args = parser.parse_args()
+    watch, work = RichWatch(), args.work
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = named("fashion32-spectral").edit(args.set)
+    teacher = MODELS / "fashion32-dense"
+    dense, noise = load_denoiser(teacher)
+    bank = Bank({"full": dense}, "full", noise["prediction_type"])
+    for name, spec in STUDENTS.items():
+        out = work / name.replace(", ", "-").replace(" ", "-")
+        spec = replace(spec, reduction=args.reduction)
+        compress.spectral(str(teacher), DATA, out, replace(recipe, spectral=spec), watch=watch)
+        bank = bank.with_entry(name, run.open_pipeline(str(out)).bank["spectral"], bank.prediction_type)
+    if args.train_only:
+        return
+    judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
+    plan = reference_plan(bank, noise, recipe.sample, bank.macs())
+    mixable = Bank({"full": bank["full"], "spectral": bank["wavelet, by spectrum"]}, "full", bank.prediction_type)
+    judge.bank = mixable
+    start = reference_plan(mixable, noise, recipe.sample, mixable.macs())
+    found = search_plan(judge, start, recipe, work, budget=args.budget, watch=watch)
+    judge.bank = bank
+    names = {"full": "full", "spectral": "wavelet, by spectrum"}
+    plans = {"reference": plan} | {name: plan.uniform(name) for name in STUDENTS}
+    plans["teacher and student mixed"] = plan.with_entries([names[e] for e in found.plan.entries])
+    for share in (found.plan.share, 1 / args.reduction):
+        steps = max(1, round(plan.steps * share))
+        plans[f"teacher, {steps} steps"] = fewer_steps(plan, steps)
+    verdict = measure_plans(judge, plans, recipe, keep=512, repeats=3, watch=watch)
+    (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
+    table = story.plans_table(verdict.record, "Spectral Diffusion, Fashion-MNIST 32x32")
+    real = judge.images.subset(2048)
+    spectra = spectrum_table(verdict.pictures, real.batch(slice(0, len(real))))
+    report = Report(
+        title=table.title,
+        summary=f"Students: {recipe.train.steps} steps of {recipe.train.batch}, {args.reduction:g} times fewer MACs.",
+        facts={key: str(value) for key, value in verdict.record["about"]["machine"].items()},
+        tables=(table, spectra),
+        figures=(story.pareto(verdict.record, []), story.plan_chart(plans["teacher and student mixed"])),
+        grids=tuple(Grid(title=n, images=x[:32], columns=8) for n, x in verdict.pictures.items()),
+    )
+    write_report(report, work)
+    text = [f"# {table.title}", report.summary, markdown(table), markdown(spectra)]
+    text.append(f"```\n{plans['teacher and student mixed']}\n```")
+    Path(__file__).with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    Console().print(rich_table(table))
+    Console().print(rich_table(spectra))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
