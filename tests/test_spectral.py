@@ -341,7 +341,7 @@ def test_students_of_a_teacher_are_narrower_and_narrower():
     configs = student_configs(teacher.config)
     sizes = [sum(config["block_out_channels"]) for config in configs]
     assert configs[0]["block_out_channels"] == (32, 64) and sizes == sorted(sizes, reverse=True)
-    assert configs[-1]["block_out_channels"] == (8, 8)
+    assert configs[-1]["block_out_channels"] == (4, 4)
     for config in configs:
         assert SpectralUNet2DModel(**config)(torch.randn(1, 1, 8, 8), 3).sample.shape == (1, 1, 8, 8)
 
