@@ -35,7 +35,7 @@ def any_plan(draw):
     """Any names, timesteps, costs and (JSON-shaped) scheduler config."""
     macs = draw(st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 10**13), min_size=1, max_size=5))
     names = st.sampled_from(sorted(macs))
-    row = st.builds(Row, st.floats(0, 1e4, allow_nan=False), names)
+    row = st.builds(Row, st.floats(0, 1e4, allow_nan=False), names, st.floats(0.1, 2), st.floats(0, 1))
     value = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
     return StepPlan(
         rows=tuple(draw(st.lists(row, min_size=1, max_size=25))),
@@ -107,7 +107,7 @@ def test_other_entries_change_the_entries_and_nothing_else(plan, random):
     other = plan.with_entries(entries)
     assert other.entries == tuple(entries) and isinstance(other.rows, tuple)
     assert [row.timestep for row in other.rows] == [row.timestep for row in plan.rows]
-    assert other.with_entries(plan.entries) == plan
+    assert other.with_entries(plan.entries).with_corrections(plan.corrections) == plan
     assert replace(other, rows=plan.rows) == plan
     assert set(plan.uniform().entries) == {plan.reference} and plan.uniform().share == 1
     assert set(plan.uniform(entries[0]).entries) == {entries[0]}
@@ -129,6 +129,16 @@ def test_equal_plans_have_one_hash_whatever_the_order_of_their_settings():
     assert plan == same and hash(plan) == hash(same)
     other = plan.with_entries(["w0.50", "full"])
     assert len({plan, same, other}) == 2
+
+
+def test_a_correction_belongs_to_its_entry_and_is_told():
+    plan = plan_of(["full", "w0.50"])
+    corrected = plan.with_corrections([(0.9, 0.0), (0.95, 0.05)])
+    assert corrected.corrected and corrected.entries == plan.entries and corrected.macs == plan.macs
+    assert "scaled by 0.9 to 0.95" in str(corrected) and "scaled" not in str(plan)
+    assert corrected.with_entries(plan.entries) == plan and corrected.with_corrections([(1.0, 0.0)] * 2) == plan
+    with pytest.raises(PlanError):
+        plan.with_corrections([(1.0, 0.0)])
 
 
 @pytest.mark.parametrize("entries", [[], ["full"], ["full", "nobody"], ["full", "full", "full"]])
@@ -171,6 +181,10 @@ def test_a_file_without_a_field_or_with_a_wrong_one_is_refused(field, tmp_path):
     [
         {"rows": [[999.0]]},
         {"rows": [["late", "full"]]},
+        {"rows": [[999.0, "full", 0.0, 0.0]]},
+        {"rows": [[999.0, "full", 1.0, -0.1]]},
+        {"rows": [[999.0, "full", float("nan"), 0.0]]},
+        {"rows": [[999.0, "full", 1.0, 0.0, 3.0]]},
         {"rows": "full"},
         {"rows": 3},
         {"steps": "many"},

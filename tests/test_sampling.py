@@ -289,6 +289,25 @@ def test_fewer_steps_is_a_plan_of_the_same_sampler():
     )
 
 
+@pytest.mark.parametrize("kind", ["ddim", "dpmsolver++"])
+def test_a_correction_is_what_a_net_with_a_scaled_thresholded_output_does(kind):
+    class Shrunk(UNet2DModel):
+        def forward(self, *args, **kwargs):
+            (out,) = super().forward(*args, **kwargs)
+            return (0.9 * out.sign() * (out.abs() - 0.2).clamp(min=0),)
+
+    bank, shrunk = bank_of(), Shrunk.from_config(net(0, 16).config)
+    shrunk.load_state_dict(bank["full"].state_dict())
+    plan = plan_of(bank, kind)
+    twin = Bank({"full": shrunk.eval(), "slim": bank["slim"]}, "full", "epsilon")
+    wanted = torch.cat(list(sample_images(twin, plan, 3, seed=1)))
+    corrected = plan.with_corrections([(0.9, 0.2)] * len(plan.rows))
+    assert torch.equal(torch.cat(list(sample_images(bank, corrected, 3, seed=1))), wanted)
+    other = Bank({"full": bank["full"], "slim": bank["slim"]}, "full", "v_prediction")
+    with pytest.raises(PlanError, match="predicts the noise"):
+        next(sample_images(other, corrected, 1, seed=1))
+
+
 def test_plans_that_do_not_fit_are_refused():
     bank = bank_of()
     plan = plan_of(bank)

@@ -34,6 +34,11 @@ def predictor(model: nn.Module, weights: Callable[[], Mapping[str, torch.Tensor]
     return predict
 
 
+def soft(value: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """Soft thresholding: towards zero by `threshold`, and zero where it does not reach."""
+    return value.sign() * (value.abs() - threshold).clamp(min=0)
+
+
 def copy_of(model: Model) -> Model:
     """A second model with the same class, config, weights and device."""
     kind: Any = type(model)

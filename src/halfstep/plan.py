@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,19 @@ from halfstep.errors import PlanError
 
 @dataclass(frozen=True)
 class Row:
-    """One network evaluation: the scheduler's timestep (larger is noisier) and the bank entry that runs there."""
+    """One network evaluation: the scheduler's timestep (larger is noisier) and the bank entry that runs there.
+
+    `scale`, `threshold`: a correction of its predicted noise, scale * soft(noise, threshold); 1 and 0 leave it alone.
+    """
 
     timestep: float
     entry: str
+    scale: float = 1.0
+    threshold: float = 0.0
+
+    @property
+    def corrected(self) -> bool:
+        return (self.scale, self.threshold) != (1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +59,29 @@ class StepPlan:
                     where="plan",
                     do="use the bank's names",
                 )
+        for row in self.rows:
+            if not (0 < row.scale < math.inf and 0 <= row.threshold < math.inf):
+                raise PlanError(
+                    got=f"scale {row.scale:g}, threshold {row.threshold:g}",
+                    expected="a scale above 0 and a threshold of 0 or more",
+                    where="plan",
+                    do="correct the row",
+                )
+
+    @property
+    def corrected(self) -> bool:
+        """Whether any row corrects its prediction."""
+        return any(row.corrected for row in self.rows)
 
     @property
     def entries(self) -> tuple[str, ...]:
         """The entry of every row, in order."""
         return tuple(row.entry for row in self.rows)
+
+    @property
+    def corrections(self) -> tuple[tuple[float, float], ...]:
+        """The (scale, threshold) of every row."""
+        return tuple((row.scale, row.threshold) for row in self.rows)
 
     @property
     def macs(self) -> int:
@@ -71,15 +99,28 @@ class StepPlan:
         return self.macs / (self.entry_macs[self.reference] * len(self.rows))
 
     def with_entries(self, entries: Sequence[str]) -> StepPlan:
-        """The same sampler with other entries, one per row. Raises PlanError for a wrong length or an unknown name."""
-        if len(entries) != len(self.rows):
+        """The same sampler with other entries, one per row, uncorrected: a correction belongs to its entry.
+
+        Raises PlanError for a wrong length or an unknown name.
+        """
+        self._require_length(entries, "entries")
+        return replace(self, rows=tuple(Row(r.timestep, e) for r, e in zip(self.rows, entries, strict=True)))
+
+    def with_corrections(self, corrections: Sequence[tuple[float, float]]) -> StepPlan:
+        """The same entries with other corrections, one (scale, threshold) per row. Raises PlanError for a wrong length,
+        a scale that is not above 0 or a threshold below 0."""
+        self._require_length(corrections, "corrections")
+        pairs = zip(self.rows, corrections, strict=True)
+        return replace(self, rows=tuple(replace(r, scale=s, threshold=t) for r, (s, t) in pairs))
+
+    def _require_length(self, values: Sequence[object], what: str) -> None:
+        if len(values) != len(self.rows):
             raise PlanError(
-                got=f"{len(entries)} entries",
+                got=f"{len(values)} {what}",
                 expected=f"{len(self.rows)}, one per row",
                 where="plan",
                 do="give one per row",
             )
-        return replace(self, rows=tuple(Row(r.timestep, e) for r, e in zip(self.rows, entries, strict=True)))
 
     def uniform(self, entry: str | None = None) -> StepPlan:
         """The same sampler with one entry everywhere (the reference by default)."""
@@ -104,6 +145,9 @@ class StepPlan:
             lines.append(
                 f"  t {first:>6g} … {last:>6g}  {entry:<12} {count:>4} calls at {share:>4.0%} of the reference"
             )
+        if self.corrected:
+            scales, thresholds = ({f"{value:g}" for value in values} for values in zip(*self.corrections, strict=True))
+            lines.append(f"  predictions scaled by {_span(scales)}, soft-thresholded at {_span(thresholds)}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +159,9 @@ class StepPlan:
             "reference": self.reference,
             "entry_macs": dict(self.entry_macs),
             "macs": self.macs,
-            "rows": [[row.timestep, row.entry] for row in self.rows],
+            "rows": [
+                [row.timestep, row.entry, *((row.scale, row.threshold) if row.corrected else ())] for row in self.rows
+            ],
         }
 
     @classmethod
@@ -123,7 +169,7 @@ class StepPlan:
         """Rebuild a plan. Raises PlanError when a field is missing or has another shape."""
         try:
             return cls(
-                rows=tuple(Row(float(timestep), str(entry)) for timestep, entry in record["rows"]),
+                rows=tuple(Row(float(t), str(entry), *map(float, more)) for t, entry, *more in record["rows"]),
                 scheduler=str(record["scheduler"]),
                 scheduler_config=dict(record["scheduler_config"]),
                 steps=int(record["steps"]),
@@ -156,3 +202,8 @@ class StepPlan:
     def __hash__(self) -> int:
         config = json.dumps(dict(self.scheduler_config), sort_keys=True, default=str)  # equal mappings hash alike
         return hash((self.rows, self.scheduler, self.steps, config))
+
+
+def _span(values: set[str]) -> str:
+    ordered = sorted(values, key=float)
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from halfstep.bank import Bank, load_vae
+from halfstep.denoiser import soft
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import PlanError
 from halfstep.latents import decode
@@ -123,6 +124,13 @@ def denoise(
     if scheduler is None:
         scheduler = build_scheduler(plan, sample.device)
         sample = sample * scheduler.init_noise_sigma
+    if plan.corrected and bank.prediction_type != "epsilon":
+        raise PlanError(
+            got=f"corrections of a model that predicts {bank.prediction_type!r}",
+            expected="one that predicts the noise",
+            where="plan",
+            do="leave the corrections out",
+        )
     models = {name: bank[name] for name in set(plan.entries)}
     calls = [models[entry] for entry in plan.entries]
     kwargs = {} if labels is None else {"class_labels": labels}
@@ -134,6 +142,8 @@ def denoise(
         prediction = calls[i](inputs, timesteps[i], return_dict=False, **kwargs)[0]
         if trace is not None:
             trace(i, sample, prediction)
+        if plan.rows[i].corrected:
+            prediction = plan.rows[i].scale * soft(prediction, plan.rows[i].threshold)
         sample = scheduler.step(prediction, timesteps[i], sample, return_dict=False, **step_kwargs)[0]
     return sample
 
