@@ -30,7 +30,7 @@ FLOORS = {
         "judge",
         "kernels",
     ),
-    "wiring": ("recipes", "report", "loop", "rundir", "compress", "find", "story", "run"),
+    "wiring": ("recipes", "report", "loop", "rundir", "compress", "find", "shrink", "story", "run"),
     "faces": ("cli",),
 }
 HEIGHT = {module: floor for floor, modules in enumerate(FLOORS.values()) for module in modules}

@@ -321,6 +321,30 @@ def spectrum(
 
 
 @app.command()
+def shrink(
+    model: Model,
+    data: Data,
+    out: Out,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; default: the pipeline's own plan, or the recipe's.", min=1)
+    ] = None,
+    recipe: RecipeName = "",
+    edits: Edits = None,
+) -> None:
+    """Better pictures in few steps without training: scale and threshold the predicted noise, row by row.
+
+    Tries a small grid for all rows and then for stretches of them, by the distance to your images; the last choice is
+    made on fresh seeds, and may be to correct nothing. Any sampler: `--set sample.scheduler=ddpm`.
+
+    Example: `halfstep shrink --model runs/dense --data folder:photos --steps 20 --out runs/shrunk`
+    """
+    from halfstep import run
+
+    settings = recipe_for(recipe, data, edits)
+    show_run(out, run.shrink(model, data, out, settings, steps=steps, watch=RichWatch()), plan=True)
+
+
+@app.command()
 def report(out: Annotated[Path, typer.Option("--out", help="The folder of a finished optimize run.")]) -> None:
     """Write the report of a finished run again (after an update of Halfstep, say).
 

@@ -183,6 +183,19 @@ class SearchSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShrinkSpec:
+    """Training-free corrections of the predicted noise: the grids of `scales` and soft `thresholds`, how many stretches
+    (`parts`) of rows get their own, how often all of them are gone through, and images per measurement."""
+
+    scales: tuple[float, ...] = (0.88, 0.91, 0.94, 0.96, 0.98, 0.99, 1.01, 1.02)
+    thresholds: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
+    parts: int = 4
+    rounds: int = 1
+    images: int = 1024
+    final_images: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """The final measurement. `features`: "own" (a classifier trained on the data), "digits", "file:DIR",
     "inception:FILE" or "dinov2". `tolerance`: the loss, as a share of the reference's distance, that counts as held."""
@@ -209,6 +222,7 @@ class Recipe:
     spectral: SpectralSpec = field(default_factory=SpectralSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
     search: SearchSpec = field(default_factory=SearchSpec)
+    shrink: ShrinkSpec = field(default_factory=ShrinkSpec)
     eval: EvalSpec = field(default_factory=EvalSpec)
 
     def __post_init__(self) -> None:
@@ -374,6 +388,9 @@ _POSITIVE = [
     "search.generations",
     "search.genes",
     "search.final_images",
+    "shrink.parts",
+    "shrink.images",
+    "shrink.final_images",
     "eval.images",
     "eval.feature_steps",
     "eval.bootstrap",
@@ -387,6 +404,7 @@ _NOT_NEGATIVE = [
     "train.sample_every",
     "search.fit",
     "search.finalists",
+    "shrink.rounds",
     "search.trade",
     "sparse.decay",
     "sparse.teacher",
@@ -430,6 +448,13 @@ def _check(recipe: Recipe) -> None:
             expected="different widths in (0, 1]",
             where="slim.widths",
             do="write e.g. --set slim.widths=1,0.75,0.5,0.25",
+        )
+    if min(recipe.shrink.scales, default=1.0) <= 0 or min(recipe.shrink.thresholds, default=0.0) < 0:
+        raise RecipeError(
+            got=f"{recipe.shrink.scales} and {recipe.shrink.thresholds}",
+            expected="scales above 0, thresholds of 0 or more",
+            where="shrink",
+            do="write e.g. --set shrink.scales=0.94,0.97",
         )
     if recipe.slim.sandwich < 2:
         raise RecipeError(

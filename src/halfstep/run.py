@@ -24,11 +24,13 @@ from halfstep.features import feature_net_for, train_features
 from halfstep.find import Found, baselines, search_plan
 from halfstep.judge import Judge, Verdict, check_fit, default_device, extractor_for, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
+from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
 from halfstep.results import Cost
 from halfstep.rundir import encoded, fit_data, images_for, open_run
-from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
+from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
+from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
 from halfstep.sparse import STAGES
 from halfstep.spectral import spectra
@@ -297,6 +299,43 @@ def spectrum(
     out = disk.require_writable(Path(out))
     disk.write_json(out / "spectrum.json", {"data": data, "images": images, "timesteps": lines})
     return tell_spectra(out)
+
+
+def shrink(
+    model: str, data: str, out: Path, recipe: Recipe, *, steps: int | None = None, watch: Watch = SILENT
+) -> Path:
+    """Find the training-free correction of every stretch of a sampler's rows, and measure it beside its controls.
+
+    `model`: a dense denoiser, or a step-aware pipeline, whose own plan is corrected unless `steps` is given (then the
+    reference at that many). Writes pipeline/, plan.json and the report, whose path it returns; resumes.
+    """
+    begun = time.time()
+    bank, own, noise = _bank_and_plan(model)
+    recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
+    out = open_run(out, recipe, {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)})
+    judge, recipe = judge_for(bank, data, recipe, out, watch)
+    plan = own if own and not steps else reference_plan(bank, noise, recipe.sample, bank.macs())
+    if not (out / "cost.json").is_file():
+        _write_costs(bank, out)
+    found = shrink_plan(judge, plan, recipe.shrink, out, seed=recipe.seed, watch=watch)
+    watch.say(f"best on fresh seeds: {found.chosen}")
+    controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
+    more = {f"{k * plan.steps} steps, no correction": fewer_steps(plan, k * plan.steps) for k in (2, 10)}
+    plans = {"reference": found.plans["none"], "plan": found.plan} | controls | more
+    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    found.plan.save(out / "plan.json")
+    StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
+    return _told(judge, verdict, out, begun)
+
+
+def _bank_and_plan(model: str) -> tuple[Bank, StepPlan | None, Mapping[str, Any]]:
+    """The bank of a folder, with its plan where it is a step-aware pipeline, and the noise scheduler's config."""
+    folder = Path(model)
+    if any((place / "plan.json").is_file() for place in (folder, folder / "pipeline")):
+        pipe = open_pipeline(model)
+        return pipe.bank, pipe.plan, pipe.scheduler.config
+    dense, noise = load_denoiser(model)
+    return Bank({"full": dense}, "full", noise["prediction_type"], vae=load_vae(model)), None, noise
 
 
 def _measured(

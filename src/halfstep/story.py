@@ -72,6 +72,11 @@ def summary(record: dict[str, Any], plan: StepPlan) -> str:
     row, about = record["plans"]["plan"], record["about"]
     difference = row["difference"]
     held = "held" if row["held"] else "did not hold"
+    if plan.corrected and row["share"] == 1:
+        return (
+            f"The corrections cost nothing; with {len(plan.rows)} {plan.scheduler.removesuffix('Scheduler')} calls the "
+            f"Fréchet distance changes by {change_cell(difference)} (95 % interval, n = {about['n']})."
+        )
     return (
         f"The plan saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of "
         f"{len(plan.rows)} {plan.scheduler.removesuffix('Scheduler')} calls; the Fréchet distance changes by "

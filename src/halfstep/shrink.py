@@ -1,0 +1,121 @@
+"""Training-free corrections of few-step sampling: scale and soft-threshold the predicted noise, row by row.
+
+Coarse samplers leave images under-dispersed or over-sharp; shrinking the prediction offsets it, which is most of what
+an l1-regularised training gains (see `regularized.py` and docs/methods/regularized.md). It costs nothing at sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from halfstep import disk
+from halfstep.errors import PlanError
+from halfstep.judge import Judge
+from halfstep.plan import StepPlan
+from halfstep.recipe import ShrinkSpec
+from halfstep.watch import SILENT, Told, Watch
+
+Correction = tuple[float, float]
+"""(scale, threshold) of a stretch of rows."""
+NONE: Correction = (1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What was found. `plans`: "none", "one scale" and "one threshold" (each at its own optimum) and "by stretch";
+    `chosen`: the name of the best of them on fresh seeds; `scores`: their scores there."""
+
+    plans: dict[str, StepPlan]
+    scores: dict[str, float]
+    chosen: str
+
+    @property
+    def plan(self) -> StepPlan:
+        return self.plans[self.chosen]
+
+
+def shrink_plan(
+    judge: Judge, plan: StepPlan, spec: ShrinkSpec, out: Path, *, seed: int = 0, watch: Watch = SILENT
+) -> Shrunk:
+    """The best correction of every stretch of a plan's rows, for the judge's score.
+
+    First one scale for all rows, then one threshold; from the better of them, every stretch in turn tries its
+    neighbours on both grids, `spec.rounds` times. Every measurement is written to out/shrink.jsonl (and read again when
+    resumed). The last choice is made on fresh seeds, and may be to correct nothing. Raises PlanError for a bank that
+    does not predict the noise.
+    """
+    if judge.bank.prediction_type != "epsilon":
+        raise PlanError(
+            got=f"a model that predicts {judge.bank.prediction_type!r}",
+            expected="one that predicts the noise",
+            where="shrink",
+            do="train with noise.prediction=epsilon",
+        )
+    parts = min(spec.parts, len(plan.rows))
+    log = _Measured(judge, plan, parts, out / "shrink.jsonl", spec.images, seed + 2)
+    scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
+    total = len(scales) + len(thresholds) - 1 + 4 * parts * spec.rounds
+    with watch.stage("shrink", total) as told:
+        log.told = told
+        none = (NONE,) * parts
+        log(none)
+        scale = min((((s, 0.0),) * parts for s in scales), key=log)
+        threshold = min((((1.0, t),) * parts for t in thresholds), key=log)
+        best = min(scale, threshold, key=log)
+        for _ in range(spec.rounds):
+            before = best
+            for part in range(parts):
+                around = [(*best[:part], one, *best[part + 1 :]) for one in _around(best[part], scales, thresholds)]
+                best = min([best, *around], key=log)
+            if best == before:
+                break
+        told(total, "")
+    found = {"none": none, "one scale": scale, "one threshold": threshold, "by stretch": best}
+    fresh = _Measured(judge, plan, parts, out / "shrink_finals.jsonl", spec.final_images, seed + 5)
+    with watch.stage("final round", len(found)) as told:
+        scores = {}
+        for i, (name, corrections) in enumerate(found.items()):
+            scores[name] = fresh(corrections)
+            told(i + 1, f"{name}: {scores[name]:.3g}")
+    plans = {name: log.corrected(corrections) for name, corrections in found.items()}
+    return Shrunk(plans, scores, min(scores, key=lambda name: scores[name]))
+
+
+def _around(one: Correction, scales: Sequence[float], thresholds: Sequence[float]) -> list[Correction]:
+    """The neighbours of a correction on both grids."""
+    scale, threshold = one
+    i, j = scales.index(scale), thresholds.index(threshold)
+    found = [(scales[k], threshold) for k in (i - 1, i + 1) if 0 <= k < len(scales)]
+    return found + [(scale, thresholds[k]) for k in (j - 1, j + 1) if 0 <= k < len(thresholds)]
+
+
+def _nobody(done: float, note: str = "") -> None:
+    """Nobody listens."""
+
+
+class _Measured:
+    """Scores corrections, logs each, and knows those of an earlier, interrupted search."""
+
+    def __init__(self, judge: Judge, plan: StepPlan, parts: int, file: Path, count: int, seed: int):
+        self.judge, self.plan, self.file, self.count, self.seed = judge, plan, file, count, seed
+        edges = np.linspace(0, len(plan.rows), parts + 1).round().astype(int)
+        self.lengths = np.diff(edges)
+        self.known = {tuple(map(tuple, r["corrections"])): r["score"] for r in disk.read_records(file)}
+        self.told: Told = _nobody
+        self.done = 0
+
+    def corrected(self, corrections: Sequence[Correction]) -> StepPlan:
+        return self.plan.with_corrections([c for c, n in zip(corrections, self.lengths, strict=True) for _ in range(n)])
+
+    def __call__(self, corrections: tuple[Correction, ...]) -> float:
+        if corrections not in self.known:
+            score = self.judge.score(self.corrected(corrections), self.count, self.seed)
+            self.known[corrections] = score
+            disk.append_record(self.file, {"corrections": corrections, "score": score, "images": self.count})
+            self.done += 1
+            self.told(self.done, f"score {score:.3g}")
+        return self.known[corrections]

@@ -1,0 +1,78 @@
+"""Training-free corrections on digits; oracles: the measured files, direct scores, stock settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halfstep import run
+from halfstep.errors import HalfstepError
+from halfstep.plan import StepPlan
+from halfstep.recipe import Recipe
+from halfstep.sampling import StepAwarePipeline
+
+EDITS = """
+sample.steps=4 sample.scheduler=ddpm sample.batch=128 shrink.images=96 shrink.final_images=128 shrink.parts=2
+shrink.scales=0.8,0.9,1.1 shrink.thresholds=0.1 eval.images=128 eval.bootstrap=20 eval.features=digits
+""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
+
+
+@pytest.fixture(scope="module")
+def shrunk(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "shrunk"
+    run.shrink("digits", "digits", out, Recipe().edit(EDITS))
+    return out
+
+
+def records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_chosen_correction_is_the_best_on_fresh_seeds_and_ends_in_the_pipeline(shrunk):
+    finals = records(shrunk / "shrink_finals.jsonl")
+    best = min(finals, key=lambda r: r["score"])
+    pipe = StepAwarePipeline.from_pretrained(shrunk / "pipeline")
+    assert list(dict.fromkeys(pipe.plan.corrections)) == list(dict.fromkeys(map(tuple, best["corrections"])))
+    assert pipe.plan == StepPlan.load(shrunk / "plan.json") and pipe.plan.share == 1
+    assert [[1.0, 0.0], [1.0, 0.0]] in [r["corrections"] for r in finals]
+
+
+def test_no_step_of_the_descent_is_worse_than_its_start_and_every_grid_point_was_measured(shrunk):
+    tried = {tuple(map(tuple, r["corrections"])): r["score"] for r in records(shrunk / "shrink.jsonl")}
+    for scale in (0.8, 0.9, 1.0, 1.1):
+        assert ((scale, 0.0), (scale, 0.0)) in tried
+    assert ((1.0, 0.1), (1.0, 0.1)) in tried
+    assert min(tried.values()) <= tried[(1.0, 0.0), (1.0, 0.0)]
+
+
+def test_shrinking_helps_five_ancestral_steps_as_the_paper_s_controls_do(shrunk):
+    """Spec of regularised score matching, section 7: coarse ancestral sampling wants a smaller noise prediction."""
+    plans = json.loads((shrunk / "quality.json").read_text())["plans"]
+    assert plans["plan"]["quality"]["fd"]["value"] < plans["reference"]["quality"]["fd"]["value"]
+    assert plans["plan"]["macs"] == plans["reference"]["macs"] and plans["40 steps, no correction"]["calls"] == 40
+
+
+def test_a_finished_run_measures_nothing_again(shrunk):
+    before = (shrunk / "shrink.jsonl").read_bytes(), (shrunk / "shrink_finals.jsonl").read_bytes()
+    run.shrink("digits", "digits", shrunk, Recipe().edit(EDITS))
+    assert ((shrunk / "shrink.jsonl").read_bytes(), (shrunk / "shrink_finals.jsonl").read_bytes()) == before
+
+
+def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_corrected(shrunk, tmp_path):
+    page = run.shrink(str(shrunk), "digits", tmp_path / "o", Recipe().edit([*EDITS, "sample.steps=9"]))
+    assert page.is_file() and len(StepPlan.load(tmp_path / "o" / "plan.json").rows) == 4
+    run.shrink(str(shrunk), "digits", tmp_path / "p", Recipe().edit([*EDITS, "shrink.rounds=0"]), steps=2)
+    assert len(StepPlan.load(tmp_path / "p" / "plan.json").rows) == 2
+
+
+def test_models_that_do_not_predict_noise_and_impossible_grids_are_refused(tmp_path):
+    edits = ["model.channels=8,16", "model.groups=4", "model.head_dim=4", "train.steps=2", "sample.steps=2"]
+    more = ["data.size=8", "data.channels=1", "noise.prediction=sample", "train.batch=8"]
+    dense = run.train("digits", tmp_path / "dense", Recipe().edit([*edits, *more]))
+    with pytest.raises(HalfstepError, match="predicts the noise"):
+        run.shrink(str(dense), "digits", tmp_path / "o", Recipe().edit(EDITS))
+    for edit in ("shrink.scales=0", "shrink.thresholds=-1", "shrink.parts=0"):
+        with pytest.raises(HalfstepError):
+            Recipe().edit([edit])
