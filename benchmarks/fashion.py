@@ -5,7 +5,8 @@
 
 Rows: dense DDIM at 50 and 20 steps, uniform widths, random plans, fewer steps at equal MACs, a small model trained
 alone for as long as the dense one, the searched plan; and the three searches (frontier alone, NSGA-II alone, both) at
-the same number of generated images. Everything goes to runs/fashion<size>/, the table to benchmarks/fashion<size>.md.
+the same number of generated images. Everything goes to runs/fashion<size>/, the table to
+benchmarks/fashion<size>-<budget>.md.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from halfstep.sampling import fewer_steps, reference_plan
 DATA = "idx:/usr/share/datasets/fashion-mnist"
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 SMALL = {16: ((32, 32, 32), 8), 32: ((16, 32, 32), 8)}
-"""Channels and groups of the small model: half the dense width, a quarter of the MACs, which is the default budget."""
+"""Channels and groups of the small model: half the dense width, a quarter of the MACs."""
 
 
 def trained(size: int, work: Path, watch: RichWatch, skip_small: bool) -> dict[str, Path]:
@@ -99,7 +100,7 @@ def searches(
         methods = {"frontier + NSGA-II": spec}
     found = {}
     for name, search in methods.items():
-        folder = work / "search" / name.replace(" ", "_").replace("+", "and")
+        folder = work / "search" / f"{name.replace(' ', '_').replace('+', 'and')}-{budget * 100:.0f}"
         folder.mkdir(parents=True, exist_ok=True)
         errors = work / "search" / "errors.json"
         if errors.is_file():
@@ -112,7 +113,7 @@ def searches(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, choices=(16, 32), default=16)
-    parser.add_argument("--budget", type=float, default=0.25)
+    parser.add_argument("--budget", type=float, default=0.5, help="share of the dense MACs; a page for each")
     parser.add_argument("--train", action="store_true", help="ignore the stored models and train here")
     parser.add_argument("--export", action="store_true", help="only copy the trained models to benchmarks/models, fp16")
     parser.add_argument("--skip-small", action="store_true", help="leave out the small model trained alone")
@@ -130,7 +131,7 @@ def main() -> None:
     if args.export:
         return export(args.size, work)
     if args.confirm:
-        return confirm(args.size, args.confirm, work, named(f"fashion{args.size}").edit(args.set), watch)
+        return confirm(args.size, args.budget, args.confirm, work, named(f"fashion{args.size}").edit(args.set), watch)
     folders = trained(args.size, work, watch, args.skip_small)
     pipe = run.open_pipeline(str(folders["supernet"]))
     recipe = named(f"fashion{args.size}").edit(args.set)
@@ -145,7 +146,7 @@ def main() -> None:
     best = found["frontier + NSGA-II"]  # the default method; the others are its controls
     space = best.space
     plans = {"reference": plan, "plan": plan.with_entries(best.plan.entries)}
-    plans["plan"].save(work / "plan.json")
+    plans["plan"].save(work / f"plan-{args.budget * 100:.0f}.json")
     if len(found) > 1:
         others = {f"plan, {name}": one for name, one in found.items() if one is not best}
         plans |= {name: plan.with_entries(one.plan.entries) for name, one in others.items()}
@@ -173,7 +174,7 @@ def main() -> None:
     text = "\n\n".join(
         [f"# {table.title}", report.summary, markdown(table), markdown(spent), f"```\n{plans['plan']}\n```"]
     )
-    Path(__file__).with_name(f"fashion{args.size}.md").write_text(text + "\n")
+    page_of(args.size, args.budget).write_text(text + "\n")
     Console().print(rich_table(table))
     Console().print(rich_table(spent))
     print(plans["plan"])
@@ -181,19 +182,23 @@ def main() -> None:
     return None
 
 
-def confirm(size: int, count: int, work: Path, recipe: Recipe, watch: RichWatch) -> None:
+def page_of(size: int, budget: float) -> Path:
+    return Path(__file__).with_name(f"fashion{size}-{budget * 100:.0f}.md")
+
+
+def confirm(size: int, budget: float, count: int, work: Path, recipe: Recipe, watch: RichWatch) -> None:
     """The plan of a finished run and the reference once more, on `count` images: a narrower interval of the change."""
     stored = MODELS / f"fashion{size}-supernet"
     pipe = run.open_pipeline(str(stored if stored.is_dir() else work / "supernet"))
     recipe = replace(recipe, seed=recipe.seed + 100, eval=replace(recipe.eval, images=count))
     judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
-    plan = StepPlan.load(work / "plan.json")
+    plan = StepPlan.load(work / f"plan-{budget * 100:.0f}.json")
     plans = {"reference": plan.uniform(plan.reference), "plan": plan}
     plans |= {f"uniform {name}": plan.uniform(name) for name in ("w0.75", "w0.50")}
     verdict = measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
     (work / "confirmed.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"The same plan on {count:,} images of other seeds")
-    page = Path(__file__).with_name(f"fashion{size}.md")
+    page = page_of(size, budget)
     kept = page.read_text().split("**The same plan on")[0].rstrip()
     page.write_text(f"{kept}\n\n{markdown(table)}\n")
     Console().print(rich_table(table))
