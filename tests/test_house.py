@@ -13,8 +13,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
     "values": ("errors", "disk", "recipe", "results", "plan", "watch"),
-    "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral"),
-    "methods": ("slimmable", "sparse"),
+    "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous"),
+    "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
         "sources",
         "data",
@@ -28,9 +28,23 @@ FLOORS = {
         "features",
         "evaluate",
         "judge",
+        "restore",
         "kernels",
     ),
-    "wiring": ("recipes", "report", "loop", "rundir", "compress", "find", "shrink", "story", "run"),
+    "wiring": (
+        "recipes",
+        "report",
+        "loop",
+        "rundir",
+        "job",
+        "compress",
+        "find",
+        "shrink",
+        "story",
+        "measured",
+        "methods",
+        "run",
+    ),
     "faces": ("cli",),
 }
 HEIGHT = {module: floor for floor, modules in enumerate(FLOORS.values()) for module in modules}

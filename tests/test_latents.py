@@ -14,6 +14,7 @@ from halfstep.bank import Bank, load_denoiser, load_vae
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.latents import decode, encode_images, factor
+from halfstep.loop import new_model
 from halfstep.recipe import Recipe
 from halfstep.sampling import StepAwarePipeline, denoise, image_generators, reference_plan, start_noise
 
@@ -87,7 +88,7 @@ def test_decoding_undoes_the_scaling():
 
 def test_a_latent_denoiser_is_a_stock_ldm_pipeline_and_samples_as_one(vae_folder, tmp_path):
     vae = tiny_vae(shift_factor=None)  # diffusers' LDMPipeline knows no shift
-    dense = run.new_model(Recipe().edit(EDITS).model, encode_images(vae, load_images("digits")), 1000).eval()
+    dense = new_model(Recipe().edit(EDITS).model, encode_images(vae, load_images("digits")), 1000).eval()
     scheduler = DDIMScheduler(clip_sample=False)
     LDMPipeline(vae, dense, scheduler).save_pretrained(tmp_path / "ldm")
     stock = LDMPipeline.from_pretrained(tmp_path / "ldm")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-from halfstep import compress, run
+from halfstep import compress, methods, run
 from halfstep.errors import HalfstepError
 from halfstep.masks import masked
 from halfstep.plan import StepPlan
@@ -143,7 +143,7 @@ def test_a_diffusers_config_can_be_trained_and_trained_on(dense, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from halfstep import compress, run
+from halfstep import compress, methods, run
 from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe
 run.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)
@@ -195,7 +195,7 @@ def test_a_run_folder_its_pipeline_and_a_dense_model_are_profiled_alike(finished
 
 def test_compress_sparse_measures_every_pattern_beside_one_shot_masking(dense, tmp_path):
     recipe = tiny("sparse.least=1", "sparse.schedule=switch", "sparse.also=3:4,dense", "train.steps=6")
-    page = run.sparsify(str(dense), "digits", tmp_path / "sparse", recipe)
+    page = methods.sparse(str(dense), "digits", tmp_path / "sparse", recipe)
     record = json.loads((tmp_path / "sparse" / "quality.json").read_text())["plans"]
     assert list(record) == ["reference", "plan", "off", "3:4", "2:4 one-shot", "3:4 one-shot"]
     assert record["plan"]["macs"] < record["3:4"]["macs"] < record["off"]["macs"] == record["reference"]["macs"]
@@ -207,7 +207,7 @@ def test_compress_sparse_measures_every_pattern_beside_one_shot_masking(dense, t
 @pytest.mark.parametrize("edit", ["sparse.pattern=5:4", "sparse.include=nothing", "sparse.pattern=2:7"])
 def test_patterns_and_filters_that_fit_nothing_are_refused_before_a_file_is_written(dense, tmp_path, edit):
     with pytest.raises(HalfstepError):
-        run.sparsify(str(dense), "digits", tmp_path / "new", tiny(edit))
+        methods.sparse(str(dense), "digits", tmp_path / "new", tiny(edit))
     assert not (tmp_path / "new").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path)
 def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teacher(tmp_path, edit):
     edits = ["model.channels=32,64", "model.groups=8", "model.head_dim=16", "train.steps=6", edit]
     teacher = run.train("digits", tmp_path / "dense", tiny(*edits))
-    page = run.make_slim(str(teacher), "digits", tmp_path / "slim", tiny(*edits))
+    page = methods.spectral(str(teacher), "digits", tmp_path / "slim", tiny(*edits))
     bank = StepAwarePipeline.from_pretrained(tmp_path / "slim" / "pipeline").bank
     assert list(bank) == ["full", "spectral"] and bank.macs()["spectral"] * 8 <= bank.macs()["full"]
     assert type(bank["spectral"]).__name__ == ("SpectralUNet2DModel" if "true" in edit else "UNet2DModel")
@@ -248,7 +248,7 @@ def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teach
 
 def test_a_reduction_that_no_student_reaches_is_refused_before_a_file_is_written(dense, tmp_path):
     with pytest.raises(HalfstepError, match="ask for less"):
-        run.make_slim(str(dense), "digits", tmp_path / "new", tiny("spectral.reduction=1000"))
+        methods.spectral(str(dense), "digits", tmp_path / "new", tiny("spectral.reduction=1000"))
     assert not (tmp_path / "new").exists()
 
 

@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from halfstep.continuous import ContinuousUNet2DModel
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
@@ -30,6 +31,7 @@ MODEL_CLASSES: dict[str, type[ModelMixin]] = {
     "UNet2DModel": diffusers.UNet2DModel,
     "UViT2DModel": UViT2DModel,
     "SpectralUNet2DModel": SpectralUNet2DModel,
+    "ContinuousUNet2DModel": ContinuousUNet2DModel,
 }
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
 

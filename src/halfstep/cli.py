@@ -173,10 +173,10 @@ def sparse(
 
     Example: `halfstep compress sparse --model runs/dense --data folder:photos --pattern 2:4 --out runs/sparse`
     """
-    from halfstep import run
+    from halfstep import methods
 
     settings = recipe_for(recipe, data, [*(edits or []), f"sparse.pattern={pattern}"])
-    show_run(out, run.sparsify(model, data, out, settings, watch=RichWatch()))
+    show_run(out, methods.sparse(model, data, out, settings, watch=RichWatch()))
 
 
 @compress_app.command()
@@ -194,10 +194,55 @@ def spectral(
 
     Example: `halfstep compress spectral --teacher runs/dense --data folder:photos --reduction 8 --out runs/slim`
     """
-    from halfstep import run
+    from halfstep import methods
 
     settings = recipe_for(recipe, data, [*(edits or []), f"spectral.reduction={reduction}"])
-    show_run(out, run.make_slim(teacher, data, out, settings, watch=RichWatch()))
+    show_run(out, methods.spectral(teacher, data, out, settings, watch=RichWatch()))
+
+
+@compress_app.command()
+def continuous(
+    data: Data,
+    out: Out,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="A dense model to learn from as well, and to be compared with.")
+    ] = None,
+    recipe: RecipeName = "",
+    edits: Edits = None,
+) -> None:
+    """The Missing U: a continuous U-Net whose solver steps are chosen at sampling; evaluates and writes a report too.
+
+    One set of weights becomes the entries continuous@1, @2 and @4; `halfstep search --model OUT` mixes them by step.
+
+    Example: `halfstep compress continuous --data folder:photos --out runs/ode --set continuous.base=16`
+    """
+    from halfstep import methods
+
+    settings = recipe_for(recipe, data, edits, dense=teacher is None)
+    show_run(out, methods.continuous(data, out, settings, teacher=teacher, watch=RichWatch()))
+
+
+@compress_app.command()
+def regularized(
+    data: Data,
+    out: Out,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Train on from this model instead of from scratch.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps for which the weight is chosen.", min=1)] = 50,
+    recipe: RecipeName = "",
+    edits: Edits = None,
+) -> None:
+    """Regularised score matching: trains a grid of penalty weights and keeps the best, beside its two controls.
+
+    The controls, one scale and one threshold for a plainly trained model, need no training: see `halfstep shrink`.
+
+    Example: `halfstep compress regularized --data folder:photos --steps 50 --set sample.scheduler=ddpm --out runs/reg`
+    """
+    from halfstep import methods
+
+    settings = recipe_for(recipe, data, [*(edits or []), f"sample.steps={steps}"], dense=model is None)
+    show_run(out, methods.regularized(data, out, settings, model=model, watch=RichWatch()))
 
 
 @app.command()
@@ -321,6 +366,36 @@ def spectrum(
 
 
 @app.command()
+def denoise(
+    models: Annotated[list[str], typer.Option("--model", help="A denoiser or pipeline; repeat it to compare several.")],
+    images: Annotated[list[Path], typer.Option("--image", help="A picture file of any size; may be repeated.")],
+    out: Out,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the noise, on pictures from 0 to 1.")] = 0.1,
+    steps: Annotated[
+        list[int] | None, typer.Option("--steps", help="Model calls per tile (default 1); may be repeated.", min=1)
+    ] = None,
+    noisy: Annotated[bool, typer.Option("--noisy", help="The pictures are noisy already: only restore them.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the added noise.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Denoise real pictures with a diffusion model, beside classical denoisers: PSNR, SSIM, time per picture.
+
+    One step gives the highest PSNR, several sharper pictures. Pictures larger than the model are done in tiles.
+
+    Example: `halfstep denoise --model runs/ode --noise 0.1 --image photo.png --steps 1 --steps 5 --out runs/denoised`
+    """
+    from halfstep import run
+    from halfstep.report import rich_table
+    from halfstep.story import restored_table
+
+    found = run.denoise(models, images, out, noise=noise, steps=steps or (1,), noisy=noisy, seed=seed)
+    if found:
+        show([record.to_json() for record in found], as_json, lambda: rich_table(restored_table(found)))
+    if not as_json:
+        console.print(f"pictures: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def shrink(
     model: Model,
     data: Data,
@@ -361,9 +436,9 @@ def features(data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None)
 
     Example: `halfstep features --data folder:photos --out runs/features --set eval.feature_steps=3000`
     """
-    from halfstep import run
+    from halfstep import measured
 
-    console.print(f"features: {run.features(data, out, recipe_for(recipe, data, edits), watch=RichWatch())}")
+    console.print(f"features: {measured.features(data, out, recipe_for(recipe, data, edits), watch=RichWatch())}")
 
 
 def main() -> None:

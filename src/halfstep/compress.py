@@ -5,26 +5,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 
-from halfstep.bank import Bank, Shared, load_denoiser, load_vae
+from halfstep.bank import Bank, Shared
+from halfstep.continuous import ContinuousUNet2DModel, continuous_objective, with_solver
+from halfstep.data import Images
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
-from halfstep.judge import check_fit, default_device
-from halfstep.latents import check_vae
-from halfstep.loop import preview_of, run_loop
+from halfstep.job import Job, opened
+from halfstep.latents import Latents
+from halfstep.loop import new_model
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
-from halfstep.rundir import encoded, fit_data, images_for, open_run, with_noise
-from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.regularized import regular_objective
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of, width_name
 from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
 from halfstep.spectral import Pupil, SpectralUNet2DModel, spectral_objective, student_configs
-from halfstep.train import Diffusion, Objective, TrainState
+from halfstep.train import TrainState
 from halfstep.watch import SILENT, Watch
 
 
@@ -33,17 +34,17 @@ def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
 
     The bank's reference, "full", is the dense denoiser as it came; "w1.00" … are the supernet's widths.
     """
-    source, recipe = _opened(model, recipe)
+    source, recipe = opened(model, recipe)
     dense = source.dense
     supernet = supernet_of(dense, recipe.slim)  # refuses widths before anything is written
     maskings = slim_maskings(supernet, recipe)  # and patterns
-    job = _Job("slimmable", model, data, out, recipe, source, watch)
+    job = Job("slimmable", model, data, out, recipe, source, watch)
 
     def bank_of(net: Any) -> Bank:
         twin = Supernet(net, supernet.widths, recipe.slim.concat, supernet.own)
         return slim_bank(dense, twin, recipe.noise.prediction, maskings)
 
-    if job.finished:
+    if not job.begun():
         return job.done
     teacher = predictor(job.teacher()) if recipe.slim.distill == "dense" else None
     through = [through_mask(masking) for masking in maskings]
@@ -57,12 +58,12 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     The bank: "full", the dense denoiser as it came, and every pattern by its name, e.g. "2:4". With several patterns
     one set of weights serves them all; "off" is that set without a mask.
     """
-    source, recipe = _opened(model, recipe)
+    source, recipe = opened(model, recipe)
     dense = source.dense
     spec, steps = recipe.sparse, recipe.train.steps
     net = sparse_net(dense, spec)  # refuses patterns and filters before anything is written
-    job = _Job("sparse", model, data, out, recipe, source, watch)
-    if job.finished:
+    job = Job("sparse", model, data, out, recipe, source, watch)
+    if not job.begun():
         return job.done
     for line in net.told():
         watch.say(line)
@@ -82,13 +83,13 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
 def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Spectral Diffusion: a slim wavelet-gated student of the dense denoiser. Returns the folder of a
     `StepAwarePipeline` whose bank holds "full", the teacher as it came, and "spectral"."""
-    source, recipe = _opened(model, recipe)
+    source, recipe = opened(model, recipe)
     dense = source.dense
     torch.manual_seed(recipe.seed)
     student = student_of(dense, recipe.spectral)  # refuses what cannot be built before anything is written
     pupil = Pupil(student, dense)
-    job = _Job("spectral", model, data, out, recipe, source, watch)
-    if job.finished:
+    job = Job("spectral", model, data, out, recipe, source, watch)
+    if not job.begun():
         return job.done
     watch.say(f"student: channels {tuple(student.config.block_out_channels)}, {count_macs(student) / 1e6:,.1f} MMACs")
     objective = spectral_objective(pupil, job.teacher(), job.diffusion.draw, recipe.spectral, recipe.train.steps)
@@ -97,6 +98,78 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
         return Bank({"full": dense, "spectral": net}, "full", recipe.noise.prediction)
 
     return job.run("spectral", TrainState.new(pupil, recipe.train), objective, bank_of, student)
+
+
+def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = None, watch: Watch = SILENT) -> Path:
+    """The Missing U: a continuous U-Net from images, with a dense teacher or alone. Returns the folder of a
+    `StepAwarePipeline` whose bank holds "continuous@1" … for every number of solver steps, which share one set of
+    weights, and "full", the teacher as it came (without one, the most solver steps are the reference)."""
+    source, recipe = opened(teacher, recipe)
+    job = Job("continuous", teacher, data, out, recipe, source, watch)
+    torch.manual_seed(recipe.seed)
+    net = continuous_net(recipe, job.images, source.dense)
+    if not job.begun():
+        return job.done
+    watch.say(f"continuous U-Net: {net.num_parameters():,} parameters, {count_macs(net) / 1e6:,.1f} MMACs at one step")
+    weight = recipe.continuous.teacher if teacher else 0.0
+    lesson = predictor(job.teacher()) if weight else None
+    objective = continuous_objective(net, job.diffusion.draw, recipe.continuous.steps, lesson, weight)
+
+    def bank_of(trained: Any) -> Bank:
+        return continuous_bank(source.dense, trained, recipe.continuous.steps, recipe.noise.prediction)
+
+    return job.run("continuous", TrainState.new(net, recipe.train), objective, bank_of)
+
+
+def continuous_net(recipe: Recipe, images: Images | Latents, dense: Any = None) -> ContinuousUNet2DModel:
+    """The untrained net of a recipe, for these images; classes as the teacher's. Raises ModelError."""
+    spec, size = recipe.continuous, images.size
+    halvings = [n for n in range(1, 5) if size % 2**n == 0 and size > 2**n]
+    classes = dense.config.num_class_embeds if dense is not None else None
+    if dense is None and recipe.model.class_conditional:
+        classes = len(images.classes)
+    return ContinuousUNet2DModel(
+        sample_size=images.size,
+        in_channels=images.channels,
+        out_channels=images.channels,
+        base_channels=spec.base,
+        levels=spec.levels or max(halvings, default=1),
+        attention_levels=None if spec.attention else (),
+        attention_head_dim=spec.head_dim,
+        order=spec.order,
+        mode=spec.mode,
+        num_class_embeds=classes,
+        solver_steps=min(spec.steps),
+    )
+
+
+def continuous_bank(dense: Any, net: ContinuousUNet2DModel, steps: Sequence[int], prediction: str) -> Bank:
+    """The bank of a continuous net: an entry for every number of solver steps, and "full" where there is a teacher."""
+    names = {n: f"continuous@{n}" for n in sorted(set(steps))}
+    entries = ({} if dense is None else {"full": dense}) | {name: with_solver(net, n) for n, name in names.items()}
+    first, *others = names.values()
+    shared = {name: Shared(first) for name in others}
+    return Bank(entries, list(names.values())[-1] if dense is None else "full", prediction, shared)
+
+
+def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
+    """Regularised score matching with one weight `regular.r`, from images or on from a dense model. Returns the folder
+    of a `StepAwarePipeline` whose bank holds one entry, "r=0.1"."""
+    source, recipe = opened(model, recipe)
+    job = Job("regularized", model, data, out, recipe, source, watch)
+    torch.manual_seed(recipe.seed)
+    net = copy_of(source.dense) if model else new_model(recipe.model, job.images, recipe.noise.timesteps)
+    if not job.begun():
+        return job.done
+    levels, kind = job.diffusion.scheduler.alphas_cumprod, recipe.noise.prediction
+    objective = regular_objective(net, job.diffusion.draw, recipe.regular, levels, kind)
+    name = regular_name(recipe.regular.r)
+    return job.run("regularized", TrainState.new(net, recipe.train), objective, lambda n: Bank({name: n}, name, kind))
+
+
+def regular_name(r: float) -> str:
+    """The bank name of a regularised denoiser: 0.1 -> "r=0.1"."""
+    return f"r={r:g}"
 
 
 def student_of(dense: Any, spec: SpectralSpec) -> Any:
@@ -118,83 +191,6 @@ def student_of(dense: Any, spec: SpectralSpec) -> Any:
         where="spectral.reduction",
         do="ask for less, or bring a wider teacher",
     )
-
-
-class _Source(NamedTuple):
-    """What a method starts from: the denoiser, the config of its noise scheduler, and its VAE for latents."""
-
-    dense: Any
-    noise: dict[str, Any]
-    vae: Any
-
-
-def _opened(model: str, recipe: Recipe) -> tuple[_Source, Recipe]:
-    """The dense denoiser of a folder, and the recipe with what follows from it."""
-    source = _Source(*load_denoiser(model), load_vae(model))
-    if source.vae is not None:
-        check_vae(source.vae, source.dense.config, model)
-    return source, with_noise(fit_data(recipe, source.dense.config, source.vae), source.noise)
-
-
-class _Job:
-    """What the methods have in common: the run folder, the images, the dense teacher, and the training to a bank."""
-
-    def __init__(
-        self,
-        method: str,
-        model: str,
-        data: str,
-        out: Path,
-        recipe: Recipe,
-        source: _Source,
-        watch: Watch,
-    ):
-        self.out = open_run(out, recipe, {"verb": f"compress {method}", "model": str(model), "data": data})
-        self.recipe, self.dense, self.noise, self.vae, self.watch = recipe, *source, watch
-        self.done = self.out / "pipeline"
-        self.finished = (self.done / "model_index.json").is_file()
-        self.diffusion = Diffusion(recipe.noise)
-        images = images_for(recipe, data)
-        check_fit(self.dense.config, images, self.vae)
-        self.images = encoded(images, self.vae, watch)
-
-    def teacher(self) -> Any:
-        """The dense denoiser as a teacher, on the device of the training."""
-        return self.dense.to(default_device()).requires_grad_(False)
-
-    def run(
-        self,
-        tag: str,
-        state: TrainState,
-        objective: Objective,
-        bank_of: Callable[[Any], Bank],
-        part: Any = None,
-    ) -> Path:
-        """Train, then save the bank of the averaged weights with the reference's plan.
-
-        `part`: the `model` inside of what is trained, when more is trained than is kept.
-        """
-        net, prefix = (state.model, "") if part is None else (part, "model.")
-
-        def kept(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
-
-        def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-            twin = copy_of(net)
-            twin.load_state_dict(kept(weights))
-            self.dense.to(twin.device)
-            bank = bank_of(twin)
-            bank.vae = self.vae and self.vae.to(twin.device)
-            return preview_of(bank, self.noise, self.recipe, 16)
-
-        run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
-        net.load_state_dict(kept(state.average()))
-        self.dense.cpu()
-        bank = bank_of(net.cpu())
-        bank.vae = self.vae and self.vae.cpu()
-        plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
-        StepAwarePipeline(bank, plan).save_pretrained(self.done)
-        return self.done
 
 
 def slim_bank(dense: Any, supernet: Supernet, prediction: str, maskings: Sequence[Masking | None] = (None,)) -> Bank:

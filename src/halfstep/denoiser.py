@@ -35,8 +35,9 @@ def predictor(model: nn.Module, weights: Callable[[], Mapping[str, torch.Tensor]
 
 
 def soft(value: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
-    """Soft thresholding: towards zero by `threshold`, and zero where it does not reach."""
-    return value.sign() * (value.abs() - threshold).clamp(min=0)
+    """sign(v) * max(|v| - threshold, 0); threshold >= 0, a number or broadcast against v."""
+    limit = torch.as_tensor(threshold, dtype=value.dtype, device=value.device)
+    return value - value.clamp(-limit, limit)
 
 
 def copy_of(model: Model) -> Model:

@@ -143,11 +143,51 @@ class SpectralSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContinuousSpec:
+    """The Missing U's continuous U-Net and its training.
+
+    `base`: channels of the stem (the first level has twice as many); `levels`: halvings, 0 for as many as the size
+    allows, at most 4; `attention`: in the deepest level and back; `order`: 2 for positions and velocities; `mode`:
+    "released" leaves the timestep out, as the released code. `steps`: solver steps, each a bank entry; one of them is
+    drawn in every training step. `teacher`: weight of the distillation from a dense model, where there is one.
+    """
+
+    base: int = 16
+    levels: int = 0
+    attention: bool = True
+    head_dim: int = 32
+    order: Literal[1, 2] = 1
+    mode: Literal["paper", "released"] = "paper"
+    steps: tuple[int, ...] = (1, 2, 4)
+    teacher: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularSpec:
+    """The penalty of regularised score matching.
+
+    `penalty`: "out_l1", the mean magnitude of the predicted noise; "out_l1_sq", its square for each sample;
+    "score_l1", the same in score units (stronger at small timesteps); "scale", one scale for all samples: the largest
+    of the batch; "param_l1", the mean magnitude of the weights. `r`: its weight; 0 is plain training. `grid`: the
+    weights that `halfstep compress regularized` tries. `basis`: the coordinates of the prediction, pixels or one level
+    of the Haar transform. `center`: penalise score + x, which is exactly sparse on coordinates that are N(0, 1).
+    """
+
+    penalty: Literal["out_l1", "out_l1_sq", "score_l1", "scale", "param_l1"] = "out_l1"
+    r: float = 0.1
+    grid: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    basis: Literal["pixel", "wavelet"] = "pixel"
+    center: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleSpec:
-    """The sampler: a diffusers scheduler by its short name, and the number of steps."""
+    """The sampler: a diffusers scheduler by its short name, and the number of steps. `variance`: what ancestral
+    sampling ("ddpm") adds at a step, the posterior's variance or beta, 1 - alpha."""
 
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"] = "ddim"
     steps: int = 50
+    variance: Literal["posterior", "beta"] = "posterior"
     batch: int = 256
 
 
@@ -220,6 +260,8 @@ class Recipe:
     slim: SlimSpec = field(default_factory=SlimSpec)
     sparse: SparseSpec = field(default_factory=SparseSpec)
     spectral: SpectralSpec = field(default_factory=SpectralSpec)
+    continuous: ContinuousSpec = field(default_factory=ContinuousSpec)
+    regular: RegularSpec = field(default_factory=RegularSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
     search: SearchSpec = field(default_factory=SearchSpec)
     shrink: ShrinkSpec = field(default_factory=ShrinkSpec)
@@ -309,7 +351,7 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         inner = typing.get_args(hint)[0]
         return tuple(_parse(part.strip(), inner, path) for part in text.split(",") if part.strip())
     if typing.get_origin(hint) is Literal:
-        return text
+        return next((value for value in typing.get_args(hint) if str(value) == text), text)
     if hint is bool:
         if text.lower() in ("true", "yes", "1", "false", "no", "0"):
             return text.lower() in ("true", "yes", "1")
@@ -395,6 +437,8 @@ _POSITIVE = [
     "eval.feature_steps",
     "eval.bootstrap",
     "spectral.reduction",
+    "continuous.base",
+    "continuous.head_dim",
 ]
 _NOT_NEGATIVE = [
     "seed",
@@ -409,6 +453,9 @@ _NOT_NEGATIVE = [
     "sparse.decay",
     "sparse.teacher",
     "sparse.least",
+    "continuous.levels",
+    "continuous.teacher",
+    "regular.r",
     "spectral.spatial",
     "spectral.freq",
 ]
@@ -448,6 +495,20 @@ def _check(recipe: Recipe) -> None:
             expected="different widths in (0, 1]",
             where="slim.widths",
             do="write e.g. --set slim.widths=1,0.75,0.5,0.25",
+        )
+    if not recipe.continuous.steps or min(recipe.continuous.steps) < 1:
+        raise RecipeError(
+            got=recipe.continuous.steps,
+            expected="whole numbers above 0",
+            where="continuous.steps",
+            do="write e.g. --set continuous.steps=1,2,4",
+        )
+    if min(recipe.regular.grid, default=0.0) <= 0:
+        raise RecipeError(
+            got=recipe.regular.grid,
+            expected="numbers above 0; the plain training is always beside them",
+            where="regular.grid",
+            do="write e.g. --set regular.grid=0.01,0.1",
         )
     if min(recipe.shrink.scales, default=1.0) <= 0 or min(recipe.shrink.thresholds, default=0.0) < 0:
         raise RecipeError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,20 @@ from PIL import Image
 from halfstep import compress, disk
 from halfstep.bank import Bank, load_denoiser, load_vae
 from halfstep.denoiser import copy_of, predictor
-from halfstep.errors import HalfstepError, PlanError
-from halfstep.features import feature_net_for, train_features
+from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, search_plan
-from halfstep.judge import Judge, Verdict, check_fit, default_device, extractor_for, measure_plans, to_uint8
+from halfstep.judge import check_fit, default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
+from halfstep.measured import judge_for, open_pipeline, write_and_tell, write_costs
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
+from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture, with_noise
 from halfstep.results import Cost
 from halfstep.rundir import encoded, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
-from halfstep.sparse import STAGES
 from halfstep.spectral import spectra
 from halfstep.story import tell, tell_spectra
 from halfstep.train import Diffusion, TrainState, dense_objective
@@ -75,29 +76,6 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     return done
 
 
-def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
-    """Train the data's own feature classifier and save it in `out`; returns `out`."""
-    out = Path(out)
-    if (out / "features.json").is_file():
-        return out
-    disk.require_writable(out)
-    images = images_for(recipe, data)
-    net = feature_net_for(images, seed=recipe.seed)
-    steps = recipe.eval.feature_steps
-    test = None
-    try:
-        test = images_for(recipe, data, "test")
-    except HalfstepError:
-        watch.say("no test split: the accuracy is the training images'")
-    with watch.stage("train features", steps) as told:
-        for record in train_features(net, images, test=test, steps=steps, seed=recipe.seed):
-            told(record.step, f"accuracy {record.accuracy:.1%}")
-    share = net.record["accuracy"]
-    watch.say(f"feature network: accuracy {share:.1%} on {'test' if test else 'training'} images")
-    net.save(out)
-    return out
-
-
 # ----------------------------------------------------------------------------------------- measuring and the main job
 
 
@@ -108,35 +86,6 @@ def profile(source: str, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost
         if (place / "model_index.json").is_file() and (place / "plan.json").is_file():
             return StepAwarePipeline.from_pretrained(place).bank.costs(batch=batch, repeats=repeats)
     return Bank({"full": load_denoiser(source)[0]}, "full", "epsilon").costs(batch=batch, repeats=repeats)
-
-
-def open_pipeline(source: str) -> StepAwarePipeline:
-    """A step-aware pipeline from its folder or from the run folder around it."""
-    folder = Path(source)
-    inner = folder / "pipeline"
-    return StepAwarePipeline.from_pretrained(inner if (inner / "model_index.json").is_file() else folder)
-
-
-def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:
-    """A judge on the data of a recipe; trains the data's own feature network where the recipe wants one."""
-    recipe = fit_data(recipe, bank.config, bank.vae)
-    images = images_for(recipe, data)
-    check_fit(bank.config, images, bank.vae)
-    if recipe.eval.features == "own":
-        features(data, out / "features", recipe, watch=watch)
-    bank.to(default_device())
-    _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.batch)
-    extractor = extractor_for(recipe.eval.features, out / "features", str(bank.device))
-    return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
-
-
-def _settle_layouts(bank: Bank, file: Path, batch: int) -> None:
-    """Put every entry into its fastest layout; what was measured once holds for the run, whose numbers hang on it."""
-    known = disk.read_json(file, what="layouts", do="delete it") if file.is_file() else {}
-    if not set(bank) <= set(known):
-        known = bank.fastest_layouts(batch)
-        disk.write_json(file, known)
-    bank.set_layouts({name: known[name] for name in bank})
 
 
 def search(
@@ -231,38 +180,14 @@ def optimize(
     folder = compress.slimmable(model, data, out / "supernet", recipe, watch=watch)
     pipe = StepAwarePipeline.from_pretrained(folder)
     if not (out / "cost.json").is_file():
-        _write_costs(pipe.bank, out)
+        write_costs(pipe.bank, out)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
     found = search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
-    return _told(judge, verdict, out, begun)
-
-
-def sparsify(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
-    """SparseDM from a dense denoiser to a report: fine-tune under masks, measure every pattern beside the reference
-    and beside one-shot masking of the same weights. Returns report.html; resumes."""
-    begun = time.time()
-    pipe = open_pipeline(str(compress.sparse(model, data, out, recipe, watch=watch)))
-    one_shot = compress.sparse_net(load_denoiser(model)[0], replace(recipe.sparse, frozen=False))
-    bank, patterns = pipe.bank, [str(pattern) for pattern in one_shot.patterns]
-    for pattern in one_shot.patterns:
-        masking = bank.masking[str(pattern)]
-        bank = bank.with_entry(f"{pattern} one-shot", one_shot.bake(pattern), bank.prediction_type, masking=masking)
-    main = patterns[-1 if recipe.sparse.schedule in STAGES else 0]
-    return _measured(pipe, bank, main, data, out, recipe, begun, watch)
-
-
-def make_slim(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
-    """Spectral Diffusion from a dense denoiser to a report: train the student, measure it beside the teacher.
-
-    Returns report.html; resumes. The bank of `out` is what `search` mixes step by step.
-    """
-    begun = time.time()
-    pipe = open_pipeline(str(compress.spectral(model, data, out, recipe, watch=watch)))
-    return _measured(pipe, pipe.bank, "spectral", data, out, recipe, begun, watch)
+    return write_and_tell(judge, verdict, out, begun)
 
 
 def spectrum(
@@ -301,6 +226,72 @@ def spectrum(
     return tell_spectra(out)
 
 
+def denoise(
+    models: Sequence[str],
+    pictures: Sequence[Path],
+    out: Path,
+    *,
+    noise: float,
+    steps: Sequence[int] = (1,),
+    noisy: bool = False,
+    seed: int = 0,
+) -> list[Restored]:
+    """Denoise real pictures with every model (every entry of a step-aware pipeline), each with so many steps.
+
+    Noise of standard deviation `noise` (on pictures in [0, 1]) is added to them first, and classical denoisers and
+    PSNR and SSIM stand beside, unless they are `noisy` already: then they are only restored. Writes
+    out/<picture>/<method>.png and out/denoise.json. Raises DataError for pictures that cannot be read or do not fit.
+    """
+    methods: dict[str, Denoiser] = {}
+    for source in models:
+        methods |= _restorers(source, steps, prefix=f"{Path(source).name} " if len(models) > 1 else "")
+    clean = [_picture(file) for file in pictures]
+    out = disk.require_writable(Path(out))
+    for k, (file, picture) in enumerate(zip(pictures, clean, strict=True)):
+        given = picture if noisy else with_noise(picture, noise, seed, k)
+        found = {name: call(given, noise) for name, call in methods.items()}
+        if not noisy:
+            found |= {name: call(given, noise) for name, call in CLASSICAL.items()} | {"noisy": given, "clean": picture}
+        for name, image in found.items():
+            pixels = to_uint8(2 * image[None] - 1)[0]
+            saved = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+            disk.write_png(out / Path(file).stem / f"{name.replace(' ', '-')}.png", saved)
+    if noisy:
+        return []
+    counts = {name: int(name.rsplit(" ", 2)[-2]) for name in methods}
+    records = compare_denoisers(methods | CLASSICAL, clean, noise, seed, steps=counts)
+    disk.write_json(out / "denoise.json", [record.to_json() for record in records])
+    return records
+
+
+def _restorers(source: str, steps: Sequence[int], prefix: str) -> dict[str, Denoiser]:
+    """What every entry of a model's folder restores with, by name."""
+    bank, _, config = _bank_and_plan(source)
+    if bank.vae is not None:
+        raise ModelError(got="a latent model", expected="one on pixels", where=source, do="bring a pixel model")
+    bank.to(default_device())
+    size, channels = bank.config["sample_size"], bank.config["in_channels"]
+    kinds = {"noise_config": {**config, "prediction_type": bank.prediction_type}, "size": size, "channels": channels}
+    found: dict[str, Denoiser] = {}
+    for entry in bank:
+        predict = predictor(bank[entry])
+        label = 0 if bank.config.get("num_class_embeds") else None
+        for count in steps:
+            call = partial(restore_picture, predict, steps=count, label=label, device=bank.device, **kinds)
+            found[f"{prefix}{entry}, {count} steps"] = call
+    return found
+
+
+def _picture(file: Path) -> torch.Tensor:
+    """A picture file as [C,H,W] in [0, 1]: grey where it is grey, else RGB. Raises DataError."""
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+    except OSError as error:
+        raise DataError(got=f"an unreadable file ({error})", expected="a picture", where=file, do="check it") from error
+    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).movedim(-1, 0).float() / 255
+
+
 def shrink(
     model: str, data: str, out: Path, recipe: Recipe, *, steps: int | None = None, watch: Watch = SILENT
 ) -> Path:
@@ -316,7 +307,7 @@ def shrink(
     judge, recipe = judge_for(bank, data, recipe, out, watch)
     plan = own if own and not steps else reference_plan(bank, noise, recipe.sample, bank.macs())
     if not (out / "cost.json").is_file():
-        _write_costs(bank, out)
+        write_costs(bank, out)
     found = shrink_plan(judge, plan, recipe.shrink, out, seed=recipe.seed, watch=watch)
     watch.say(f"best on fresh seeds: {found.chosen}")
     controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
@@ -325,7 +316,7 @@ def shrink(
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     found.plan.save(out / "plan.json")
     StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
-    return _told(judge, verdict, out, begun)
+    return write_and_tell(judge, verdict, out, begun)
 
 
 def _bank_and_plan(model: str) -> tuple[Bank, StepPlan | None, Mapping[str, Any]]:
@@ -336,39 +327,6 @@ def _bank_and_plan(model: str) -> tuple[Bank, StepPlan | None, Mapping[str, Any]
         return pipe.bank, pipe.plan, pipe.scheduler.config
     dense, noise = load_denoiser(model)
     return Bank({"full": dense}, "full", noise["prediction_type"], vae=load_vae(model)), None, noise
-
-
-def _measured(
-    pipe: StepAwarePipeline, bank: Bank, main: str, data: str, out: Path, recipe: Recipe, begun: float, watch: Watch
-) -> Path:
-    """Measure every entry of `bank` used alone, `main` as the plan, beside the reference; write and tell it."""
-    if not (out / "cost.json").is_file():
-        _write_costs(pipe.bank, out)
-    judge, recipe = judge_for(bank, data, recipe, out, watch)
-    reference = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs()).uniform(main)
-    rows = {name: reference.uniform(name) for name in bank if name not in ("full", main)}
-    verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
-    plan.save(out / "plan.json")
-    return _told(judge, verdict, out, begun)
-
-
-def _told(judge: Judge, verdict: Verdict, out: Path, begun: float) -> Path:
-    """Write what was measured, with its pictures, and the report on it, whose path is returned."""
-    pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
-    disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, pictures))
-    disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
-    return tell(out)
-
-
-def _write_costs(bank: Bank, out: Path) -> None:
-    costs = bank.costs(batch=64, repeats=10)
-    disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def report(out: Path) -> Path:

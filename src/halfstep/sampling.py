@@ -58,6 +58,8 @@ def reference_plan(bank: Bank, noise: Mapping[str, Any], sample: SampleSpec, ent
     cls, options = SCHEDULERS[sample.scheduler]
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     own = {key: noise[key] for key in (*kept, "clip_sample", "clip_sample_range") if key in noise}
+    if sample.scheduler == "ddpm":
+        own["variance_type"] = {"posterior": "fixed_small", "beta": "fixed_large"}[sample.variance]
     return plan_for(bank, cls.from_config(own, **options), sample.steps, entry_macs)
 
 

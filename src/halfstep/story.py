@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from halfstep import disk
 from halfstep.plan import StepPlan
 from halfstep.report import Curve, Grid, Heatmap, Pareto, PlanChart, Report, Series, Table, picture_grid, write_report
+from halfstep.restore import Restored
 from halfstep.search import ErrorTable
 
 
@@ -67,6 +70,17 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
     )
 
 
+def restored_table(records: Sequence[Restored]) -> Table:
+    """How well every method denoises the same pictures."""
+    rows = [(r.name, f"{r.psnr_db:.2f}", f"{r.ssim:.3f}", f"{r.ms:,.0f}") for r in records]
+    first = records[0]
+    note = (
+        f"Means over {first.pictures} pictures with noise of {first.sigma:g} (noisy: {first.noisy_psnr_db:.2f} dB), "
+        f"{torch.get_num_threads()} CPU threads; median ms per picture, in turns. scikit-image has no BM3D."
+    )
+    return Table(title="Denoised", columns=("method", "PSNR dB", "SSIM", "ms"), rows=tuple(rows), note=note)
+
+
 def summary(record: dict[str, Any], plan: StepPlan) -> str:
     """One sentence with the claim and its measure."""
     row, about = record["plans"]["plan"], record["about"]
@@ -112,13 +126,24 @@ def plan_chart(plan: StepPlan) -> PlanChart:
 
 def training_curves(out: Path) -> list[Curve]:
     lines: dict[str, list[tuple[float, float]]] = {}
-    for file in (out / "log.jsonl", out / "supernet" / "log.jsonl"):
+    for file in (out / "log.jsonl", out / "supernet" / "log.jsonl", *sorted(out.glob("r=*/log.jsonl"))):
         for record in disk.read_records(file):
-            lines.setdefault(record["tag"], []).append((record["step"], record["loss"]))
+            tag = file.parent.name if file.parent.name.startswith("r=") else record["tag"]
+            lines.setdefault(tag, []).append((record["step"], record["loss"]))
     if not lines:
         return []
     points = {name: tuple(values) for name, values in lines.items()}
     return [Curve(title="Training loss", xlabel="step", ylabel="loss (summed over the widths)", lines=points)]
+
+
+def _grid_curve(out: Path) -> list[Curve]:
+    """How the score hangs on the weight of a penalty, where a grid of them was trained."""
+    if not (out / "grid.json").is_file():
+        return []
+    record = disk.read_json(out / "grid.json", what="a grid's scores", do="run again")
+    points = tuple((float(name.removeprefix("r=")), score) for name, score in record["scores"].items())
+    label = f"Fréchet distance, {record['images']} validation images"
+    return [Curve(title="The choice of r", xlabel="r", ylabel=label, lines={"trained with r": points})]
 
 
 def tell(out: Path) -> Path:
@@ -146,6 +171,7 @@ def tell(out: Path) -> Path:
             pareto(record, searched, run["recipe"]["search"]["images"]),
             plan_chart(plan),
             *([_heatmap(table)] if table else []),
+            *_grid_curve(out),
             *training_curves(out),
         ),
         grids=tuple(Grid(title=name, images=images, columns=8) for name, images in pictures.items()),

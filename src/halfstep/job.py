@@ -1,0 +1,106 @@
+"""What every `compress METHOD` has in common: a run folder, images, a dense denoiser, and the training to a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from halfstep.bank import Bank, load_denoiser, load_vae
+from halfstep.denoiser import copy_of
+from halfstep.judge import check_fit, default_device
+from halfstep.latents import check_vae
+from halfstep.loop import preview_of, run_loop
+from halfstep.recipe import Recipe
+from halfstep.rundir import encoded, fit_data, images_for, open_run, with_noise
+from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.train import Diffusion, Objective, TrainState
+from halfstep.watch import Watch
+
+
+class Source(NamedTuple):
+    """What a method starts from: the dense denoiser (None: images alone), the config of its noise scheduler, and for
+    latents its VAE."""
+
+    dense: Any
+    noise: dict[str, Any]
+    vae: Any
+
+
+def opened(model: str | None, recipe: Recipe) -> tuple[Source, Recipe]:
+    """The dense denoiser of a folder, and the recipe with what follows from it; without one, the recipe's noise."""
+    if model is None:
+        vae = load_vae(recipe.model.vae) if recipe.model.vae else None
+        return Source(None, dict(Diffusion(recipe.noise, clip=vae is None).scheduler.config), vae), recipe
+    source = Source(*load_denoiser(model), load_vae(model))
+    if source.vae is not None:
+        check_vae(source.vae, source.dense.config, model)
+    return source, with_noise(fit_data(recipe, source.dense.config, source.vae), source.noise)
+
+
+class Job:
+    """What the methods have in common: the images, the dense teacher, the run folder, and the training to a bank."""
+
+    def __init__(
+        self,
+        method: str,
+        model: str | None,
+        data: str,
+        out: Path,
+        recipe: Recipe,
+        source: Source,
+        watch: Watch,
+    ):
+        self.out, self.inputs = Path(out), {"verb": f"compress {method}", "model": str(model or ""), "data": data}
+        self.recipe, self.dense, self.noise, self.vae, self.watch = recipe, *source, watch
+        self.done = self.out / "pipeline"
+        self.diffusion = Diffusion(recipe.noise)
+        images = images_for(recipe, data)
+        if self.dense is not None:
+            check_fit(self.dense.config, images, self.vae)
+        self.images = encoded(images, self.vae, watch)
+
+    def begun(self) -> Job | None:
+        """Make or re-enter the run folder, once everything else was found good; None when the run is finished."""
+        open_run(self.out, self.recipe, self.inputs)
+        return None if (self.done / "model_index.json").is_file() else self
+
+    def teacher(self) -> Any:
+        """The dense denoiser as a teacher, on the device of the training."""
+        return self.dense.to(default_device()).requires_grad_(False)
+
+    def run(
+        self,
+        tag: str,
+        state: TrainState,
+        objective: Objective,
+        bank_of: Callable[[Any], Bank],
+        part: Any = None,
+    ) -> Path:
+        """Train, then save the bank of the averaged weights with the reference's plan.
+
+        `part`: the `model` inside of what is trained, when more is trained than is kept.
+        """
+        net, prefix = (state.model, "") if part is None else (part, "model.")
+
+        def kept(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
+
+        def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            twin = copy_of(net)
+            twin.load_state_dict(kept(weights))
+            bank = bank_of(twin)
+            bank.vae = self.vae
+            bank.to(str(twin.device))
+            return preview_of(bank, self.noise, self.recipe, 16)
+
+        run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
+        net.load_state_dict(kept(state.average()))
+        bank = bank_of(net.cpu())
+        bank.vae = self.vae
+        bank.cpu()
+        plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
+        StepAwarePipeline(bank, plan).save_pretrained(self.done)
+        return self.done

@@ -1,0 +1,105 @@
+"""What the verbs that measure share: a pipeline opened, a judge with its feature network, results written and told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from halfstep import disk
+from halfstep.bank import Bank
+from halfstep.errors import HalfstepError
+from halfstep.features import feature_net_for, train_features
+from halfstep.judge import Judge, Verdict, check_fit, default_device, extractor_for, measure_plans
+from halfstep.recipe import Recipe
+from halfstep.rundir import fit_data, images_for
+from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.story import tell
+from halfstep.watch import SILENT, Watch
+
+
+def open_pipeline(source: str) -> StepAwarePipeline:
+    """A step-aware pipeline from its folder or from the run folder around it."""
+    folder = Path(source)
+    inner = folder / "pipeline"
+    return StepAwarePipeline.from_pretrained(inner if (inner / "model_index.json").is_file() else folder)
+
+
+def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """Train the data's own feature classifier and save it in `out`; returns `out`."""
+    out = Path(out)
+    if (out / "features.json").is_file():
+        return out
+    disk.require_writable(out)
+    images = images_for(recipe, data)
+    net = feature_net_for(images, seed=recipe.seed)
+    steps = recipe.eval.feature_steps
+    test = None
+    try:
+        test = images_for(recipe, data, "test")
+    except HalfstepError:
+        watch.say("no test split: the accuracy is the training images'")
+    with watch.stage("train features", steps) as told:
+        for record in train_features(net, images, test=test, steps=steps, seed=recipe.seed):
+            told(record.step, f"accuracy {record.accuracy:.1%}")
+    share = net.record["accuracy"]
+    watch.say(f"feature network: accuracy {share:.1%} on {'test' if test else 'training'} images")
+    net.save(out)
+    return out
+
+
+def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:
+    """A judge on the data of a recipe; trains the data's own feature network where the recipe wants one."""
+    recipe = fit_data(recipe, bank.config, bank.vae)
+    images = images_for(recipe, data)
+    check_fit(bank.config, images, bank.vae)
+    if recipe.eval.features == "own":
+        features(data, out / "features", recipe, watch=watch)
+    bank.to(default_device())
+    _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.batch)
+    extractor = extractor_for(recipe.eval.features, out / "features", str(bank.device))
+    return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
+
+
+def _settle_layouts(bank: Bank, file: Path, batch: int) -> None:
+    """Put every entry into its fastest layout; what was measured once holds for the run, whose numbers hang on it."""
+    known = disk.read_json(file, what="layouts", do="delete it") if file.is_file() else {}
+    if not set(bank) <= set(known):
+        known = bank.fastest_layouts(batch)
+        disk.write_json(file, known)
+    bank.set_layouts({name: known[name] for name in bank})
+
+
+def write_costs(bank: Bank, out: Path) -> None:
+    costs = bank.costs(batch=64, repeats=10)
+    disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
+
+
+def measured(
+    pipe: StepAwarePipeline, bank: Bank, main: str, data: str, out: Path, recipe: Recipe, begun: float, watch: Watch
+) -> Path:
+    """Measure every entry of `bank` used alone, `main` as the plan, beside the reference; write and tell it."""
+    if not (out / "cost.json").is_file():
+        write_costs(pipe.bank, out)
+    judge, recipe = judge_for(bank, data, recipe, out, watch)
+    reference = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs()).uniform(main)
+    rows = {name: reference.uniform(name) for name in bank if name not in (bank.reference, main)}
+    verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
+    plan.save(out / "plan.json")
+    return write_and_tell(judge, verdict, out, begun)
+
+
+def write_and_tell(judge: Judge, verdict: Verdict, out: Path, begun: float) -> Path:
+    """Write what was measured, with its pictures, and the report on it, whose path is returned."""
+    pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
+    disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, pictures))
+    disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
+    return tell(out)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,95 @@
+"""The `compress METHOD` commands as functions: train (see `compress.py`), measure beside the controls, report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from halfstep import compress, disk
+from halfstep.bank import Bank, load_denoiser
+from halfstep.compress import regular_name
+from halfstep.judge import measure_plans
+from halfstep.measured import judge_for, measured, open_pipeline, write_and_tell, write_costs
+from halfstep.recipe import Recipe
+from halfstep.rundir import open_run
+from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.shrink import shrink_plan
+from halfstep.sparse import STAGES
+from halfstep.watch import SILENT, Watch
+
+
+def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """SparseDM from a dense denoiser to a report: fine-tune under masks, measure every pattern beside the reference
+    and beside one-shot masking of the same weights. Returns report.html; resumes."""
+    begun = time.time()
+    pipe = open_pipeline(str(compress.sparse(model, data, out, recipe, watch=watch)))
+    one_shot = compress.sparse_net(load_denoiser(model)[0], replace(recipe.sparse, frozen=False))
+    bank, patterns = pipe.bank, [str(pattern) for pattern in one_shot.patterns]
+    for pattern in one_shot.patterns:
+        masking = bank.masking[str(pattern)]
+        bank = bank.with_entry(f"{pattern} one-shot", one_shot.bake(pattern), bank.prediction_type, masking=masking)
+    main = patterns[-1 if recipe.sparse.schedule in STAGES else 0]
+    return measured(pipe, bank, main, data, out, recipe, begun, watch)
+
+
+def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """Spectral Diffusion from a dense denoiser to a report: train the student, measure it beside the teacher.
+
+    Returns report.html; resumes. The bank of `out` is what `search` mixes step by step.
+    """
+    begun = time.time()
+    pipe = open_pipeline(str(compress.spectral(model, data, out, recipe, watch=watch)))
+    return measured(pipe, pipe.bank, "spectral", data, out, recipe, begun, watch)
+
+
+def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = None, watch: Watch = SILENT) -> Path:
+    """The Missing U from images to a report: train the continuous net, measure every number of solver steps beside the
+    teacher, or where there is none beside the most steps. Returns report.html; resumes."""
+    begun = time.time()
+    pipe = open_pipeline(str(compress.continuous(data, out, recipe, teacher=teacher, watch=watch)))
+    main = f"continuous@{min(recipe.continuous.steps)}"
+    return measured(pipe, pipe.bank, main, data, out, recipe, begun, watch)
+
+
+def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
+    """Regularised score matching to a report: one training for every weight of the penalty, the best one by the
+    distance on validation seeds, and always beside it the plain training with its best scale and its best threshold,
+    which cost no training. Returns report.html; resumes.
+
+    `model`: train on from this denoiser, every weight for the same number of steps; None: from scratch.
+    """
+    begun = time.time()
+    out = open_run(out, recipe, {"verb": "compress regularized grid", "data": data, "model": model or ""})
+    entries, pipe = {}, None
+    for r in (0.0, *recipe.regular.grid):
+        one = replace(recipe, regular=replace(recipe.regular, r=r))
+        watch.say(f"{recipe.regular.penalty} with r = {r:g}")
+        pipe = open_pipeline(str(compress.regularized(data, out / regular_name(r), one, model=model, watch=watch)))
+        entries[regular_name(r)] = pipe.bank[regular_name(r)]
+    assert pipe is not None
+    plain = regular_name(0.0)
+    bank = Bank(entries, plain, pipe.bank.prediction_type, vae=pipe.bank.vae)
+    judge, recipe = judge_for(bank, data, recipe, out, watch)
+    plan = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
+    with watch.stage("choose r", len(bank)) as told:
+        curve = {}
+        for i, name in enumerate(bank):
+            curve[name] = judge.score(plan.uniform(name), recipe.shrink.images, recipe.seed + 2)
+            told(i + 1, f"{name}: {curve[name]:.3g}")
+    disk.write_json(out / "grid.json", {"images": recipe.shrink.images, "scores": curve})
+    best = min(curve, key=lambda name: curve[name])
+    controls = {}
+    if bank.prediction_type == "epsilon":
+        found = shrink_plan(judge, plan, replace(recipe.shrink, rounds=0), out, seed=recipe.seed, watch=watch)
+        controls = {f"{plain}, {name}": found.plans[name] for name in ("one scale", "one threshold")}
+    others = {name: plan.uniform(name) for name in bank if name not in (plain, best)}
+    plans = {"reference": plan, "plan": plan.uniform(best)} | controls | others
+    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    kept = Bank({plain: bank[plain]} | {best: bank[best]}, plain, bank.prediction_type, vae=bank.vae)
+    if not (out / "cost.json").is_file():
+        write_costs(kept, out)
+    plans["plan"].save(out / "plan.json")
+    chosen = reference_plan(kept, pipe.scheduler.config, recipe.sample, kept.macs()).uniform(best)
+    StepAwarePipeline(kept, chosen).save_pretrained(out / "pipeline")
+    return write_and_tell(judge, verdict, out, begun)
