@@ -82,7 +82,7 @@ def fashion32() -> Recipe:
     return Recipe(
         name="fashion32",
         data=DataSpec(size=32, channels=1),
-        train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
+        train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=200, sample_every=3000),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=20, batch=128),
         search=SearchSpec(
