@@ -114,6 +114,21 @@ def test_a_huge_tolerated_loss_finds_a_cheap_plan(finished, tmp_path):
     assert record["plans"]["plan"]["share"] == pytest.approx(found.plan.share)
 
 
+def test_numbers_of_steps_and_corrections_compete_for_one_budget(finished, tmp_path):
+    edits = ["search.step_counts=2,6,400", "search.shrink=true", "shrink.images=32", "shrink.final_images=32"]
+    recipe = tiny(*edits, "shrink.scales=0.9", "shrink.thresholds=0.1", "shrink.rounds=0")
+    found = run.search(str(finished), "digits", tmp_path / "o", recipe, budget=0.5)
+    finals = json.loads((tmp_path / "o" / "finals.json").read_text())
+    assert {name.split(" ")[0] for name in finals} == {"4", "2", "6"}  # 400 steps are too dear in any width
+    best = min(finals, key=lambda name: finals[name]["score"])
+    assert best == f"{found.plan.steps} steps, {'corrected' if found.plan.corrected else 'plain'}"
+    full = StepPlan.load(finished / "plan.json").uniform().macs
+    assert all(one["macs"] <= 0.5 * full for one in finals.values())
+    assert StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline").plan == found.plan
+    with pytest.raises(HalfstepError, match="budget"):
+        run.search(str(finished), "digits", tmp_path / "p", recipe, max_loss=0.1)
+
+
 def test_sampled_files_do_not_depend_on_the_batch(finished, tmp_path):
     for batch in (1, 8):
         run.sample(str(finished), tmp_path / str(batch), count=5, seed=3, batch=batch)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,17 @@ from halfstep.judge import Judge
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, SearchSpec
 from halfstep.sampling import fewer_steps
+from halfstep.shrink import shrink_plan
 from halfstep.watch import SILENT, Watch
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search returns: the plan, the modelled frontier and every measured plan."""
+    """What a search returns: the plan, the modelled frontier and every measured plan. `base`: the reference in every
+    row of the plan's sampler."""
 
     plan: StepPlan
+    base: StepPlan
     table: searching.ErrorTable
     frontier: tuple[searching.Point, ...]
     records: tuple[evolving.SearchRecord, ...]
@@ -73,7 +76,70 @@ def search_plan(
         best = _final_round(log, fresh, space, spec.finalists, macs, max_loss, watch)
     chosen = plan.with_entries(space.expand(best))
     chosen.save(out / "plan.json")
-    return Found(chosen, table, tuple(points), tuple(log.records), reference, space)
+    return Found(chosen, plan, table, tuple(points), tuple(log.records), reference, space)
+
+
+def search_steps(
+    judge: Judge,
+    plan: StepPlan,
+    recipe: Recipe,
+    out: Path,
+    *,
+    budget: float | None = None,
+    max_loss: float | None = None,
+    watch: Watch = SILENT,
+) -> Found:
+    """`search_plan` for every number of steps that the recipe names, and with corrections where it wants them.
+
+    Every number of steps is searched for the same budget (a share of `plan`'s MACs) in a folder of its own; the best
+    plan of each, as it is and corrected, is measured on fresh seeds, and the best of all is chosen.
+    Raises PlanError for a tolerated loss together with either: it is searched for one sampler at a time.
+    """
+    spec = recipe.search
+    if not spec.step_counts and not spec.shrink:
+        return search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    if budget is None:
+        raise PlanError(
+            got="--max-loss with search.step_counts or search.shrink",
+            expected="--budget",
+            where="search",
+            do="give a budget, or correct the plan that was found with halfstep shrink",
+        )
+    found: dict[StepPlan, Found] = {}
+    full = plan.uniform().macs
+    for steps in dict.fromkeys((plan.steps, *spec.step_counts)):
+        base, folder = fewer_steps(plan, steps), out / f"steps-{steps}"
+        share = min(1.0, budget * full / base.macs)
+        cheapest = min(base.entry_macs[name] for name in judge.bank) / base.entry_macs[base.reference]
+        if share < cheapest and steps != plan.steps:  # the plan's own number is refused by the search, with a reason
+            watch.say(f"{steps} steps are too dear even with the cheapest entry")
+            continue
+        watch.say(f"{steps} steps")
+        folder.mkdir(exist_ok=True)
+        one = search_plan(judge, base, recipe, folder, budget=share, watch=watch)
+        found[one.plan] = one
+        if spec.shrink:
+            shrunk = shrink_plan(judge, one.plan, recipe.shrink, folder, seed=recipe.seed, watch=watch)
+            found[shrunk.plan] = replace(one, plan=shrunk.plan)
+    best = _best_on_fresh_seeds(judge, found, out / "finals.json", spec.final_images, recipe.seed + 6, watch)
+    found[best].plan.save(out / "plan.json")
+    return found[best]
+
+
+def _best_on_fresh_seeds(
+    judge: Judge, plans: Iterable[StepPlan], file: Path, count: int, seed: int, watch: Watch
+) -> StepPlan:
+    plans = list(plans)
+    known = disk.read_json(file, what="scores", do="delete it") if file.is_file() else {}
+    with watch.stage("numbers of steps", len(plans)) as told:
+        for i, plan in enumerate(plans):
+            name = f"{plan.steps} steps, {'corrected' if plan.corrected else 'plain'}"
+            if name not in known:
+                known[name] = {"score": judge.score(plan, count, seed), "macs": plan.macs}
+                disk.write_json(file, known)
+            told(i + 1, f"{name}: {known[name]['score']:.3g}")
+    scores = [known[f"{p.steps} steps, {'corrected' if p.corrected else 'plain'}"]["score"] for p in plans]
+    return plans[int(np.argmin(scores))]
 
 
 def _table(
@@ -249,11 +315,11 @@ def _final_round(
 
 
 def baselines(plan: StepPlan, found: Found) -> dict[str, StepPlan]:
-    """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference."""
-    space, macs = found.space, found.plan.macs
+    """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference `plan`."""
+    space, macs, base = found.space, found.plan.macs, found.base
     uniform = [space.entries[genes[0]] for genes in space.uniform_within(macs)]
-    controls = {f"uniform {name}": plan.uniform(name) for name in uniform[:1]}
+    controls = {f"uniform {name}": base.uniform(name) for name in uniform[:1]}
     for genes in evolving.random_plans(space, macs, 1, seed=11, slack=0.05):
-        controls["random plan"] = plan.with_entries(space.expand(genes))
-    steps = max(1, round(plan.steps * found.plan.share))
+        controls["random plan"] = base.with_entries(space.expand(genes))
+    steps = max(1, round(plan.steps * macs / plan.macs))
     return controls | {f"{steps} steps of the reference": fewer_steps(plan, steps)}

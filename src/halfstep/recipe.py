@@ -200,7 +200,8 @@ class SearchSpec:
     `objective`: "budget" minimises quality under the budget, "scalar" is DDSM's quality + lambda * MACs share,
     "pareto" keeps both. `mutation` "released" is DDSM's code, whose mutation never acts; `rate` 0 means 1 / genes.
     `finalists`: the best plans (and the dearest uniform one) are measured again on `final_images` fresh images, and the
-    best of them is chosen; 0: none.
+    best of them is chosen; 0: none. `step_counts`: other numbers of sampling steps to search for the same budget;
+    `shrink`: let every one of these plans be corrected by `ShrinkSpec` too, before the best is chosen on fresh images.
     `init`: "frontier" starts from the frontier's plans, "uniform" is DDSM's (uniform plans + random), or "random".
     """
 
@@ -219,6 +220,8 @@ class SearchSpec:
     init: Literal["frontier", "uniform", "random"] = "frontier"
     genes: int = 50
     finalists: int = 3
+    step_counts: tuple[int, ...] = ()
+    shrink: bool = False
     final_images: int = 4096
 
 
@@ -516,6 +519,13 @@ def _check(recipe: Recipe) -> None:
             expected="scales above 0, thresholds of 0 or more",
             where="shrink",
             do="write e.g. --set shrink.scales=0.94,0.97",
+        )
+    if min(recipe.search.step_counts, default=1) < 1:
+        raise RecipeError(
+            got=recipe.search.step_counts,
+            expected="whole numbers above 0",
+            where="search.step_counts",
+            do="write e.g. --set search.step_counts=10,30",
         )
     if recipe.slim.sandwich < 2:
         raise RecipeError(

@@ -21,7 +21,7 @@ from halfstep import compress, disk
 from halfstep.bank import Bank, load_denoiser, load_vae
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
-from halfstep.find import Found, baselines, search_plan
+from halfstep.find import Found, baselines, search_steps
 from halfstep.judge import check_fit, default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import judge_for, open_pipeline, write_and_tell, write_costs
@@ -105,7 +105,7 @@ def search(
     )
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
-    found = search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
     return found
 
@@ -183,7 +183,7 @@ def optimize(
         write_costs(pipe.bank, out)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
-    found = search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
