@@ -81,6 +81,8 @@ def measured(
     pipe: StepAwarePipeline, bank: Bank, main: str, data: str, out: Path, recipe: Recipe, begun: float, watch: Watch
 ) -> Path:
     """Measure every entry of `bank` used alone, `main` as the plan, beside the reference; write and tell it."""
+    if is_measured(out):
+        return tell(out)
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
@@ -90,6 +92,11 @@ def measured(
     verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
     plan.save(out / "plan.json")
     return write_and_tell(judge, verdict, out, begun)
+
+
+def is_measured(out: Path) -> bool:
+    """Whether an earlier call finished the run: its last file is there, and `open_run` found the same recipe."""
+    return (out / "quality.json").is_file()
 
 
 def write_and_tell(judge: Judge, verdict: Verdict, out: Path, begun: float) -> Path:

@@ -10,12 +10,13 @@ from halfstep import compress, disk
 from halfstep.bank import Bank, load_denoiser
 from halfstep.compress import regular_name
 from halfstep.judge import measure_plans
-from halfstep.measured import judge_for, measured, open_pipeline, write_and_tell, write_costs
+from halfstep.measured import is_measured, judge_for, measured, open_pipeline, write_and_tell, write_costs
 from halfstep.recipe import Recipe
 from halfstep.rundir import open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.shrink import shrink_plan
 from halfstep.sparse import STAGES
+from halfstep.story import tell
 from halfstep.watch import SILENT, Watch
 
 
@@ -61,6 +62,8 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     """
     begun = time.time()
     out = open_run(out, recipe, {"verb": "compress regularized grid", "data": data, "model": model or ""})
+    if is_measured(out):
+        return tell(out)
     entries, pipe = {}, None
     for r in (0.0, *recipe.regular.grid):
         one = replace(recipe, regular=replace(recipe.regular, r=r))

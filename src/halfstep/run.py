@@ -24,7 +24,7 @@ from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, search_steps
 from halfstep.judge import check_fit, default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
-from halfstep.measured import judge_for, open_pipeline, write_and_tell, write_costs
+from halfstep.measured import is_measured, judge_for, open_pipeline, write_and_tell, write_costs
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
@@ -175,6 +175,8 @@ def optimize(
     supernet_of(dense, recipe.slim)  # refuses what cannot work before the first file is written
     check_fit(dense.config, images_for(recipe, data), vae)
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
+    if is_measured(out):
+        return tell(out)
     begun = time.time()
     watch.say("1 profile the dense model")
     folder = compress.slimmable(model, data, out / "supernet", recipe, watch=watch)
@@ -304,6 +306,8 @@ def shrink(
     bank, own, noise = _bank_and_plan(model)
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
     out = open_run(out, recipe, {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)})
+    if is_measured(out):
+        return tell(out)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
     plan = own if own and not steps else reference_plan(bank, noise, recipe.sample, bank.macs())
     if not (out / "cost.json").is_file():
