@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halfstep import regularized
+from halfstep.denoiser import corrected, soft
 from halfstep.errors import DataError, HalfstepError
-from halfstep.recipe import NoiseSpec
+from halfstep.recipe import NoiseSpec, RegularSpec
 from halfstep.regularized import (
-    RegularSpec,
     coordinates,
-    corrected,
     exact_scale,
     from_epsilon,
     gaussian_kl,
@@ -33,7 +32,6 @@ from halfstep.regularized import (
     penalty,
     regular_objective,
     reverse_steps,
-    soft,
     theory_levels,
     to_epsilon,
 )

@@ -40,6 +40,16 @@ def soft(value: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     return value - value.clamp(-limit, limit)
 
 
+def corrected(
+    prediction: torch.Tensor, scale: float | torch.Tensor = 1.0, threshold: float | torch.Tensor = 0.0
+) -> torch.Tensor:
+    """scale * soft(prediction, threshold), for a prediction of the noise; (1, 0) changes nothing.
+
+    A threshold is what an l1 penalty of r = 2 * threshold trains a perfect denoiser to put out (see `regularized.py`).
+    """
+    return scale * soft(prediction, threshold)
+
+
 def copy_of(model: Model) -> Model:
     """A second model with the same class, config, weights and device."""
     kind: Any = type(model)

@@ -177,17 +177,6 @@ def minimiser_l1_sq(mean: torch.Tensor, r: float) -> torch.Tensor:
     return soft(mean, (r * largest.cumsum(-1) / (1 + r * k)).amax(-1, keepdim=True))
 
 
-# ----------------------------------------------------------------------------------------- the same without training
-
-
-def corrected(
-    prediction: torch.Tensor, scale: float | torch.Tensor = 1.0, threshold: float | torch.Tensor = 0.0
-) -> torch.Tensor:
-    """scale * soft(prediction, threshold), for a prediction in epsilon units: what a penalty of r = 2 * threshold
-    trains a perfect denoiser to put out, at no training. (1, 0) changes nothing."""
-    return scale * soft(prediction, threshold)
-
-
 # ------------------------------------------------------------------------------------- the toy with an exact score
 
 

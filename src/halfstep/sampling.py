@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from halfstep.bank import Bank, load_vae
-from halfstep.denoiser import soft
+from halfstep.denoiser import corrected
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import PlanError
 from halfstep.latents import decode
@@ -145,7 +145,7 @@ def denoise(
         if trace is not None:
             trace(i, sample, prediction)
         if plan.rows[i].corrected:
-            prediction = plan.rows[i].scale * soft(prediction, plan.rows[i].threshold)
+            prediction = corrected(prediction, plan.rows[i].scale, plan.rows[i].threshold)
         sample = scheduler.step(prediction, timesteps[i], sample, return_dict=False, **step_kwargs)[0]
     return sample
 
