@@ -39,7 +39,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from halfstep.denoiser import Draw, Predict, require_config
+from halfstep.denoiser import Draw, Predict, require_config, require_labels
 from halfstep.errors import ModelError
 
 # --------------------------------------------------------------------------------------------------------- the solvers
@@ -392,13 +392,7 @@ def _check_call(sample: torch.Tensor, labels: torch.Tensor | None, steps: int, c
             where="ContinuousUNet2DModel",
             do="resize the images, or make a model with fewer levels",
         )
-    if (labels is None) != (config.num_class_embeds is None):
-        raise ModelError(
-            got="no class labels" if labels is None else "class labels",
-            expected="labels exactly when the model has num_class_embeds",
-            where="ContinuousUNet2DModel",
-            do="give or leave out class_labels",
-        )
+    require_labels(labels, config, where="ContinuousUNet2DModel")
 
 
 def with_solver(model: ContinuousUNet2DModel, steps: int, solver: Solver | None = None) -> ContinuousUNet2DModel:

@@ -62,3 +62,14 @@ def require_config(holds: bool, got: str, expected: str, where: str) -> None:
     """Raise ModelError for a config that builds no model."""
     if not holds:
         raise ModelError(got=got, expected=expected, where=where, do="change the model's config")
+
+
+def require_labels(labels: torch.Tensor | None, config: Any, where: str) -> None:
+    """Raise ModelError unless there are labels exactly when the model has classes."""
+    if (labels is None) != (config.num_class_embeds is None):
+        raise ModelError(
+            got="no class labels" if labels is None else "class labels",
+            expected="labels exactly when the model has num_class_embeds",
+            where=where,
+            do="give or leave out class_labels",
+        )

@@ -24,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from halfstep.denoiser import require_config
+from halfstep.denoiser import require_config, require_labels
 from halfstep.errors import ModelError
 from halfstep.slices import Pieces, nearest_frequencies
 
@@ -92,13 +92,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         config: Any = self.config
-        if (class_labels is None) != (config.num_class_embeds is None):
-            raise ModelError(
-                got="no class labels" if class_labels is None else "class labels",
-                expected="labels exactly when the model has num_class_embeds",
-                where="UViT2DModel",
-                do="give or leave out class_labels",
-            )
+        require_labels(class_labels, config, where="UViT2DModel")
         steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         time = get_timestep_embedding(steps, config.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         tokens = [self.time_embed(time.to(sample.dtype))[:, None]]
