@@ -349,3 +349,20 @@ def test_students_of_a_teacher_are_narrower_and_narrower():
 def test_a_teacher_with_other_levels_is_refused():
     with pytest.raises(ModelError, match="as many levels"):
         Pupil(make(), make(sample_size=16).net)
+
+
+@pytest.mark.parametrize("level, ratio", [(0.1, 17.7), (0.5, 5.0), (0.9, 2.0)])
+def test_the_inverse_spectrum_moves_a_small_filter_s_error_from_high_to_low_frequencies(level, ratio):
+    """Specification, check 18: three taps fitted to the exact linear denoiser of 1/f^2 data, with alpha 0 and -1."""
+    f = torch.fft.fftfreq(64).double()
+    power = f.abs().clamp(min=1 / 64) ** -2
+    power, a = power / power.mean(), torch.tensor(level, dtype=torch.double)
+    wanted, noisy = wiener_noise(a, power), a * power + 1 - a
+    taps, errors = torch.stack([torch.ones_like(f), 2 * torch.cos(2 * torch.pi * f)], dim=1), {}
+    for alpha in (0.0, -1.0):
+        root = (power.sqrt() ** alpha * noisy).sqrt()
+        found = torch.linalg.lstsq(root[:, None] * taps, (root * wanted)[:, None]).solution[:, 0]
+        error = noisy * (taps @ found - wanted).square()
+        errors[alpha] = [error[part].sum().item() for part in (f.abs() >= 0.25, f.abs() < 0.25)]
+    assert errors[0.0][0] / errors[-1.0][0] == pytest.approx(ratio, rel=0.03)
+    assert errors[-1.0][1] > errors[0.0][1]
