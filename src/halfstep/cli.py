@@ -388,7 +388,9 @@ def denoise(
     from halfstep.report import rich_table
     from halfstep.story import restored_table
 
-    found = run.denoise(models, images, out, noise=noise, steps=steps or (1,), noisy=noisy, seed=seed)
+    found = run.denoise(
+        models, images, out, noise=noise, steps=steps or (1,), noisy=noisy, seed=seed, watch=RichWatch()
+    )
     if found:
         show([record.to_json() for record in found], as_json, lambda: rich_table(restored_table(found)))
     if not as_json:

@@ -320,12 +320,14 @@ def compare_denoisers(
     *,
     steps: Mapping[str, int] | None = None,
     repeats: int = 1,
+    shown: Callable[[int, str, torch.Tensor], None] | None = None,
 ) -> list[Restored]:
     """Every method on the same noisy pictures: one record per method, in the order of `denoisers`.
 
     pictures: clean, [C,H,W] in [0, 1]; the noise of picture k depends on the seed and k alone, and is not clamped.
     steps: what a record tells of a method's model calls.  repeats: timed runs per picture; methods run in turns, after
-    one warm-up each. Raises: DataError, and what the methods raise.
+    one warm-up each.  shown: is handed every picture, by its number and the name of what made it ("noisy" too).
+    Raises: DataError, and what the methods raise.
     """
     if not pictures:
         raise DataError(got="no pictures", expected="at least one", where="compare_denoisers", do="give clean ones")
@@ -335,9 +337,13 @@ def compare_denoisers(
     for k, clean in enumerate(pictures):
         noisy = with_noise(clean, sigma, seed, k)
         noisy_psnrs.append(psnr(noisy, clean))
+        if shown:
+            shown(k, "noisy", noisy)
         found, taken = _in_turns(denoisers, noisy, sigma, repeats=repeats, warmup=int(k == 0))
         for name in denoisers:
             restored = found[name].to(clean).clamp(0, 1)
+            if shown:
+                shown(k, name, restored)
             scores[name].append((psnr(restored, clean), ssim(restored, clean)))
             times[name] += taken[name]
     return [

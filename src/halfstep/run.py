@@ -5,6 +5,7 @@ Each takes plain values, writes a run folder and can be called again to resume. 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from halfstep.measured import is_measured, judge_for, open_pipeline, write_and_t
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.report import picture_grid
-from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture, with_noise
+from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture
 from halfstep.results import Cost
 from halfstep.rundir import encoded, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
@@ -237,6 +238,7 @@ def denoise(
     steps: Sequence[int] = (1,),
     noisy: bool = False,
     seed: int = 0,
+    watch: Watch = SILENT,
 ) -> list[Restored]:
     """Denoise real pictures with every model (every entry of a step-aware pipeline), each with so many steps.
 
@@ -249,19 +251,24 @@ def denoise(
         methods |= _restorers(source, steps, prefix=f"{Path(source).name} " if len(models) > 1 else "")
     clean = [_picture(file) for file in pictures]
     out = disk.require_writable(Path(out))
-    for k, (file, picture) in enumerate(zip(pictures, clean, strict=True)):
-        given = picture if noisy else with_noise(picture, noise, seed, k)
-        found = {name: call(given, noise) for name, call in methods.items()}
-        if not noisy:
-            found |= {name: call(given, noise) for name, call in CLASSICAL.items()} | {"noisy": given, "clean": picture}
-        for name, image in found.items():
+    total = len(pictures) * (len(methods) + (0 if noisy else len(CLASSICAL) + 1))
+    with watch.stage("denoise", total) as told:
+        done = itertools.count(1)
+
+        def keep(k: int, name: str, image: torch.Tensor) -> None:
             pixels = to_uint8(2 * image[None] - 1)[0]
             saved = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-            disk.write_png(out / Path(file).stem / f"{name.replace(' ', '-')}.png", saved)
-    if noisy:
-        return []
-    counts = {name: int(name.rsplit(" ", 2)[-2]) for name in methods}
-    records = compare_denoisers(methods | CLASSICAL, clean, noise, seed, steps=counts)
+            file = f"{name.replace(', ', '-').replace(' ', '-')}.png"
+            disk.write_png(out / Path(pictures[k]).stem / file, saved)
+            told(next(done), name)
+
+        if noisy:
+            for k, given in enumerate(clean):
+                for name, call in methods.items():
+                    keep(k, name, call(given, noise))
+            return []
+        counts = {name: int(name.split()[-2]) for name in methods}
+        records = compare_denoisers(methods | CLASSICAL, clean, noise, seed, steps=counts, shown=keep)
     disk.write_json(out / "denoise.json", [record.to_json() for record in records])
     return records
 
@@ -280,7 +287,7 @@ def _restorers(source: str, steps: Sequence[int], prefix: str) -> dict[str, Deno
         label = 0 if bank.config.get("num_class_embeds") else None
         for count in steps:
             call = partial(restore_picture, predict, steps=count, label=label, device=bank.device, **kinds)
-            found[f"{prefix}{entry}, {count} steps"] = call
+            found[f"{prefix}{entry}, {count} step{'s' * (count > 1)}"] = call
     return found
 
 
