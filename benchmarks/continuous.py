@@ -42,7 +42,7 @@ NETS = {
     "continuous": SMALL,
     "continuous, one step only": replace(SMALL, steps=(1,)),
     "continuous, order 2": replace(SMALL, base=6, order=2),
-    "U-Net, equal parameters": ModelSpec(channels=(16, 28, 28), attention=(False,) * 3, head_dim=28, groups=4),
+    "U-Net, equal parameters": ModelSpec(channels=(16, 30, 30), attention=(False,) * 3, head_dim=30, groups=2),
     "U-Net, equal MACs": ModelSpec(channels=(12, 24, 24), attention=(False,) * 3, head_dim=24, groups=4),
 }
 

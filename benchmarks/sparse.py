@@ -4,7 +4,8 @@
 
 Every variant starts from the same dense model and gets the same fine-tuning steps. Rows: dense; dense with the same
 extra steps; 2:4 one-shot (no training), with masks frozen at the start (ASP), by plain straight-through, by the full
-method; grown by stages; one set of weights for several patterns; 1:4 one-shot and by the full method.
+method; grown by stages; one set of weights for several patterns; 1:4 one-shot and by the full method; and a dense model
+of half the MACs, trained alone.
 Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 """
 
@@ -48,6 +49,19 @@ def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
     return stored if stored.is_dir() else run.train(DATA, work / "dense", named("fashion32-dense"), watch=watch)
 
 
+def smaller_model(net: str, work: Path, recipe: Recipe, watch: RichWatch) -> Path:
+    """The control: a dense model of half the MACs, from scratch, for as long as dense training and fine-tuning."""
+    dense = named("fashion32-uvit-dense" if net == "uvit" else "fashion32-dense")
+    shape = (
+        {"channels": (112,), "head_dim": 28}
+        if net == "uvit"
+        else {"channels": (24, 44, 44), "groups": 4, "head_dim": 44}
+    )
+    steps = dense.train.steps + recipe.train.steps
+    smaller = replace(dense, model=replace(dense.model, **shape), train=replace(dense.train, steps=steps))
+    return run.train(DATA, work / "smaller", smaller, watch=watch)
+
+
 def with_variant(bank: Bank, name: str, spec: SparseSpec, folder: Path) -> Bank:
     """The bank with what one variant's training made."""
     made = run.open_pipeline(str(folder)).bank
@@ -71,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=("unet", "uvit"), default="unet")
     parser.add_argument("--only", default="", help="only variants whose name contains this")
+    parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
@@ -89,6 +104,10 @@ def main() -> None:
             bank = with_variant(bank, name, spec, out)
     more = run.train(DATA, work / "dense-more", replace(recipe, sparse=SparseSpec()), model=str(folder), watch=watch)
     bank = bank.with_entry("dense, same extra steps", load_denoiser(more)[0], bank.prediction_type)
+    smaller = smaller_model(args.net, work, recipe, watch)
+    bank = bank.with_entry("smaller dense model", load_denoiser(smaller)[0], bank.prediction_type)
+    if args.train_only:
+        return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())
     plans = {"reference": plan} | {name: plan.uniform(name) for name in bank if name != "full"}
