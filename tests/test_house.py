@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
-    "values": ("errors", "disk", "recipe", "results", "plan", "watch"),
+    "values": ("errors", "disk", "typed", "recipe", "results", "plan", "watch"),
     "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (

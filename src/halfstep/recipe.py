@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from halfstep.errors import RecipeError
+from halfstep.typed import build, leaves, nearest, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +278,7 @@ class Recipe:
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, where: object = "recipe.json") -> Recipe:
         """Rebuild a recipe. Raises RecipeError for an unknown field or a value of another type."""
-        return _build(cls, record, "", where)
+        return build(cls, record, "", where)
 
     def edit(self, edits: Iterable[str]) -> Recipe:
         """A copy with `name=value` edits, e.g. `train.steps=2000`; a name is the dotted path of a field.
@@ -296,34 +295,18 @@ class Recipe:
             target = record
             for section in sections:
                 target = target[section]
-            target[name] = _parse(value.strip(), hint, path)
+            target[name] = parse(value.strip(), hint, path)
         return Recipe.from_json(record, where="--set")
 
     def differences(self, other: Recipe) -> list[str]:
         """The names of the fields in which two recipes differ, e.g. ["train.steps"]."""
-        mine, theirs = dict(_leaves(self)), dict(_leaves(other))
+        mine, theirs = dict(leaves(self)), dict(leaves(other))
         return [name for name in mine if mine[name] != theirs[name]]
 
 
 def field_names() -> list[str]:
     """Every editable name, e.g. "train.steps"."""
-    return [name for name, _ in _leaves(Recipe())]
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for item in dataclasses.fields(value):
-        inner = getattr(value, item.name)
-        if dataclasses.is_dataclass(inner):
-            yield from _leaves(inner, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", inner
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The known name closest to a mistyped one, for error messages."""
-    names = list(names)
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return match[0] if match else ""
+    return [name for name, _ in leaves(Recipe())]
 
 
 def _hint(path: str) -> Any:
@@ -339,79 +322,6 @@ def _hint(path: str) -> Any:
     for part in path.split("."):
         cls = typing.get_type_hints(cls)[part]
     return cls
-
-
-def _parse(text: str, hint: Any, path: str) -> Any:
-    """A value of type `hint` from its text; tuples are separated by commas."""
-    refuse = RecipeError(
-        got=repr(text), expected=_describe(hint), where=f"--set {path}", do="give a value of that type"
-    )
-    if isinstance(hint, types.UnionType):
-        if text.lower() == "none":
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        return tuple(_parse(part.strip(), inner, path) for part in text.split(",") if part.strip())
-    if typing.get_origin(hint) is Literal:
-        return next((value for value in typing.get_args(hint) if str(value) == text), text)
-    if hint is bool:
-        if text.lower() in ("true", "yes", "1", "false", "no", "0"):
-            return text.lower() in ("true", "yes", "1")
-        raise refuse
-    try:
-        return hint(text)
-    except ValueError:
-        raise refuse from None
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"{_describe(typing.get_args(hint)[0])}s separated by commas"
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(h) for h in typing.get_args(hint))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "none")
-
-
-def _build(cls: Any, record: Any, prefix: str, where: object) -> Any:
-    hints = typing.get_type_hints(cls)
-    if not isinstance(record, Mapping):
-        raise RecipeError(
-            got=repr(record), expected="a section of fields", where=where, do=f"mend {prefix or 'the file'}"
-        )
-    values = {}
-    for name, value in record.items():
-        if name not in hints:
-            close = prefix + nearest(name, hints)
-            raise RecipeError(
-                got=repr(prefix + name), expected="a field of the recipe", where=where, do=f"did you mean {close}?"
-            )
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(hint, value, f"{prefix}{name}.", where)
-        else:
-            values[name] = _typed(value, hint, prefix + name, where)
-    return cls(**values)
-
-
-def _typed(value: Any, hint: Any, path: str, where: object) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(v, typing.get_args(hint)[0], path, where) for v in value)
-    if typing.get_origin(hint) is Literal and value in typing.get_args(hint):
-        return value
-    if hint is float and type(value) is int and value.bit_length() < 1024:  # a larger one is no float
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise RecipeError(
-        got=repr(value), expected=_describe(hint), where=f"{where}: {path}", do="give a value of that type"
-    )
 
 
 _POSITIVE = [
@@ -476,7 +386,7 @@ _SHARES = [
 
 
 def _check(recipe: Recipe) -> None:
-    values = dict(_leaves(recipe))
+    values = dict(leaves(recipe))
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(got=value, expected="a finite number", where=name, do="change it with --set")

@@ -17,7 +17,8 @@ from halfstep.profiling import machine
 from halfstep.recipe import Recipe
 from halfstep.watch import SILENT, Watch
 
-IGNORED = {"train": ("name", "sample.", "search.", "eval."), "compress slimmable": ("name", "search.", "eval.")}
+_LATER = ("name", "search.", "shrink.", "eval.")
+IGNORED = {"train": ("sample.", *_LATER), "compress slimmable": _LATER}
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 
 
