@@ -53,7 +53,7 @@ def smaller_model(net: str, work: Path, recipe: Recipe, watch: RichWatch) -> Pat
     """The control: a dense model of half the MACs, from scratch, for as long as dense training and fine-tuning."""
     dense = named("fashion32-uvit-dense" if net == "uvit" else "fashion32-dense")
     shape = (
-        {"channels": (112,), "head_dim": 28}
+        {"channels": (88,), "head_dim": 22}
         if net == "uvit"
         else {"channels": (24, 44, 44), "groups": 4, "head_dim": 44}
     )

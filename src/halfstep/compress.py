@@ -68,7 +68,7 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     for line in net.told():
         watch.say(line)
     state = TrainState.new(net.model, recipe.train)
-    if spec.decoupled:
+    if spec.pulls and spec.decoupled:
         hook = decoupled_pull(net, spec, lambda: pattern_at(state.step, steps, spec))
         state.optimizer.register_step_post_hook(hook)
     teacher = predictor(job.teacher()) if spec.teacher else None

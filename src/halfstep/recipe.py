@@ -121,6 +121,11 @@ class SparseSpec:
     frozen: bool = False
     permute: bool = False
 
+    @property
+    def pulls(self) -> bool:
+        """Whether dropped weights are pulled: a frozen mask has nothing to choose again, a switch no one mask."""
+        return self.decay > 0 and not self.frozen and self.schedule != "switch"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralSpec:

@@ -93,12 +93,12 @@ def fashion32() -> Recipe:
 
 
 def fashion32_uvit_dense() -> Recipe:
-    """A 2.1 M U-ViT with patches of 4 pixels on Fashion-MNIST at 32x32."""
+    """A 1.5 M U-ViT with patches of 4 pixels on Fashion-MNIST at 32x32; about an hour on one core with fast bf16."""
     return Recipe(
         name="fashion32-uvit-dense",
-        model=ModelSpec(kind="uvit", channels=(160,), layers=6, head_dim=40, patch=4),
+        model=ModelSpec(kind="uvit", channels=(128,), layers=6, head_dim=32, patch=4),
         data=DataSpec(size=32, channels=1),
-        train=TrainSpec(steps=12000, batch=64, lr=5e-4, warmup=500, save_every=500, sample_every=3000),
+        train=TrainSpec(steps=6000, batch=64, lr=6e-4, warmup=300, save_every=500, sample_every=3000),
     )
 
 

@@ -268,7 +268,7 @@ def sparse_objective(
                 lesson = teacher(noisy, timestep, batch.labels).float()
             loss = loss + spec.teacher * F.mse_loss(found, lesson)
         yield loss
-        if pattern is not None and spec.decay and spec.schedule != "switch" and not spec.decoupled:
+        if pattern is not None and spec.pulls and not spec.decoupled:
             yield spec.decay * net.pull(pattern)
 
     return objective
@@ -302,6 +302,3 @@ class Frozen(Masked):
     def predict(self, pattern: Pattern | None) -> Predict:
         masks = self.masks
         return predictor(self.model, lambda: {n: w * masks[n] if n in masks else w for n, w in self._weights().items()})
-
-    def pull(self, pattern: Pattern) -> torch.Tensor:
-        return torch.zeros(())
