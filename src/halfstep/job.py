@@ -62,10 +62,10 @@ class Job:
             check_fit(self.dense.config, images, self.vae)
         self.images = encoded(images, self.vae, watch)
 
-    def begun(self) -> Job | None:
-        """Make or re-enter the run folder, once everything else was found good; None when the run is finished."""
+    def begun(self) -> bool:
+        """Make or re-enter the run folder, once everything else was found good; False when the run is finished."""
         open_run(self.out, self.recipe, self.inputs)
-        return None if (self.done / "model_index.json").is_file() else self
+        return not (self.done / "model_index.json").is_file()
 
     def teacher(self) -> Any:
         """The dense denoiser as a teacher, on the device of the training."""

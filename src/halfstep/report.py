@@ -133,6 +133,11 @@ def write_report(report: Report, folder: Path) -> Path:
     return folder / "report.html"
 
 
+def picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 [1 or 3, H, W] as a picture."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
 def picture_grid(images: np.ndarray, columns: int = 8, scale: int | None = None) -> Image.Image:
     """Images uint8 [N, 1 or 3, H, W] row by row, each pixel repeated `scale` times (by default to about 64 a cell)."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from halfstep.bank import Bank, load_denoiser, load_vae
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, search_steps
+from halfstep.job import opened
 from halfstep.judge import check_fit, default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import is_measured, judge_for, open_pipeline, write_and_tell, write_costs
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
-from halfstep.report import picture_grid
+from halfstep.report import picture, picture_grid
 from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture
 from halfstep.results import Cost
 from halfstep.rundir import encoded, fit_data, images_for, open_run
@@ -137,8 +138,7 @@ def sample(source: str, out: Path, *, count: int = 16, seed: int = 0, batch: int
             pixels = to_uint8(images)
             shown.append(pixels[: max(0, 64 - done)])
             for i, one in enumerate(pixels):
-                picture = Image.fromarray(one[0] if len(one) == 1 else one.transpose(1, 2, 0))
-                disk.write_png(out / f"{done + i:06d}.png", picture)
+                disk.write_png(out / f"{done + i:06d}.png", picture(one))
             done += len(pixels)
             told(done, f"{done / (time.perf_counter() - begun):.1f} images/s")
     grid = picture_grid(np.concatenate(shown))
@@ -171,8 +171,7 @@ def optimize(
     Stages that an earlier call finished are not done again.
     """
     goal = goal_text(budget, max_loss)
-    (dense, _), vae = load_denoiser(model), load_vae(model)
-    recipe = fit_data(recipe, dense.config, vae)
+    (dense, _, vae), recipe = opened(model, recipe)
     supernet_of(dense, recipe.slim)  # refuses what cannot work before the first file is written
     check_fit(dense.config, images_for(recipe, data), vae)
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
@@ -247,8 +246,13 @@ def denoise(
     out/<picture>/<method>.png and out/denoise.json. Raises DataError for pictures that cannot be read or do not fit.
     """
     methods: dict[str, Denoiser] = {}
+    counts: dict[str, int] = {}
     for source in models:
-        methods |= _restorers(source, steps, prefix=f"{Path(source).name} " if len(models) > 1 else "")
+        prefix = f"{Path(source).name} " if len(models) > 1 else ""
+        for entry, call in _restorers(source).items():
+            for count in steps:
+                name = f"{prefix}{entry}, {count} step{'s' * (count > 1)}"
+                methods[name], counts[name] = partial(call, steps=count), count
     clean = [_picture(file) for file in pictures]
     out = disk.require_writable(Path(out))
     total = len(pictures) * (len(methods) + (0 if noisy else len(CLASSICAL) + 1))
@@ -256,10 +260,8 @@ def denoise(
         done = itertools.count(1)
 
         def keep(k: int, name: str, image: torch.Tensor) -> None:
-            pixels = to_uint8(2 * image[None] - 1)[0]
-            saved = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             file = f"{name.replace(', ', '-').replace(' ', '-')}.png"
-            disk.write_png(out / Path(pictures[k]).stem / file, saved)
+            disk.write_png(out / Path(pictures[k]).stem / file, picture(to_uint8(2 * image[None] - 1)[0]))
             told(next(done), name)
 
         if noisy:
@@ -267,28 +269,21 @@ def denoise(
                 for name, call in methods.items():
                     keep(k, name, call(given, noise))
             return []
-        counts = {name: int(name.split()[-2]) for name in methods}
         records = compare_denoisers(methods | CLASSICAL, clean, noise, seed, steps=counts, shown=keep)
     disk.write_json(out / "denoise.json", [record.to_json() for record in records])
     return records
 
 
-def _restorers(source: str, steps: Sequence[int], prefix: str) -> dict[str, Denoiser]:
-    """What every entry of a model's folder restores with, by name."""
+def _restorers(source: str) -> dict[str, Callable[..., torch.Tensor]]:
+    """What every entry of a model's folder restores pictures with, but for the number of steps."""
     bank, _, config = _bank_and_plan(source)
     if bank.vae is not None:
         raise ModelError(got="a latent model", expected="one on pixels", where=source, do="bring a pixel model")
     bank.to(default_device())
     size, channels = bank.config["sample_size"], bank.config["in_channels"]
     kinds = {"noise_config": {**config, "prediction_type": bank.prediction_type}, "size": size, "channels": channels}
-    found: dict[str, Denoiser] = {}
-    for entry in bank:
-        predict = predictor(bank[entry])
-        label = 0 if bank.config.get("num_class_embeds") else None
-        for count in steps:
-            call = partial(restore_picture, predict, steps=count, label=label, device=bank.device, **kinds)
-            found[f"{prefix}{entry}, {count} step{'s' * (count > 1)}"] = call
-    return found
+    kinds |= {"label": 0 if bank.config.get("num_class_embeds") else None, "device": bank.device}
+    return {entry: partial(restore_picture, predictor(bank[entry]), **kinds) for entry in bank}
 
 
 def _picture(file: Path) -> torch.Tensor:

@@ -56,11 +56,10 @@ def shrink_plan(
             do="train with noise.prediction=epsilon",
         )
     parts = min(spec.parts, len(plan.rows))
-    log = _Measured(judge, plan, parts, out / "shrink.jsonl", spec.images, seed + 2)
     scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
     total = len(scales) + len(thresholds) - 1 + 4 * parts * spec.rounds
     with watch.stage("shrink", total) as told:
-        log.told = told
+        log = _Measured(judge, plan, parts, out / "shrink.jsonl", spec.images, seed + 2, told)
         none = (NONE,) * parts
         log(none)
         scale = min((((s, 0.0),) * parts for s in scales), key=log)
@@ -75,12 +74,10 @@ def shrink_plan(
                 break
         told(total, "")
     found = {"none": none, "one scale": scale, "one threshold": threshold, "by stretch": best}
-    fresh = _Measured(judge, plan, parts, out / "shrink_finals.jsonl", spec.final_images, seed + 5)
     with watch.stage("final round", len(found)) as told:
-        scores = {}
-        for i, (name, corrections) in enumerate(found.items()):
-            scores[name] = fresh(corrections)
-            told(i + 1, f"{name}: {scores[name]:.3g}")
+        fresh = _Measured(judge, plan, parts, out / "shrink_finals.jsonl", spec.final_images, seed + 5, told)
+        scores = {name: fresh(corrections) for name, corrections in found.items()}
+        told(len(found), "")
     plans = {name: log.corrected(corrections) for name, corrections in found.items()}
     return Shrunk(plans, scores, min(scores, key=lambda name: scores[name]))
 
@@ -93,19 +90,14 @@ def _around(one: Correction, scales: Sequence[float], thresholds: Sequence[float
     return found + [(scale, thresholds[k]) for k in (j - 1, j + 1) if 0 <= k < len(thresholds)]
 
 
-def _nobody(done: float, note: str = "") -> None:
-    """Nobody listens."""
-
-
 class _Measured:
     """Scores corrections, logs each, and knows those of an earlier, interrupted search."""
 
-    def __init__(self, judge: Judge, plan: StepPlan, parts: int, file: Path, count: int, seed: int):
-        self.judge, self.plan, self.file, self.count, self.seed = judge, plan, file, count, seed
+    def __init__(self, judge: Judge, plan: StepPlan, parts: int, file: Path, count: int, seed: int, told: Told):
+        self.judge, self.plan, self.file, self.count, self.seed, self.told = judge, plan, file, count, seed, told
         edges = np.linspace(0, len(plan.rows), parts + 1).round().astype(int)
         self.lengths = np.diff(edges)
         self.known = {tuple(map(tuple, r["corrections"])): r["score"] for r in disk.read_records(file)}
-        self.told: Told = _nobody
         self.done = 0
 
     def corrected(self, corrections: Sequence[Correction]) -> StepPlan:
