@@ -3,9 +3,9 @@
     python benchmarks/sparse.py --net unet      # or --net uvit; trains what is missing, resumable
 
 Every variant starts from the same dense model and gets the same fine-tuning steps. Rows: dense; dense with the same
-extra steps; 2:4 one-shot (no training), with masks frozen at the start (ASP), by plain straight-through, by the full
-method; grown by stages; one set of weights for several patterns; 1:4 one-shot and by the full method; and a dense model
-of half the MACs, trained alone.
+extra steps; 2:4 one-shot (no training; also with channels permuted first), with masks frozen at the start (ASP), by plain
+straight-through, by the full method; grown by stages; one set of weights for several patterns; 1:4 one-shot and by the
+full method; and a dense model of half the MACs, trained alone.
 Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 """
 
@@ -35,7 +35,6 @@ VARIANTS = {
     "2:4 frozen masks (ASP)": SparseSpec(frozen=True, teacher=0.0),
     "2:4 plain straight-through": SparseSpec(decay=0.0, teacher=0.0),
     "2:4 SparseDM": SparseSpec(),
-    "2:4 SparseDM, permuted first": SparseSpec(permute=True),
     "2:4 grown by stages": SparseSpec(schedule="s31"),
     "switch": SparseSpec(schedule="switch", also=("3:4", "dense")),
     "1:4 SparseDM": SparseSpec(pattern="1:4"),
@@ -74,11 +73,11 @@ def with_variant(bank: Bank, name: str, spec: SparseSpec, folder: Path) -> Bank:
     return bank.with_entry(name, made[pattern], made.prediction_type, masking=made.masking[pattern])
 
 
-def one_shot(bank: Bank, pattern: str, recipe: Recipe) -> Bank:
-    net = compress.sparse_net(bank["full"], replace(recipe.sparse, pattern=pattern))
+def one_shot(bank: Bank, pattern: str, recipe: Recipe, permute: bool = False) -> Bank:
+    net = compress.sparse_net(bank["full"], replace(recipe.sparse, pattern=pattern, permute=permute))
     (chosen,) = net.patterns
-    masking = Masking(chosen, net.names)
-    return bank.with_entry(f"{pattern} one-shot", net.bake(chosen), bank.prediction_type, masking=masking)
+    masking, name = Masking(chosen, net.names), f"{pattern} one-shot{', permuted' * permute}"
+    return bank.with_entry(name, net.bake(chosen), bank.prediction_type, masking=masking)
 
 
 def main() -> None:
@@ -95,8 +94,8 @@ def main() -> None:
     folder = dense_model(args.net, work, watch)
     dense, noise = load_denoiser(folder)
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
-    for pattern in ("2:4", "1:4"):
-        bank = one_shot(bank, pattern, recipe)
+    for pattern, permuted in (("2:4", False), ("2:4", True), ("1:4", False)):
+        bank = one_shot(bank, pattern, recipe, permuted)
     for name, spec in VARIANTS.items():
         if args.only in name:
             out = work / name.replace(" ", "-").replace(":", "of").replace(",", "")
