@@ -4,8 +4,8 @@
 
 Every variant starts from the same dense model and gets the same fine-tuning steps. Rows: dense; dense with the same
 extra steps; 2:4 one-shot (no training; also with channels permuted first), with masks frozen at the start (ASP), by
-plain straight-through, by the full method; grown by stages; one set of weights for several patterns; 1:4 one-shot and by
-the full method; and a dense model of half the MACs, trained alone.
+plain straight-through, by the full method; grown by stages; one set of weights for several patterns; 1:4 one-shot and
+by the full method; and a dense model of half the MACs, trained alone.
 Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 """
 
