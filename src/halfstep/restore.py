@@ -261,7 +261,7 @@ class Restored:
     psnrs_db: the PSNR of each picture, in the same order for all methods: differences between methods are paired.
     noisy_psnr_db: of the noisy pictures, not clamped.  ms: median milliseconds per picture.
     steps: calls of the model per tile; None for methods that have no model.
-    pictures: how many.  seed: of the noise, which is the same for all methods.
+    pictures: how many.  seed: of the noise, which is the same for all methods.  threads: of the CPU.
     """
 
     name: str
@@ -274,6 +274,7 @@ class Restored:
     psnrs_db: tuple[float, ...]
     pictures: int
     seed: int
+    threads: int
 
     def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -358,6 +359,7 @@ def compare_denoisers(
             psnrs_db=tuple(p for p, _ in scores[name]),
             pictures=len(pictures),
             seed=seed,
+            threads=torch.get_num_threads(),
         )
         for name in denoisers
     ]

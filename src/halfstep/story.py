@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from halfstep import disk
 from halfstep.plan import StepPlan
@@ -76,7 +75,7 @@ def restored_table(records: Sequence[Restored]) -> Table:
     first = records[0]
     note = (
         f"Means over {first.pictures} pictures with noise of {first.sigma:g} (noisy: {first.noisy_psnr_db:.2f} dB), "
-        f"{torch.get_num_threads()} CPU threads; median ms per picture, in turns. scikit-image has no BM3D."
+        f"{first.threads} CPU threads; median ms per picture, in turns. scikit-image has no BM3D."
     )
     return Table(title="Denoised", columns=("method", "PSNR dB", "SSIM", "ms"), rows=tuple(rows), note=note)
 
