@@ -5,7 +5,8 @@
 Every variant starts from the same dense model and gets the same fine-tuning steps. Rows: dense; dense with the same
 extra steps; 2:4 one-shot (no training; also with channels permuted first), with masks frozen at the start (ASP), by
 plain straight-through, by the full method; grown by stages; one set of weights for several patterns; 1:4 one-shot and
-by the full method; and a dense model of half the MACs, trained alone.
+by the full method; and a dense model of half the MACs, trained alone. With --search also a plan that chooses among
+dense, 2:4 and 1:4 at every step, at no more MACs than 2:4 everywhere.
 Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 """
 
@@ -23,7 +24,8 @@ from fashion import DATA, markdown
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
-from halfstep.judge import measure_plans
+from halfstep.find import search_plan
+from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
@@ -80,11 +82,24 @@ def one_shot(bank: Bank, pattern: str, recipe: Recipe, permute: bool = False) ->
     return bank.with_entry(name, net.bake(chosen), bank.prediction_type, masking=masking)
 
 
+def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> tuple[str, ...]:
+    """What runs at each step of the best plan over dense, 2:4 and 1:4 that costs no more than 2:4 everywhere."""
+    whole, names = judge.bank, ("full", "2:4 SparseDM", "1:4 SparseDM")
+    judge.bank = Bank({name: whole[name] for name in names}, "full", whole.prediction_type)
+    macs = {name: whole.macs()[name] for name in names}  # a mask's zeros are left out
+    plan = reference_plan(judge.bank, noise, recipe.sample, macs)
+    share = plan.uniform("2:4 SparseDM").macs / plan.macs
+    found = search_plan(judge, plan, recipe, work, budget=share, watch=watch)
+    judge.bank = whole
+    return found.plan.entries
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=("unet", "uvit"), default="unet")
     parser.add_argument("--only", default="", help="only variants whose name contains this")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--search", action="store_true", help="also search a plan over the patterns")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
@@ -110,6 +125,8 @@ def main() -> None:
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())
     plans = {"reference": plan} | {name: plan.uniform(name) for name in bank if name != "full"}
+    if args.search:
+        plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")

@@ -107,8 +107,11 @@ def fashion32_sparse() -> Recipe:
     return Recipe(
         name="fashion32-sparse",
         data=DataSpec(size=32, channels=1),
-        train=TrainSpec(steps=2000, batch=64, lr=2e-4, warmup=100, save_every=250, sample_every=1000),
+        train=TrainSpec(steps=400, batch=64, lr=2e-4, warmup=100, save_every=100, sample_every=400),
         sample=SampleSpec(steps=20, batch=128),
+        search=SearchSpec(
+            images=256, error_images=128, fit=10, population=4, generations=1, genes=10, final_images=1024
+        ),
         eval=EvalSpec(images=1024),
     )
 
