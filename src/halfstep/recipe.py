@@ -234,8 +234,8 @@ class ShrinkSpec:
     """Training-free corrections of the predicted noise: the grids of `scales` and soft `thresholds`, how many stretches
     (`parts`) of rows get their own, how often all of them are gone through, and images per measurement."""
 
-    scales: tuple[float, ...] = (0.88, 0.91, 0.94, 0.96, 0.98, 0.99, 1.01, 1.02)
-    thresholds: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
+    scales: tuple[float, ...] = (0.8, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98, 0.99, 1.01, 1.02)
+    thresholds: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
     parts: int = 4
     rounds: int = 1
     images: int = 1024
