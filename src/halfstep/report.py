@@ -196,6 +196,12 @@ def _with_accents(names: Sequence[str], entries: Mapping[str, str]) -> dict[str,
     return {name: known.get(name) or ACCENTS[free.index(name) % len(ACCENTS)] for name in names}
 
 
+def _repeats(colours: Mapping[str, str]) -> dict[str, int]:
+    """How many names before each have its colour: where colours come round, the marker or the dashes tell."""
+    before = list(colours.values())
+    return {name: before[:k].count(colour) for k, (name, colour) in enumerate(colours.items())}
+
+
 def _draw(figure: Pareto | PlanChart | Heatmap | Curve, colours: Mapping[str, str]) -> bytes:
     """The PNG of a figure. Every colour is set by hand: a user's dark matplotlib style would write white on white."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -241,9 +247,11 @@ def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None
         axes.axhspan(*pareto.band, color=LINES, linewidth=0, label="reference, 95 % interval")
     clouds = {s.name for s in pareto.series if s.style == "points" and len(s.points) > 1 and s.name not in colours}
     accents = _with_accents([s.name for s in pareto.series if s.name not in clouds], colours)
+    repeats = _repeats(accents)
     for series in pareto.series:
         if series.points:
-            _draw_series(axes, series, accents.get(series.name, "#9aa3b2"), cloud=series.name in clouds)
+            marker = "*" if series.style == "star" else "osD^v"[repeats.get(series.name, 0) % 5]
+            _draw_series(axes, series, accents.get(series.name, "#9aa3b2"), marker, cloud=series.name in clouds)
     shares, values = zip(*[point[:2] for s in pareto.series for point in s.points] or [(1.0, 1.0)], strict=True)
     _log_if_wide(axes, values)
     axes.set_xlim(0, 1.04 * max(1.0, *shares))
@@ -252,11 +260,11 @@ def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None
     axes.grid(color=LINES, linewidth=0.8)
 
 
-def _draw_series(axes: Axes, series: Series, colour: str, cloud: bool) -> None:
+def _draw_series(axes: Axes, series: Series, colour: str, marker: str, cloud: bool) -> None:
     shares, values, low, high = np.array(series.points, dtype=float).T  # None becomes NaN: a bar that is not drawn
     bars = None if np.isnan([low, high]).all() else np.clip([values - low, high - values], 0, None)
     size = 5.0 if cloud else {"star": 17.0, "points": 8.0, "line": 5.5}[series.style]
-    look = {"marker": "*" if series.style == "star" else "o", "markersize": size, "color": colour, "capsize": 3.5}
+    look = {"marker": marker, "markersize": size, "color": colour, "capsize": 3.5}
     look |= {"linestyle": "-" if series.style == "line" else "none", "markeredgecolor": "white", "elinewidth": 1.5}
     order = 2 if cloud else 4 if series.style == "star" else 3  # the many behind the few
     axes.errorbar(shares, values, bars, label=series.name, zorder=order, markeredgewidth=0.6, **look)
@@ -307,9 +315,12 @@ def _draw_heatmap(axes: Axes, heatmap: Heatmap) -> None:
 
 
 def _draw_curve(axes: Axes, curve: Curve, colours: Mapping[str, str]) -> None:
-    for name, colour in _with_accents(list(curve.lines), colours).items():
+    accents = _with_accents(list(curve.lines), colours)
+    repeats = _repeats(accents)
+    for name, colour in accents.items():
         x, y = np.array(curve.lines[name], dtype=float).reshape(-1, 2).T
-        axes.plot(x, y, color=colour, linewidth=1.5, label=name)
+        dashes = ("-", "--", ":", "-.")[repeats[name] % 4]
+        axes.plot(x, y, color=colour, linewidth=1.5, linestyle=dashes, label=name)
     _log_if_wide(axes, [y for line in curve.lines.values() for _, y in line])
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x == round(x) else f"{x:g}")
     axes.set(xlabel=curve.xlabel, ylabel=curve.ylabel, xmargin=0.01)
