@@ -7,11 +7,10 @@ import torch
 from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from torch import nn
 
 from halfstep import profiling
-from halfstep.errors import HalfstepError, ModelError, PlanError
+from halfstep.errors import HalfstepError, ModelError
 from halfstep.results import Cost
 
 MIB = 2**20
@@ -79,13 +78,6 @@ def on_real_numbers(monkeypatch):
         raise RuntimeError("no twin today")
 
     monkeypatch.setattr(profiling, "_meta_twin", refuse)
-
-
-def text(table):
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
 
 
 def test_conv_by_hand():
@@ -367,29 +359,6 @@ def test_macs_alike_on_cuda(monkeypatch):
     on_real_numbers(monkeypatch)
     for dtype in (torch.float32, torch.bfloat16):
         assert profiling.macs_by_kind(tiny().to("cuda", dtype)) == expected
-
-
-def test_table_shows_shares_and_settings():
-    setting = {"batch": 4, "device": "cpu: Test", "dtype": "float32", "threads": 2}
-    full = Cost(macs=2_000_000_000, params=4_000_000, latency_ms=10.0, latency_spread_ms=0.5, peak_mib=3.0, **setting)
-    half = Cost(macs=500_000_000, params=1_000_000, latency_ms=4.0, **setting)
-    shown = " ".join(text(profiling.profile_table({"full": full, "half": half}, "full")).split())
-    for part in ("2.000 G", "25.0%", "4.00 M", "10 ± 0.5", "40.0%", "3.0"):
-        assert part in shown
-    for part in ("device cpu: Test", "dtype float32", "threads 2", "batch 4", "backend eager"):
-        assert part in shown
-
-
-def test_table_gives_a_column_to_a_setting_that_differs():
-    costs = {"a": Cost(macs=1, params=1, backend="eager"), "b": Cost(macs=1, params=1, backend="compile")}
-    table = profiling.profile_table(costs, "a")
-    assert table.columns[-1].header == "backend" and list(table.columns[-1].cells) == ["eager", "compile"]
-    assert "backend" not in table.caption
-
-
-def test_table_refuses_an_unknown_reference():
-    with pytest.raises(PlanError, match="full"):
-        profiling.profile_table({"full": Cost(macs=1, params=1)}, "fall")
 
 
 def test_machine():

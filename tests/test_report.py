@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from halfstep.errors import RunError
+from halfstep.errors import PlanError, RunError
 from halfstep.report import (
     Curve,
     Grid,
@@ -25,6 +25,8 @@ from halfstep.report import (
     rich_table,
     write_report,
 )
+from halfstep.results import Cost
+from halfstep.story import costs_table
 
 
 def full_report(rows: int = 20) -> Report:
@@ -105,3 +107,30 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     with pytest.raises(RunError):
         write_report(full_report(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- the table of costs -----------------------------------------------------------------------------------------------
+
+
+def test_costs_are_shown_with_shares_and_settings():
+    setting = {"batch": 4, "device": "cpu: Test", "dtype": "float32", "threads": 2}
+    full = Cost(macs=2_000_000_000, params=4_000_000, latency_ms=10.0, latency_spread_ms=0.5, peak_mib=3.0, **setting)
+    half = Cost(macs=500_000_000, params=1_000_000, latency_ms=4.0, stored_mib=0.0, **setting)
+    table = costs_table({"full": full, "half": half}, "full")
+    assert table.rows == (
+        ("full", "4.00 M", "–", "2,000.00", "100.0%", "10.0 ± 0.5", "100.0%", "3.0"),
+        ("half", "1.00 M", "0.00", "500.00", "25.0%", "4.0", "40.0%", "–"),
+    )
+    for part in ("device cpu: Test", "dtype float32", "threads 2", "batch 4", "backend eager"):
+        assert part in table.note
+
+
+def test_a_setting_that_differs_gets_a_column():
+    table = costs_table({"a": Cost(macs=1, params=1), "b": Cost(macs=1, params=1, backend="compile")}, "a")
+    assert table.columns[-1] == "backend" and [row[-1] for row in table.rows] == ["eager", "compile"]
+    assert "backend" not in table.note
+
+
+def test_costs_refuse_an_unknown_reference():
+    with pytest.raises(PlanError, match="full"):
+        costs_table({"full": Cost(macs=1, params=1)}, "fall")

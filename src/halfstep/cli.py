@@ -336,11 +336,12 @@ def profile(
     Example: `halfstep profile --model digits --batch 64`
     """
     from halfstep import run
-    from halfstep.profiling import profile_table
+    from halfstep.report import rich_table
+    from halfstep.story import costs_table
 
     costs = run.profile(model, batch=batch, repeats=repeats)
     record = {name: cost.to_json() for name, cost in costs.items()}
-    show(record, as_json, lambda: profile_table(costs, next(iter(costs))))
+    show(record, as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
 
 
 @app.command()

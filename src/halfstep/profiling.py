@@ -21,14 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.errors import HalfstepError, ModelError, PlanError
+from halfstep.errors import HalfstepError, ModelError
 from halfstep.results import Cost
-
-_SETTINGS = ("device", "dtype", "threads", "batch", "backend")
 
 
 def example_inputs(
@@ -194,39 +191,6 @@ def peak_mib(call: Callable[[], object], *, device: torch.device | str | None = 
     if kind == "cuda":
         return _peak_mib_cuda(call, device)
     return _peak_mib_cpu(call) if kind == "cpu" else None
-
-
-def profile_table(costs: Mapping[str, Cost], reference: str) -> Table:
-    """A table to print: one row per entry, with its share of the reference's MACs and latency.
-
-    The caption states the settings that all entries have in common; a setting that differs gets a column instead.
-    Raises PlanError where `reference` is not among `costs`.
-    """
-    if reference not in costs:
-        expected = f"one of {', '.join(costs)}"
-        raise PlanError(got=reference, expected=expected, where="reference", do="name an entry of the table")
-    values = {setting: [getattr(cost, setting) for cost in costs.values()] for setting in _SETTINGS}
-    shared = [f"{key} {found[0]}" for key, found in values.items() if len(set(found)) == 1 and found[0] is not None]
-    differing = [key for key, found in values.items() if len(set(found)) > 1]
-    note = "MACs per image; zeros of a mask are left out of MACs, whether a kernel skips them is what the latency shows"
-    table = Table(caption=" · ".join([note, *shared]))
-    headers = ("entry", "params", "stored MiB", "MACs", "MACs share", "latency ms", "latency share", "peak MiB")
-    for header in (*headers, *differing):
-        table.add_column(header, justify="left" if header == "entry" else "right")
-    base = costs[reference]
-    for name, cost in costs.items():
-        table.add_row(
-            name,
-            f"{cost.params / 1e6:.2f} M",
-            "–" if cost.stored_mib is None else f"{cost.stored_mib:.2f}",
-            f"{cost.macs / 1e9:.3f} G",
-            _share(cost.macs, base.macs),
-            _latency_text(cost),
-            _share(cost.latency_ms, base.latency_ms),
-            "–" if cost.peak_mib is None else f"{cost.peak_mib:.1f}",
-            *("–" if getattr(cost, key) is None else str(getattr(cost, key)) for key in differing),
-        )
-    return table
 
 
 def machine() -> dict[str, object]:
@@ -409,17 +373,6 @@ def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _wait() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-
-
-def _share(value: float | None, base: float | None) -> str:
-    return f"{value / base:.1%}" if value is not None and base else "–"
-
-
-def _latency_text(cost: Cost) -> str:
-    if cost.latency_ms is None:
-        return "–"
-    spread = "" if cost.latency_spread_ms is None else f" ± {cost.latency_spread_ms:.2g}"
-    return f"{cost.latency_ms:.3g}{spread}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from halfstep import disk
+from halfstep.errors import PlanError
 from halfstep.plan import StepPlan
 from halfstep.report import Curve, Grid, Heatmap, Pareto, PlanChart, Report, Series, Table, picture_grid, write_report
 from halfstep.restore import Restored
+from halfstep.results import Cost
 from halfstep.search import ErrorTable
+
+SETTINGS = ("device", "dtype", "threads", "batch", "backend")
+"""Of a `Cost`: what its milliseconds hang on."""
 
 
 def quality_cell(record: dict[str, Any]) -> str:
@@ -67,6 +72,45 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
     return Table(
         title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
     )
+
+
+def costs_table(costs: Mapping[str, Cost], reference: str) -> Table:
+    """What one call of each entry costs, beside the reference's; unmeasured is "–".
+
+    The note states the settings that all entries have in common; a setting that differs gets a column instead. Raises
+    PlanError where `reference` is not among `costs`.
+    """
+    if reference not in costs:
+        expected = f"one of {', '.join(costs)}"
+        raise PlanError(got=reference, expected=expected, where="reference", do="name an entry of the table")
+    settings = {key: [getattr(cost, key) for cost in costs.values()] for key in SETTINGS}
+    shared = [f"{key} {found[0]}" for key, found in settings.items() if len(set(found)) == 1 and found[0] is not None]
+    differing = [key for key, found in settings.items() if len(set(found)) > 1]
+    base = costs[reference]
+    rows = tuple(
+        (
+            name,
+            f"{cost.params / 1e6:.2f} M",
+            _number(cost.stored_mib, ".2f"),
+            f"{cost.macs / 1e6:,.2f}",
+            f"{cost.macs / base.macs:.1%}",
+            _number(cost.latency_ms, ".1f") + (f" ± {cost.latency_spread_ms:.1f}" if cost.latency_spread_ms else ""),
+            f"{cost.latency_ms / base.latency_ms:.1%}" if cost.latency_ms and base.latency_ms else "–",
+            _number(cost.peak_mib, ".1f"),
+            *(str(getattr(cost, key) or "–") for key in differing),
+        )
+        for name, cost in costs.items()
+    )
+    note = (
+        "MMACs per image; zeros of a mask are left out of them, whether a kernel skips them is what the time shows. "
+        f"ms: one call, median ± half the inter-quartile distance, in turns; {', '.join(shared)}."
+    )
+    columns = ("", "params", "MiB stored", "MMACs", "share", "ms", "time", "MiB peak", *differing)
+    return Table(title="The bank", columns=columns, rows=rows, note=note)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def restored_table(records: Sequence[Restored]) -> Table:
@@ -153,7 +197,8 @@ def tell(out: Path) -> Path:
     out, again = Path(out), "finish the run with halfstep optimize"
     record = disk.read_json(out / "quality.json", what="the qualities of a finished run", do=again)
     run = disk.read_json(out / "recipe.json", what="a recipe", do=again)
-    costs = disk.read_json(out / "cost.json", what="costs", do=again)
+    known = disk.read_json(out / "cost.json", what="costs", do=again)
+    costs = {name: Cost.from_json(cost) for name, cost in known.items()}
     table = None
     if (out / "errors.json").is_file():  # a run of `compress` has searched nothing
         table = ErrorTable.from_json(disk.read_json(out / "errors.json", what="an error table", do=again))
@@ -165,7 +210,7 @@ def tell(out: Path) -> Path:
         title="Halfstep report",
         summary=summary(record, plan),
         facts=_facts(run, record, searched, table),
-        tables=(plans_table(record), _bank_table(costs, plan.reference)),
+        tables=(plans_table(record), costs_table(costs, plan.reference)),
         figures=(
             pareto(record, searched, run["recipe"]["search"]["images"]),
             plan_chart(plan),
@@ -248,28 +293,6 @@ def _facts(
         "time of the last call": f"{record['seconds']:.0f} s",
         **{key: str(value) for key, value in about["machine"].items()},
     }
-
-
-def _bank_table(costs: dict[str, Any], reference: str) -> Table:
-    rows = tuple(
-        (
-            name,
-            f"{cost['params']:,}",
-            f"{cost['stored_mib']:.2f}",
-            f"{cost['macs'] / 1e6:,.2f}",
-            f"{cost['macs'] / costs[reference]['macs']:.0%}",
-            f"{cost['latency_ms']:.1f} ± {cost['latency_spread_ms']:.1f}",
-        )
-        for name, cost in costs.items()
-    )
-    batch = next(iter(costs.values()))["batch"]
-    note = f"One call; latency at batch {batch}: median and half the inter-quartile distance of calls taken in turns."
-    return Table(
-        title="The bank",
-        columns=("", "params", "MiB stored", "MMACs per image", "share", "ms per call"),
-        rows=rows,
-        note=note,
-    )
 
 
 def _heatmap(table: ErrorTable) -> Heatmap:
