@@ -5,8 +5,8 @@
 Every variant starts from the same dense model and gets the same fine-tuning steps. Rows: dense; dense with the same
 extra steps; 2:4 one-shot (no training; also with channels permuted first), with masks frozen at the start (ASP), by
 plain straight-through, by the full method; grown by stages; one set of weights for several patterns; 1:4 one-shot and
-by the full method; and a dense model of half the MACs, trained alone. With --search also a plan that chooses among
-dense, 2:4 and 1:4 at every step, at no more MACs than 2:4 everywhere.
+by the full method; and dense models of half and (for the U-Net) of a quarter of the MACs, trained alone. With --search
+also a plan that chooses among dense, 2:4 and 1:4 at every step, at no more MACs than 2:4 everywhere.
 Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fashion import DATA, markdown
+from fashion import DATA, MODELS, markdown
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
@@ -46,7 +46,7 @@ VARIANTS = {
 def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
     if net == "uvit":
         return run.train(DATA, work / "dense", named("fashion32-uvit-dense"), watch=watch)
-    stored = Path(__file__).parent / "models" / "fashion32-dense"
+    stored = MODELS / "fashion32-dense"
     return stored if stored.is_dir() else run.train(DATA, work / "dense", named("fashion32-dense"), watch=watch)
 
 
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--net", choices=("unet", "uvit"), default="unet")
     parser.add_argument("--only", default="", help="only variants whose name contains this")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--skip-smaller", action="store_true", help="leave out the dense model of half the MACs")
     parser.add_argument("--search", action="store_true", help="also search a plan over the patterns")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
@@ -118,8 +119,12 @@ def main() -> None:
             bank = with_variant(bank, name, spec, out)
     more = run.train(DATA, work / "dense-more", replace(recipe, sparse=SparseSpec()), model=str(folder), watch=watch)
     bank = bank.with_entry("dense, same extra steps", load_denoiser(more)[0], bank.prediction_type)
-    smaller = smaller_model(args.net, work, recipe, watch)
-    bank = bank.with_entry("smaller dense model", load_denoiser(smaller)[0], bank.prediction_type)
+    if args.net == "unet":
+        small = load_denoiser(MODELS / "fashion32-small")[0]
+        bank = bank.with_entry("dense model of a quarter", small, bank.prediction_type)
+    if not args.skip_smaller:
+        smaller = load_denoiser(smaller_model(args.net, work, recipe, watch))[0]
+        bank = bank.with_entry("dense model of half", smaller, bank.prediction_type)
     if args.train_only:
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
@@ -127,7 +132,7 @@ def main() -> None:
     plans = {"reference": plan} | {name: plan.uniform(name) for name in bank if name != "full"}
     if args.search:
         plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
-    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    verdict = measure_plans(judge, plans, recipe, repeats=2, watch=watch)
     (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
     grids = tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items())
