@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halfstep import regularized
-from halfstep.denoiser import corrected, soft
+from halfstep.denoiser import clean_and_noise, corrected, soft
 from halfstep.errors import DataError, HalfstepError
 from halfstep.recipe import NoiseSpec, RegularSpec
 from halfstep.regularized import (
     coordinates,
     exact_scale,
-    from_epsilon,
     gaussian_kl,
     gaussian_sampler_variance,
     gaussian_score,
@@ -33,7 +32,6 @@ from halfstep.regularized import (
     regular_objective,
     reverse_steps,
     theory_levels,
-    to_epsilon,
 )
 from halfstep.train import Batch, Diffusion, dense_objective
 
@@ -117,13 +115,13 @@ def test_the_loss_is_the_plain_one_and_r_times_the_size_of_the_predicted_noise(k
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_target_of_every_prediction_type_stands_for_the_same_noise(kind):
+def test_the_target_of_every_prediction_type_stands_for_the_same_parts(kind):
     noise, clean, level = noised(shape=(2, 4, 4))
     noisy = level.view(-1, 1, 1, 1).sqrt() * clean + (1 - level).view(-1, 1, 1, 1).sqrt() * noise
     v = level.view(-1, 1, 1, 1).sqrt() * noise - (1 - level).view(-1, 1, 1, 1).sqrt() * clean
     target = {"epsilon": noise, "v_prediction": v, "sample": clean}[kind]
-    assert torch.allclose(to_epsilon(target, noisy, level, kind), noise, atol=1e-12)
-    assert torch.allclose(from_epsilon(noise, noisy, level, kind), target, atol=1e-12)
+    found = clean_and_noise(target, noisy, level, kind)
+    assert torch.allclose(found[0], clean, atol=1e-12) and torch.allclose(found[1], noise, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "basis", "center"), list(product(PENALTIES, ("pixel", "wavelet"), (False, True))))
@@ -149,9 +147,7 @@ def test_every_variant_has_finite_gradients_at_every_timestep(name, basis, cente
 
 def test_an_unknown_prediction_type_is_refused():
     with pytest.raises(HalfstepError, match="v_prediction"):
-        to_epsilon(*noised(), "noise")
-    with pytest.raises(HalfstepError, match="v_prediction"):
-        from_epsilon(*noised(), "noise")
+        clean_and_noise(*noised(), "noise")
 
 
 # --- the penalties ----------------------------------------------------------------------------------------------------

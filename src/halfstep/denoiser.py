@@ -34,6 +34,26 @@ def predictor(model: nn.Module, weights: Callable[[], Mapping[str, torch.Tensor]
     return predict
 
 
+def clean_and_noise(
+    prediction: torch.Tensor, sample: torch.Tensor, level: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both parts of sample = sqrt(level) clean + sqrt(1 - level) noise, as a prediction of any type has them.
+
+    prediction, sample: [B, ...].  level: alphas_cumprod, a number or [B].  Raises ModelError for an unknown type.
+    """
+    level = level.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
+    signal, rest = level.sqrt(), (1 - level).sqrt()
+    match prediction_type:
+        case "epsilon":
+            return (sample - rest * prediction) / signal, prediction
+        case "sample":
+            return prediction, (sample - signal * prediction) / rest
+        case "v_prediction":
+            return signal * sample - rest * prediction, signal * prediction + rest * sample
+    expected = "epsilon, sample or v_prediction"
+    raise ModelError(got=prediction_type, expected=expected, where="prediction type", do="bring a model of these")
+
+
 def soft(value: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """sign(v) * max(|v| - threshold, 0); threshold >= 0, a number or broadcast against v."""
     limit = torch.as_tensor(threshold, dtype=value.dtype, device=value.device)

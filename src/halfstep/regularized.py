@@ -42,51 +42,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halfstep.denoiser import Draw, predictor, soft
+from halfstep.denoiser import Draw, clean_and_noise, predictor, soft
 from halfstep.errors import DataError, HalfstepError
 from halfstep.recipe import RegularSpec
 from halfstep.spectral import haar
 
 Rule = Literal["posterior", "beta", "beta_over_alpha"]
 """The variance of a reverse step: (1 - a_t)(1 - abar_{t-1}) / (1 - abar_t), 1 - a_t, or (1 - a_t) / a_t."""
-
-
-# ------------------------------------------------------------------------------------------------------- epsilon units
-
-
-def to_epsilon(found: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """A prediction of any type as the noise that it stands for. found, noisy: [B, ...]; level: alphas_cumprod, [B]."""
-    level = _across(level, noisy)
-    match prediction_type:
-        case "epsilon":
-            return found
-        case "v_prediction":
-            return level.sqrt() * found + (1 - level).sqrt() * noisy
-        case "sample":
-            return (noisy - level.sqrt() * found) / (1 - level).sqrt()
-    raise _unknown(prediction_type)
-
-
-def from_epsilon(noise: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """The inverse of `to_epsilon`."""
-    level = _across(level, noisy)
-    match prediction_type:
-        case "epsilon":
-            return noise
-        case "v_prediction":
-            return (noise - (1 - level).sqrt() * noisy) / level.sqrt()
-        case "sample":
-            return (noisy - (1 - level).sqrt() * noise) / level.sqrt()
-    raise _unknown(prediction_type)
-
-
-def _across(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return level.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _unknown(prediction_type: str) -> HalfstepError:
-    known = "epsilon, v_prediction or sample"
-    return HalfstepError(got=prediction_type, expected=known, where="prediction type", do="take one of these")
 
 
 # --------------------------------------------------------------------------------------------------------- the penalty
@@ -108,6 +70,10 @@ def coordinates(noise: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor, s
             raise DataError(got=f"samples of shape {shape}", expected="[B, C, H, W]", where="wavelet", do=do)
         noise = haar(noise)
     return noise.flatten(1)
+
+
+def _across(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return level.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def penalty(
@@ -150,7 +116,7 @@ def regular_objective(
         loss = F.mse_loss(found, target)
         if spec.r:
             level = alphas_cumprod.to(timestep.device)[timestep]
-            noise = to_epsilon(found, noisy, level, prediction_type)
+            noise = clean_and_noise(found, noisy, level, prediction_type)[1]
             loss = loss + spec.r * penalty(noise, noisy, level, spec, model.parameters())
         yield loss
 

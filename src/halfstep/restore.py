@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from halfstep.denoiser import Predict
+from halfstep.denoiser import Predict, clean_and_noise
 from halfstep.errors import DataError, HalfstepError, ModelError, PlanError
 from halfstep.profiling import interleave
 from halfstep.sampling import image_generators
@@ -90,30 +90,19 @@ def restore(
     sample = math.sqrt(levels[0]) * noisy
     for t, (level, after) in zip(timesteps, pairwise(levels), strict=True):
         prediction = predict(sample, torch.full((len(sample),), t, device=sample.device), labels)
-        clean, noise = _clean_and_noise(prediction, sample, level, scheduler.config)
+        clean, noise = _parts(prediction, sample, level, scheduler.config)
         sample = math.sqrt(after) * clean + math.sqrt(1 - after) * noise
     return sample
 
 
-def _clean_and_noise(
+def _parts(
     prediction: torch.Tensor, sample: torch.Tensor, level: float, config: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both parts of sample = sqrt(level) clean + sqrt(1 - level) noise; clipping moves the clean part alone, as in
-    diffusers."""
-    signal, rest = math.sqrt(level), math.sqrt(1 - level)
+    """The clean part and the noise of a sample; clipping moves the clean part alone, as in diffusers."""
     if prediction.shape != sample.shape:
         got, expected = f"a prediction {list(prediction.shape)}", f"{list(sample.shape)}, as the sample"
         raise ModelError(got=got, expected=expected, where="model", do="bring a model that predicts no variance")
-    match config.prediction_type:
-        case "epsilon":
-            clean, noise = (sample - rest * prediction) / signal, prediction
-        case "sample":
-            clean, noise = prediction, (sample - signal * prediction) / rest
-        case "v_prediction":
-            clean, noise = signal * sample - rest * prediction, signal * prediction + rest * sample
-        case other:
-            expected = "epsilon, sample or v_prediction"
-            raise ModelError(got=other, expected=expected, where="prediction_type", do="bring a model of these")
+    clean, noise = clean_and_noise(prediction, sample, torch.tensor(level), config.prediction_type)
     if config.clip_sample:
         clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
     return clean, noise

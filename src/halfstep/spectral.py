@@ -32,7 +32,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from halfstep.denoiser import Draw, Predict, predictor, require_config
+from halfstep.denoiser import Draw, Predict, clean_and_noise, predictor, require_config
 from halfstep.errors import DataError, ModelError
 from halfstep.recipe import SpectralSpec
 
@@ -234,11 +234,7 @@ def spectra(
     noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
     steps = torch.full((len(clean),), timestep, device=clean.device)
     found = predict(noisy, steps, labels).float()
-    estimate = {
-        "epsilon": lambda: (noisy - (1 - a).sqrt() * found) / a.sqrt(),
-        "v_prediction": lambda: a.sqrt() * noisy - (1 - a).sqrt() * found,
-        "sample": lambda: found,
-    }[prediction_type]()
+    estimate, _ = clean_and_noise(found, noisy, a, prediction_type)
     power = power_spectrum(clean)
     lines = {
         "data": power,
