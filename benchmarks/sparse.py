@@ -4,9 +4,10 @@
 
 Every variant starts from the same dense model and gets the same fine-tuning steps. Rows: dense; dense with the same
 extra steps; 2:4 one-shot (no training; also with channels permuted first), with masks frozen at the start (ASP), by
-plain straight-through, by the full method; grown by stages; one set of weights for several patterns; 1:4 one-shot and
-by the full method; and dense models of half and (for the U-Net) of a quarter of the MACs, trained alone. With --search
-also a plan that chooses among dense, 2:4 and 1:4 at every step, at no more MACs than 2:4 everywhere.
+plain straight-through, by the full method (its pull coupled to Adam or decoupled); grown by stages; one set of weights
+for several patterns; 1:4 one-shot and by the full method; and dense models of half and (for the U-Net) of a quarter of
+the MACs, trained alone. With --search also a plan that chooses among dense, 2:4 and 1:4 at every step, at no more MACs
+than 2:4 everywhere.
 Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 """
 
@@ -40,6 +41,8 @@ VARIANTS = {
     "2:4 grown by stages": SparseSpec(schedule="s31"),
     "switch": SparseSpec(schedule="switch", also=("3:4", "dense")),
     "1:4 SparseDM": SparseSpec(pattern="1:4"),
+    "2:4 SparseDM, decoupled": SparseSpec(decoupled=True),
+    "1:4 SparseDM, decoupled": SparseSpec(pattern="1:4", decoupled=True),
 }
 
 
@@ -82,6 +85,23 @@ def one_shot(bank: Bank, pattern: str, recipe: Recipe, permute: bool = False) ->
     return bank.with_entry(name, net.bake(chosen), bank.prediction_type, masking=masking)
 
 
+def with_controls(
+    bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path, skip_smaller: bool, watch: RichWatch
+) -> Bank:
+    """The bank with masks that were never trained under, more training without masks, and smaller dense models."""
+    for pattern, permuted in (("2:4", False), ("2:4", True), ("1:4", False)):
+        bank = one_shot(bank, pattern, recipe, permuted)
+    more = run.train(DATA, work / "dense-more", replace(recipe, sparse=SparseSpec()), model=str(folder), watch=watch)
+    bank = bank.with_entry("dense, same extra steps", load_denoiser(more)[0], bank.prediction_type)
+    if net == "unet":
+        small = load_denoiser(MODELS / "fashion32-small")[0]
+        bank = bank.with_entry("dense model of a quarter", small, bank.prediction_type)
+    if not skip_smaller:
+        smaller = load_denoiser(smaller_model(net, work, recipe, watch))[0]
+        bank = bank.with_entry("dense model of half", smaller, bank.prediction_type)
+    return bank
+
+
 def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> tuple[str, ...]:
     """What runs at each step of the best plan over dense, 2:4 and 1:4 that costs no more than 2:4 everywhere."""
     whole, names = judge.bank, ("full", "2:4 SparseDM", "1:4 SparseDM")
@@ -97,7 +117,7 @@ def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichW
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=("unet", "uvit"), default="unet")
-    parser.add_argument("--only", default="", help="only variants whose name contains this")
+    parser.add_argument("--only", default="", help="only variants of this name, on a page of its own")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--skip-smaller", action="store_true", help="leave out the dense model of half the MACs")
     parser.add_argument("--search", action="store_true", help="also search a plan over the patterns")
@@ -110,21 +130,13 @@ def main() -> None:
     folder = dense_model(args.net, work, watch)
     dense, noise = load_denoiser(folder)
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
-    for pattern, permuted in (("2:4", False), ("2:4", True), ("1:4", False)):
-        bank = one_shot(bank, pattern, recipe, permuted)
     for name, spec in VARIANTS.items():
         if args.only in name:
             out = work / name.replace(" ", "-").replace(":", "of").replace(",", "")
             compress.sparse(str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
             bank = with_variant(bank, name, spec, out)
-    more = run.train(DATA, work / "dense-more", replace(recipe, sparse=SparseSpec()), model=str(folder), watch=watch)
-    bank = bank.with_entry("dense, same extra steps", load_denoiser(more)[0], bank.prediction_type)
-    if args.net == "unet":
-        small = load_denoiser(MODELS / "fashion32-small")[0]
-        bank = bank.with_entry("dense model of a quarter", small, bank.prediction_type)
-    if not args.skip_smaller:
-        smaller = load_denoiser(smaller_model(args.net, work, recipe, watch))[0]
-        bank = bank.with_entry("dense model of half", smaller, bank.prediction_type)
+    if not args.only:
+        bank = with_controls(bank, args.net, folder, recipe, work, args.skip_smaller, watch)
     if args.train_only:
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
@@ -133,7 +145,8 @@ def main() -> None:
     if args.search:
         plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
     verdict = measure_plans(judge, plans, recipe, repeats=2, watch=watch)
-    (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
+    suffix = f"-{args.only.replace(' ', '-')}" if args.only else ""
+    (work / f"quality{suffix}.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
     grids = tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items())
     report = Report(
@@ -144,8 +157,9 @@ def main() -> None:
         figures=(story.pareto(verdict.record, []),),
         grids=grids,
     )
-    write_report(report, work)
-    Path(__file__).with_name(f"sparse-{args.net}.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
+    if not args.only:
+        write_report(report, work)
+    Path(__file__).with_name(f"sparse-{args.net}{suffix}.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
     Console().print(rich_table(table))
 
 
