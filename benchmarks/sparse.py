@@ -86,7 +86,7 @@ def one_shot(bank: Bank, pattern: str, recipe: Recipe, permute: bool = False) ->
 
 
 def with_controls(
-    bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path, skip_smaller: bool, watch: RichWatch
+    bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path, skip: list[str], watch: RichWatch
 ) -> Bank:
     """The bank with masks that were never trained under, more training without masks, and smaller dense models."""
     for pattern, permuted in (("2:4", False), ("2:4", True), ("1:4", False)):
@@ -96,7 +96,7 @@ def with_controls(
     if net == "unet":
         small = load_denoiser(MODELS / "fashion32-small")[0]
         bank = bank.with_entry("dense model of a quarter", small, bank.prediction_type)
-    if not skip_smaller:
+    if not any(part in "dense model of half" for part in skip):
         smaller = load_denoiser(smaller_model(net, work, recipe, watch))[0]
         bank = bank.with_entry("dense model of half", smaller, bank.prediction_type)
     return bank
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--net", choices=("unet", "uvit"), default="unet")
     parser.add_argument("--only", default="", help="only variants of this name, on a page of its own")
     parser.add_argument("--train-only", action="store_true")
-    parser.add_argument("--skip-smaller", action="store_true", help="leave out the dense model of half the MACs")
+    parser.add_argument("--skip", action="append", default=[], help="leave out rows whose name contains this")
     parser.add_argument("--search", action="store_true", help="also search a plan over the patterns")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
@@ -131,12 +131,12 @@ def main() -> None:
     dense, noise = load_denoiser(folder)
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
     for name, spec in VARIANTS.items():
-        if args.only in name:
+        if args.only in name and not any(part in name for part in args.skip):
             out = work / name.replace(" ", "-").replace(":", "of").replace(",", "")
             compress.sparse(str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
             bank = with_variant(bank, name, spec, out)
     if not args.only:
-        bank = with_controls(bank, args.net, folder, recipe, work, args.skip_smaller, watch)
+        bank = with_controls(bank, args.net, folder, recipe, work, args.skip, watch)
     if args.train_only:
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
