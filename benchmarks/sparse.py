@@ -7,7 +7,8 @@ extra steps; 2:4 one-shot (no training; also with channels permuted first), with
 plain straight-through, by the full method (its pull coupled to Adam or decoupled); grown by stages; one set of weights
 for several patterns; 1:4 one-shot and by the full method; and dense models of half and (for the U-Net) of a quarter of
 the MACs, trained alone. With --search also a plan that chooses among dense, 2:4 and 1:4 at every step, at no more MACs
-than 2:4 everywhere.
+than 2:4 everywhere. --loss writes the held-out denoising loss of every row instead, which tells trainings apart where
+distances do not.
 Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 """
 
@@ -19,18 +20,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler
 from rich.console import Console
 
 from fashion import DATA, MODELS, markdown
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
+from halfstep.data import load_images
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
-from halfstep.report import Grid, Report, rich_table, write_report
+from halfstep.report import Grid, Report, Table, rich_table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.sparse import STAGES
 
@@ -102,6 +105,26 @@ def with_controls(
     return bank
 
 
+@torch.no_grad()
+def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
+    """Mean squared error of the predicted noise on test images, the same noise and timesteps for every net."""
+    size, channels = bank.config["sample_size"], bank.config["in_channels"]
+    clean = load_images(DATA, size=size, channels=channels, split="test").batch(slice(0, count))
+    torch.manual_seed(0)
+    timestep, target = torch.randint(0, noise["num_train_timesteps"], (count,)), torch.randn_like(clean)
+    noisy = DDPMScheduler.from_config(noise).add_noise(clean, target, timestep)
+    losses = {}
+    for name in bank:
+        found = [bank[name](x, t).sample for x, t in zip(noisy.split(128), timestep.split(128), strict=True)]
+        losses[name] = (torch.cat(found) - target).square().mean((1, 2, 3))
+    rows = []
+    for name, loss in losses.items():
+        more = loss - losses["full"]
+        rows.append((name, f"{loss.mean():.5f}", f"{more.mean():+.5f} ± {1.96 * more.std() / count**0.5:.5f}"))
+    note = f"{count} test images, paired with the dense net, 95 % interval over images."
+    return Table(title="Held-out denoising loss", columns=("", "loss", "more than dense"), rows=tuple(rows), note=note)
+
+
 def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> tuple[str, ...]:
     """What runs at each step of the best plan over dense, 2:4 and 1:4 that costs no more than 2:4 everywhere."""
     whole, names = judge.bank, ("full", "2:4 SparseDM", "1:4 SparseDM")
@@ -121,6 +144,7 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--skip", action="append", default=[], help="leave out rows whose name contains this")
     parser.add_argument("--search", action="store_true", help="also search a plan over the patterns")
+    parser.add_argument("--loss", action="store_true", help="only the held-out denoising loss of every row")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
@@ -138,6 +162,11 @@ def main() -> None:
     if not args.only:
         bank = with_controls(bank, args.net, folder, recipe, work, args.skip, watch)
     if args.train_only:
+        return
+    if args.loss:
+        table = loss_table(bank, noise)
+        Path(__file__).with_name(f"sparse-{args.net}-loss.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
+        Console().print(rich_table(table))
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())
