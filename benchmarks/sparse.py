@@ -170,7 +170,8 @@ def main() -> None:
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())
-    plans = {"reference": plan} | {name: plan.uniform(name) for name in bank if name != "full"}
+    shown = [name for name in bank if name != "full" and not any(part in name for part in args.skip)]
+    plans = {"reference": plan} | {name: plan.uniform(name) for name in shown}
     if args.search:
         plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
     verdict = measure_plans(judge, plans, recipe, repeats=2, watch=watch)
