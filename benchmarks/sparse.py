@@ -30,7 +30,7 @@ from halfstep.cli import RichWatch
 from halfstep.data import load_images
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
-from halfstep.masks import Masking
+from halfstep.masks import Masking, keep_mask
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
 from halfstep.report import Grid, Report, Table, rich_table, write_report
@@ -47,6 +47,10 @@ VARIANTS = {
     "2:4 SparseDM, decoupled": SparseSpec(decoupled=True),
     "1:4 SparseDM, decoupled": SparseSpec(pattern="1:4", decoupled=True),
 }
+
+
+def skipped(name: str, skip: list[str]) -> bool:
+    return any(part in name for part in skip)
 
 
 def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
@@ -99,7 +103,7 @@ def with_controls(
     if net == "unet":
         small = load_denoiser(MODELS / "fashion32-small")[0]
         bank = bank.with_entry("dense model of a quarter", small, bank.prediction_type)
-    if not any(part in "dense model of half" for part in skip):
+    if not skipped("dense model of half", skip):
         smaller = load_denoiser(smaller_model(net, work, recipe, watch))[0]
         bank = bank.with_entry("dense model of half", smaller, bank.prediction_type)
     return bank
@@ -120,16 +124,34 @@ def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
     rows = []
     for name, loss in losses.items():
         more = loss - losses["full"]
-        rows.append((name, f"{loss.mean():.5f}", f"{more.mean():+.5f} ± {1.96 * more.std() / count**0.5:.5f}"))
-    note = f"{count} test images, paired with the dense net, 95 % interval over images."
-    return Table(title="Held-out denoising loss", columns=("", "loss", "more than dense"), rows=tuple(rows), note=note)
+        rows.append(
+            (
+                name,
+                f"{loss.mean():.5f}",
+                f"{more.mean():+.5f} ± {1.96 * more.std() / count**0.5:.5f}",
+                f"{flipped(bank, name):.2%}" if name in bank.masking and "permuted" not in name else "–",
+            )
+        )
+    note = f"{count} test images, paired with the dense net, 95 % interval over images. "
+    note += "Mask changed: the share of entries that differ from the dense weights' own mask."
+    columns = ("", "loss", "more than dense", "mask changed")
+    return Table(title="Held-out denoising loss", columns=columns, rows=tuple(rows), note=note)
+
+
+def flipped(bank: Bank, name: str) -> float:
+    """The share of mask entries that differ from the dense weights' own mask."""
+    masking = bank.masking[name]
+    dense, ours = (dict(bank[entry].named_parameters()) for entry in ("full", name))
+    changed = [(keep_mask(dense[k], masking.pattern) ^ (ours[k] != 0)).flatten() for k in masking.names]
+    return torch.cat(changed).float().mean().item()
 
 
 def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> tuple[str, ...]:
     """What runs at each step of the best plan over dense, 2:4 and 1:4 that costs no more than 2:4 everywhere."""
     whole, names = judge.bank, ("full", "2:4 SparseDM", "1:4 SparseDM")
     judge.bank = Bank({name: whole[name] for name in names}, "full", whole.prediction_type)
-    macs = {name: whole.macs()[name] for name in names}  # a mask's zeros are left out
+    every = whole.macs()  # a mask's zeros are left out
+    macs = {name: every[name] for name in names}
     plan = reference_plan(judge.bank, noise, recipe.sample, macs)
     share = plan.uniform("2:4 SparseDM").macs / plan.macs
     found = search_plan(judge, plan, recipe, work, budget=share, watch=watch)
@@ -155,7 +177,7 @@ def main() -> None:
     dense, noise = load_denoiser(folder)
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
     for name, spec in VARIANTS.items():
-        if args.only in name and not any(part in name for part in args.skip):
+        if args.only in name and not skipped(name, args.skip):
             out = work / name.replace(" ", "-").replace(":", "of").replace(",", "")
             compress.sparse(str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
             bank = with_variant(bank, name, spec, out)
@@ -170,7 +192,7 @@ def main() -> None:
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())
-    shown = [name for name in bank if name != "full" and not any(part in name for part in args.skip)]
+    shown = [name for name in bank if name != "full" and not skipped(name, args.skip)]
     plans = {"reference": plan} | {name: plan.uniform(name) for name in shown}
     if args.search:
         plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
