@@ -42,15 +42,24 @@ VARIANTS = {
     "2:4 plain straight-through": SparseSpec(decay=0.0, teacher=0.0),
     "2:4 SparseDM": SparseSpec(),
     "2:4 grown by stages": SparseSpec(schedule="s31"),
-    "switch": SparseSpec(schedule="switch", also=("3:4", "dense")),
+    "one set of weights": SparseSpec(schedule="switch", also=("3:4", "dense")),
     "1:4 SparseDM": SparseSpec(pattern="1:4"),
     "2:4 SparseDM, decoupled": SparseSpec(decoupled=True),
     "1:4 SparseDM, decoupled": SparseSpec(pattern="1:4", decoupled=True),
 }
 
 
-def skipped(name: str, skip: list[str]) -> bool:
-    return any(part in name for part in skip)
+SEARCHED = ("2:4 SparseDM", "1:4 SparseDM")
+
+
+class Rows:
+    """Which rows were asked for: those whose name contains one of `only` (if any) and none of `skip`."""
+
+    def __init__(self, only: list[str], skip: list[str]):
+        self.only, self.skip = only, skip
+
+    def __contains__(self, name: str) -> bool:
+        return any(part in name for part in self.only or [""]) and not any(part in name for part in self.skip)
 
 
 def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
@@ -92,20 +101,21 @@ def one_shot(bank: Bank, pattern: str, recipe: Recipe, permute: bool = False) ->
     return bank.with_entry(name, net.bake(chosen), bank.prediction_type, masking=masking)
 
 
-def with_controls(
-    bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path, skip: list[str], watch: RichWatch
-) -> Bank:
+def with_controls(bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path, rows: Rows, watch: RichWatch) -> Bank:
     """The bank with masks that were never trained under, more training without masks, and smaller dense models."""
     for pattern, permuted in (("2:4", False), ("2:4", True), ("1:4", False)):
-        bank = one_shot(bank, pattern, recipe, permuted)
-    more = run.train(DATA, work / "dense-more", replace(recipe, sparse=SparseSpec()), model=str(folder), watch=watch)
-    bank = bank.with_entry("dense, same extra steps", load_denoiser(more)[0], bank.prediction_type)
+        if f"{pattern} one-shot{', permuted' * permuted}" in rows:
+            bank = one_shot(bank, pattern, recipe, permuted)
+    dense = replace(recipe, sparse=SparseSpec())
+    controls = {
+        "dense, same extra steps": lambda: run.train(DATA, work / "dense-more", dense, model=str(folder), watch=watch),
+        "dense model of half": lambda: smaller_model(net, work, recipe, watch),
+    }
     if net == "unet":
-        small = load_denoiser(MODELS / "fashion32-small")[0]
-        bank = bank.with_entry("dense model of a quarter", small, bank.prediction_type)
-    if not skipped("dense model of half", skip):
-        smaller = load_denoiser(smaller_model(net, work, recipe, watch))[0]
-        bank = bank.with_entry("dense model of half", smaller, bank.prediction_type)
+        controls["dense model of a quarter"] = lambda: MODELS / "fashion32-small"
+    for name, trained in controls.items():
+        if name in rows:
+            bank = bank.with_entry(name, load_denoiser(trained())[0], bank.prediction_type)
     return bank
 
 
@@ -148,7 +158,7 @@ def flipped(bank: Bank, name: str) -> float:
 
 def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> tuple[str, ...]:
     """What runs at each step of the best plan over dense, 2:4 and 1:4 that costs no more than 2:4 everywhere."""
-    whole, names = judge.bank, ("full", "2:4 SparseDM", "1:4 SparseDM")
+    whole, names = judge.bank, ("full", *SEARCHED)
     judge.bank = Bank({name: whole[name] for name in names}, "full", whole.prediction_type)
     every = whole.macs()  # a mask's zeros are left out
     macs = {name: every[name] for name in names}
@@ -162,7 +172,7 @@ def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichW
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=("unet", "uvit"), default="unet")
-    parser.add_argument("--only", default="", help="only variants of this name, on a page of its own")
+    parser.add_argument("--only", action="append", default=[], help="rows whose name contains this, on their own page")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--skip", action="append", default=[], help="leave out rows whose name contains this")
     parser.add_argument("--search", action="store_true", help="also search a plan over the patterns")
@@ -176,13 +186,13 @@ def main() -> None:
     folder = dense_model(args.net, work, watch)
     dense, noise = load_denoiser(folder)
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
+    rows = Rows(args.only, args.skip)
     for name, spec in VARIANTS.items():
-        if args.only in name and not skipped(name, args.skip):
+        if name in rows or (args.search and name in SEARCHED):
             out = work / name.replace(" ", "-").replace(":", "of").replace(",", "")
             compress.sparse(str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
             bank = with_variant(bank, name, spec, out)
-    if not args.only:
-        bank = with_controls(bank, args.net, folder, recipe, work, args.skip, watch)
+    bank = with_controls(bank, args.net, folder, recipe, work, rows, watch)
     if args.train_only:
         return
     if args.loss:
@@ -192,12 +202,12 @@ def main() -> None:
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())
-    shown = [name for name in bank if name != "full" and not skipped(name, args.skip)]
+    shown = [name for name in bank if name != "full" and name in rows]
     plans = {"reference": plan} | {name: plan.uniform(name) for name in shown}
     if args.search:
         plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
     verdict = measure_plans(judge, plans, recipe, repeats=2, watch=watch)
-    suffix = f"-{args.only.replace(' ', '-')}" if args.only else ""
+    suffix = "".join(f"-{text.replace(' ', '-')}" for text in args.only)
     (work / f"quality{suffix}.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
     grids = tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items())

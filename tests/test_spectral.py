@@ -7,6 +7,7 @@ import pytest
 import pywt
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -351,18 +352,49 @@ def test_a_teacher_with_other_levels_is_refused():
         Pupil(make(), make(sample_size=16).net)
 
 
+FREQUENCIES = torch.fft.fftfreq(64).double()
+HIGH = FREQUENCIES.abs() >= 0.25
+
+
+def fitted(weights, wanted):
+    """What a symmetric filter of three taps reaches at best: the weighted least squares fit to a response."""
+    taps = torch.stack([torch.ones_like(FREQUENCIES), 2 * torch.cos(2 * torch.pi * FREQUENCIES)], dim=1)
+    root = weights.sqrt()
+    return taps @ torch.linalg.lstsq(root[:, None] * taps, (root * wanted)[:, None]).solution[:, 0]
+
+
 @pytest.mark.parametrize("level, ratio", [(0.1, 17.7), (0.5, 5.0), (0.9, 2.0)])
 def test_the_inverse_spectrum_moves_a_small_filter_s_error_from_high_to_low_frequencies(level, ratio):
     """Specification, check 18: three taps fitted to the exact linear denoiser of 1/f^2 data, with alpha 0 and -1."""
-    f = torch.fft.fftfreq(64).double()
-    power = f.abs().clamp(min=1 / 64) ** -2
+    power = FREQUENCIES.abs().clamp(min=1 / 64) ** -2
     power, a = power / power.mean(), torch.tensor(level, dtype=torch.double)
-    wanted, noisy = wiener_noise(a, power), a * power + 1 - a
-    taps, errors = torch.stack([torch.ones_like(f), 2 * torch.cos(2 * torch.pi * f)], dim=1), {}
+    wanted, noisy, errors = wiener_noise(a, power), a * power + 1 - a, {}
     for alpha in (0.0, -1.0):
-        root = (power.sqrt() ** alpha * noisy).sqrt()
-        found = torch.linalg.lstsq(root[:, None] * taps, (root * wanted)[:, None]).solution[:, 0]
-        error = noisy * (taps @ found - wanted).square()
-        errors[alpha] = [error[part].sum().item() for part in (f.abs() >= 0.25, f.abs() < 0.25)]
+        error = noisy * (fitted(power.sqrt() ** alpha * noisy, wanted) - wanted).square()
+        errors[alpha] = [error[part].sum().item() for part in (HIGH, ~HIGH)]
     assert errors[0.0][0] / errors[-1.0][0] == pytest.approx(ratio, rel=0.03)
     assert errors[-1.0][1] > errors[0.0][1]
+
+
+@pytest.mark.parametrize("high", [0.1, 0.03, 0.01])
+def test_samples_of_a_small_filter_come_nearer_the_high_band_with_the_frequency_term(high):
+    """Specification, check 19: data of two bands, a student of three taps at every timestep, 50 DDIM steps, exactly.
+
+    Everything is linear, so that the samples' power is the squared gain of the chain; no training, no seeds.
+    """
+    power = torch.where(HIGH, high, 1.0).double()
+    power = power / power.mean()
+    weights = power.sqrt() ** -1 / (power.sqrt() ** -1).mean()
+    scheduler, off = DDIMScheduler(num_train_timesteps=1000, clip_sample=False), []
+    scheduler.set_timesteps(50)
+    for freq in (0.0, 0.1, 1.0):
+        gain = torch.ones_like(FREQUENCIES)  # of start noise to the state, frequency by frequency
+        for t in scheduler.timesteps:
+            a = scheduler.alphas_cumprod[t].double()
+            response = fitted((a * power + 1 - a) * (1.1 + freq * weights), wiener_noise(a, power))
+            gain = scheduler.step(response * gain, t, gain).prev_sample
+        distance = (gain.square().log10() - power.log10()).abs()
+        off.append((distance[HIGH].mean().item(), distance[~HIGH].mean().item()))
+    (plain, low), (small, _), (large, low_large) = off
+    assert large < small < plain
+    assert low_large > low  # what the low band pays
