@@ -4,20 +4,23 @@
 
 All nets see the same images for the same steps: the usual U-Net (benchmarks/models/fashion32-dense), one shrunk to the
 continuous net's parameters, one to its MACs, the continuous net trained for 1, 2 and 4 solver steps at once, the same
-for one step only, and one of second order. Tables: Fréchet distance at 5, 10, 20 and 50 DDIM steps; parameters, MACs
-and latency, eager and compiled; training loss by images seen; what perturbed noise does; peak memory of a training step
-by plain, checkpointed and adjoint backpropagation. All to runs/continuous/, the tables to benchmarks/continuous.md.
+for one step only, and one of second order. Parts, each kept in a file and left out when it is there: "quality", the
+Fréchet distance at 5, 10, 20 and 50 DDIM steps; "perturbed", what too strong or too weak start noise does; "denoise",
+PSNR and SSIM of restored test pictures beside classical denoisers; "cost", parameters, MACs and latency, eager and
+compiled; "memory", the peak of a training step by plain, checkpointed and adjoint backpropagation. The last two need no
+training. The report has the training losses by images seen too. All to runs/continuous/, the tables to
+benchmarks/continuous.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 
 from fashion import DATA, MODELS, markdown
@@ -25,18 +28,23 @@ from halfstep import compress, disk, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
 from halfstep.continuous import with_solver
+from halfstep.data import load_images
+from halfstep.denoiser import predictor
 from halfstep.evaluate import extract
 from halfstep.judge import Judge, measure_plans
+from halfstep.loop import new_model
 from halfstep.measured import judge_for, open_pipeline
 from halfstep.plan import StepPlan
 from halfstep.profiling import call_times, count_macs, peak_mib
 from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
 from halfstep.recipes import named
 from halfstep.report import Curve, Report, Table, rich_table, write_report
+from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
 from halfstep.run import train
 from halfstep.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
 
 STEPS = (5, 10, 20, 50)
+PARTS = ("memory", "cost", "quality", "perturbed", "denoise")
 SMALL = ContinuousSpec(base=4, levels=3, head_dim=16, teacher=0.0)
 NETS = {
     "continuous": SMALL,
@@ -61,6 +69,20 @@ def trained(work: Path, recipe: Recipe, watch: RichWatch) -> Bank:
         for title, net in made.items():
             bank = bank.with_entry(title, net, bank.prediction_type)
     return bank
+
+
+def untrained(recipe: Recipe) -> Bank:
+    """The same nets before any training: for what they cost."""
+    images = load_images(DATA, size=recipe.data.size, channels=recipe.data.channels, split="test")
+    dense, noise = load_denoiser(MODELS / "fashion32-dense")
+    nets = {"U-Net": dense}
+    for name, spec in NETS.items():
+        if isinstance(spec, ModelSpec):
+            nets[name] = new_model(spec, images, recipe.noise.timesteps)
+        else:
+            net = compress.continuous_net(replace(recipe, continuous=spec), images)
+            nets |= {f"{name} @{steps}": with_solver(net, steps) for steps in spec.steps}
+    return Bank({name: net.eval() for name, net in nets.items()}, "U-Net", noise["prediction_type"])
 
 
 def cost_table(bank: Bank, repeats: int) -> Table:
@@ -106,6 +128,24 @@ def quality_table(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, watc
     )
 
 
+def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, steps: int = 4) -> Table:
+    """How well noisy test pictures are restored: the nets, and classical methods."""
+    images = load_images(DATA, size=bank.config["sample_size"], channels=bank.config["in_channels"], split="test")
+    pictures = list((images.batch(slice(0, count)) / 2 + 0.5).unbind(0))
+    kind = {"noise_config": noise, "size": images.size, "channels": images.channels, "steps": steps}
+    methods = {name: partial(restore_picture, predictor(bank[name]), **kind) for name in bank}
+    records = compare_denoisers(methods | CLASSICAL, pictures, sigma, 0)
+    first = torch.tensor(records[0].psnrs_db)
+    rows = []
+    for record in records:
+        more = torch.tensor(record.psnrs_db) - first
+        interval = f"{more.mean():+.2f} ± {1.96 * more.std() / count**0.5:.2f}"
+        rows.append((record.name, f"{record.psnr_db:.2f}", interval, f"{record.ssim:.3f}", f"{record.ms:.0f}"))
+    note = f"{count} test pictures with noise {sigma:g} ({records[0].noisy_psnr_db:.1f} dB), {steps} steps; paired."
+    columns = ("method", "PSNR dB", "more than U-Net", "SSIM", "ms per picture")
+    return Table(title="Denoising", columns=columns, rows=tuple(rows), note=note)
+
+
 def perturbed_table(judge: Judge, plan: StepPlan, count: int) -> Table:
     """Fréchet distance when the start noise is 5 % too large or too small, 20 steps."""
     rows = []
@@ -136,7 +176,7 @@ def memory_table(bank: Bank) -> Table:
                 net.enable_gradient_checkpointing()
 
             def step(net: torch.nn.Module = net) -> None:
-                F.mse_loss(net(torch.randn(64, 1, 32, 32), torch.full((64,), 500)).sample, torch.zeros(1)).backward()
+                net(torch.randn(64, 1, 32, 32), torch.full((64,), 500)).sample.square().mean().backward()
                 net.zero_grad(set_to_none=True)
 
             cells.append(f"{peak_mib(step):,.0f}")
@@ -145,36 +185,58 @@ def memory_table(bank: Bank) -> Table:
     return Table(title="Peak MiB of a training step, batch 64", columns=columns, rows=tuple(rows), note="float32, CPU.")
 
 
+def kept(work: Path, name: str, make: Callable[[], Table]) -> Table:
+    """A part's table, from its file where it was measured before."""
+    file = work / f"{name}.json"
+    if not file.is_file():
+        disk.write_json(file, asdict(make()))
+    record = disk.read_json(file, what="a table", do="delete it")
+    return Table(**record | {"columns": tuple(record["columns"]), "rows": tuple(map(tuple, record["rows"]))})
+
+
+def measured_tables(parts: tuple[str, ...], recipe: Recipe, work: Path, repeats: int, watch: RichWatch) -> list[Table]:
+    """The tables of these parts; nets are trained, and the judge made, when the first part that needs them comes."""
+    fresh, makes = untrained(recipe), {}
+    makes["memory"] = lambda: memory_table(fresh)
+    makes["cost"] = lambda: cost_table(fresh, repeats)
+    if not all((work / f"{name}.json").is_file() for name in parts if name not in makes):
+        bank, noise = trained(work, recipe, watch), load_denoiser(MODELS / "fashion32-dense")[1]
+        judge, settings = judge_for(bank, DATA, recipe, work, watch)
+        plan = reference_plan(bank, noise, settings.sample, bank.macs())
+        makes["quality"] = lambda: quality_table(judge, plan, settings, work, watch)
+        makes["perturbed"] = lambda: perturbed_table(judge, plan, 512)
+        makes["denoise"] = lambda: denoise_table(bank, noise)
+    return [kept(work, name, makes.get(name)) for name in parts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path, default=Path("runs/continuous"))
     args = parser.parse_args()
     watch, work = RichWatch(), args.work
     work.mkdir(parents=True, exist_ok=True)
-    recipe = named("fashion32-dense").edit(args.set)
-    bank = trained(work, recipe, watch)
+    settings = ("sample.steps=20", "sample.batch=128", "eval.images=1024")
+    recipe = named("fashion32-dense").edit([*settings, *args.set])
     if args.train_only:
+        trained(work, recipe, watch)
         return
-    recipe = replace(recipe, sample=replace(recipe.sample, steps=20, batch=128), eval=replace(recipe.eval, images=1024))
-    recipe = recipe.edit(args.set)
-    judge, recipe = judge_for(bank, DATA, recipe, work, watch)
-    noise = load_denoiser(MODELS / "fashion32-dense")[1]
-    plan = reference_plan(bank, noise, recipe.sample, bank.macs())
-    tables = [quality_table(judge, plan, recipe, work, watch), perturbed_table(judge, plan, 512)]
-    tables += [cost_table(bank, args.repeats), memory_table(bank)]
+    tables = measured_tables(tuple(args.part or PARTS), recipe, work, args.repeats, watch)
     lines = {}
     for log in sorted(work.glob("*/log.jsonl")):
         batch = recipe.train.batch
         lines[log.parent.name] = tuple((r["step"] * batch, r["loss"]) for r in disk.read_records(log))
     curve = Curve(title="Training loss by images seen", xlabel="images", ylabel="loss", lines=lines)
     summary = f"Every net: {recipe.train.steps} steps of {recipe.train.batch} on the same images."
-    write_report(Report(title="The Missing U", summary=summary, facts={}, tables=tuple(tables), figures=(curve,)), work)
+    figures = (curve,) if lines else ()
+    write_report(
+        Report(title="The Missing U", summary=summary, facts={}, tables=tuple(tables), figures=figures, grids=()), work
+    )
     text = ["# The Missing U, Fashion-MNIST 32x32", summary, *map(markdown, tables)]
     Path(__file__).with_suffix(".md").write_text("\n\n".join(text) + "\n")
-    (work / "tables.json").write_text(json.dumps([table.rows for table in tables], indent=2))
     for table in tables:
         Console().print(rich_table(table))
 

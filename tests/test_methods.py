@@ -69,6 +69,16 @@ def test_without_a_teacher_the_most_solver_steps_are_the_reference(tmp_path):
     assert isinstance(bank["continuous@1"], ContinuousUNet2DModel) and bank["continuous@1"].config.order == 2
 
 
+def test_a_training_with_checkpoints_ends_with_the_same_weights(tmp_path):
+    found = []
+    for checkpoint in ("false", "true"):
+        recipe = tiny("train.steps=4", "train.precision=no", f"continuous.checkpoint={checkpoint}")
+        folder = compress.continuous("digits", tmp_path / checkpoint, recipe)
+        found.append(StepAwarePipeline.from_pretrained(folder).bank["continuous@1"].state_dict())
+    plain, again = found
+    assert all(torch.allclose(plain[name], again[name], atol=1e-5) for name in plain)
+
+
 @pytest.mark.parametrize("edit", ["continuous.base=3", "continuous.levels=4", "data.size=9"])
 def test_sizes_that_do_not_fit_are_refused_before_a_file_is_written(edit, tmp_path):
     with pytest.raises(HalfstepError):

@@ -113,6 +113,8 @@ def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = No
     watch.say(f"continuous U-Net: {net.num_parameters():,} parameters, {count_macs(net) / 1e6:,.1f} MMACs at one step")
     weight = recipe.continuous.teacher if teacher else 0.0
     lesson = predictor(job.teacher()) if weight else None
+    if recipe.continuous.checkpoint:
+        net.enable_gradient_checkpointing()
     objective = continuous_objective(net, job.diffusion.draw, recipe.continuous.steps, lesson, weight)
 
     def bank_of(trained: Any) -> Bank:
