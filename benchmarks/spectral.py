@@ -34,7 +34,6 @@ STUDENTS = {
     "plain": SpectralSpec(wavelet=False, spatial=0.0, freq=0.0),
     "plain, distilled": SpectralSpec(wavelet=False, freq=0.0),
     "wavelet, distilled": SpectralSpec(freq=0.0),
-    "plain, by spectrum": SpectralSpec(wavelet=False),
     "wavelet, by spectrum": SpectralSpec(),
 }
 
