@@ -259,6 +259,10 @@ def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teach
     assert page.is_file() and not [name for name in bank["spectral"].state_dict() if "align" in name]
     found = run.search(str(tmp_path / "slim"), "digits", tmp_path / "mix", tiny(*edits), budget=0.6)
     assert found.plan.share <= 0.6
+    slim = str(tmp_path / "slim")
+    run.spectrum([slim, slim], "digits", tmp_path / "spectra", timesteps=(100,), images=16)
+    drawn = json.loads((tmp_path / "spectra" / "spectrum.json").read_text())["timesteps"]["100"]
+    assert list(drawn) == [f"{slim} full", f"{slim} spectral"]  # each net once
 
 
 def test_a_reduction_that_no_student_reaches_is_refused_before_a_file_is_written(dense, tmp_path):

@@ -197,32 +197,36 @@ def spectrum(
 ) -> Path:
     """Power spectra of each model's clean estimate beside the data's and the best linear denoiser's, by timestep.
 
+    Every entry of a step-aware pipeline is a model; one that is there already (the teacher of two runs) is left out.
     Writes out/spectrum.json and out/report.html, whose path it returns. Raises DataError for images that do not fit.
     """
     lines: dict[str, dict[str, Any]] = {}
     for source in models:
-        (dense, noise), vae = load_denoiser(source), load_vae(source)
-        pixels = images_for(fit_data(Recipe(), dense.config, vae), data)
-        check_fit(dense.config, pixels, vae)
-        found = encoded(pixels, vae)
-        chosen = slice(0, min(images, len(found)))
-        labels = found.batch_labels(chosen) if dense.config.get("num_class_embeds") else None
+        bank, _, noise = _bank_and_plan(source)
         alphas = DDPMScheduler.from_config(noise).alphas_cumprod
-        for timestep in timesteps:
+        pixels = images_for(fit_data(Recipe(), bank.config, bank.vae), data)
+        check_fit(bank.config, pixels, bank.vae)
+        found = encoded(pixels, bank.vae)
+        chosen = slice(0, min(images, len(found)))
+        labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
+        for entry, timestep in itertools.product(bank, timesteps):
             if not 0 <= timestep < len(alphas):
                 raise PlanError(
                     got=timestep, expected=f"0 to {len(alphas) - 1}", where="--timestep", do="choose one of these"
                 )
             rings = spectra(
-                predictor(dense),
+                predictor(bank[entry]),
                 found.batch(chosen),
                 timestep,
                 alphas,
-                noise["prediction_type"],
+                bank.prediction_type,
                 bins=max(4, found.size // 2),
                 labels=labels,
             )
-            lines.setdefault(str(timestep), {})[source] = {name: line.tolist() for name, line in rings.items()}
+            record = {name: line.tolist() for name, line in rings.items()}
+            drawn = lines.setdefault(str(timestep), {})
+            if record not in drawn.values():
+                drawn[source if len(bank) == 1 else f"{source} {entry}"] = record
     out = disk.require_writable(Path(out))
     disk.write_json(out / "spectrum.json", {"data": data, "images": images, "timesteps": lines})
     return tell_spectra(out)
