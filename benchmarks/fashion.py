@@ -19,12 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
 from halfstep import compress, disk, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
+from halfstep.data import load_images
 from halfstep.evolve import random_plans
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
@@ -232,6 +233,31 @@ def progress_curve(found: dict) -> Curve:
                 points.append((float(record.images), best))
         lines[name] = tuple(points)
     return Curve(title="Search progress", xlabel="generated images", ylabel="best score within the budget", lines=lines)
+
+
+@torch.no_grad()
+def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
+    """Mean squared error of the predicted noise on test images, the same noise and timesteps for every net.
+
+    It tells trainings apart where distances of generated images do not: it is paired, and has no sampling in it.
+    """
+    size, channels = bank.config["sample_size"], bank.config["in_channels"]
+    clean = load_images(DATA, size=size, channels=channels, split="test").batch(slice(0, count))
+    torch.manual_seed(0)
+    timestep, target = torch.randint(0, noise["num_train_timesteps"], (count,)), torch.randn_like(clean)
+    noisy = DDPMScheduler.from_config(noise).add_noise(clean, target, timestep)
+    losses = {}
+    for name in bank:
+        found = [bank[name](x, t).sample for x, t in zip(noisy.split(128), timestep.split(128), strict=True)]
+        losses[name] = (torch.cat(found) - target).square().mean((1, 2, 3))
+    rows = []
+    for name, loss in losses.items():
+        more = loss - losses[bank.reference]
+        interval = f"{more.mean():+.5f} ± {1.96 * more.std() / count**0.5:.5f}"
+        rows.append((name, f"{loss.mean():.5f}", interval))
+    note = f"{count} test images, paired with the dense net, 95 % interval over images."
+    columns = ("", "loss", "more than dense")
+    return Table(title="Held-out denoising loss", columns=columns, rows=tuple(rows), note=note)
 
 
 def markdown(table: Table) -> str:

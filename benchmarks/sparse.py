@@ -20,14 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
 from rich.console import Console
 
-from fashion import DATA, MODELS, markdown
+from fashion import DATA, MODELS, loss_table, markdown
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
-from halfstep.data import load_images
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
@@ -119,33 +117,17 @@ def with_controls(bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path
     return bank
 
 
-@torch.no_grad()
-def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
-    """Mean squared error of the predicted noise on test images, the same noise and timesteps for every net."""
-    size, channels = bank.config["sample_size"], bank.config["in_channels"]
-    clean = load_images(DATA, size=size, channels=channels, split="test").batch(slice(0, count))
-    torch.manual_seed(0)
-    timestep, target = torch.randint(0, noise["num_train_timesteps"], (count,)), torch.randn_like(clean)
-    noisy = DDPMScheduler.from_config(noise).add_noise(clean, target, timestep)
-    losses = {}
-    for name in bank:
-        found = [bank[name](x, t).sample for x, t in zip(noisy.split(128), timestep.split(128), strict=True)]
-        losses[name] = (torch.cat(found) - target).square().mean((1, 2, 3))
-    rows = []
-    for name, loss in losses.items():
-        more = loss - losses["full"]
-        rows.append(
-            (
-                name,
-                f"{loss.mean():.5f}",
-                f"{more.mean():+.5f} ± {1.96 * more.std() / count**0.5:.5f}",
-                f"{flipped(bank, name):.2%}" if name in bank.masking and "permuted" not in name else "–",
-            )
-        )
-    note = f"{count} test images, paired with the dense net, 95 % interval over images. "
-    note += "Mask changed: the share of entries that differ from the dense weights' own mask."
-    columns = ("", "loss", "more than dense", "mask changed")
-    return Table(title="Held-out denoising loss", columns=columns, rows=tuple(rows), note=note)
+def masked_loss_table(bank: Bank, noise: dict) -> Table:
+    """The held-out losses, and how much of each mask training changed."""
+    table = loss_table(bank, noise)
+    masked = {name for name in bank.masking if "permuted" not in name}
+    changed = [f"{flipped(bank, name):.2%}" if name in masked else "–" for name in bank]
+    return replace(
+        table,
+        columns=(*table.columns, "mask changed"),
+        rows=tuple((*row, share) for row, share in zip(table.rows, changed, strict=True)),
+        note=f"{table.note} Mask changed: the share of entries that differ from the dense weights' own mask.",
+    )
 
 
 def flipped(bank: Bank, name: str) -> float:
@@ -196,7 +178,7 @@ def main() -> None:
     if args.train_only:
         return
     if args.loss:
-        table = loss_table(bank, noise)
+        table = masked_loss_table(bank, noise)
         Path(__file__).with_name(f"sparse-{args.net}-loss.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
         Console().print(rich_table(table))
         return

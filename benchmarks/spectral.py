@@ -5,6 +5,8 @@
 Teacher: benchmarks/models/fashion32-dense. Every student has the same MACs (an eighth), the same training images and
 steps: a plain small U-Net on the noise alone, with plain distillation, with wavelet gates, with the spectrum's weights;
 and the plan that mixes the last one with the teacher step by step, beside fewer teacher steps at the same MACs.
+--loss writes the held-out denoising loss of the students instead, which tells them apart where distances do not;
+--weights that of four short trainings with weaker and weaker distillation.
 Everything goes to runs/spectral/, the table to benchmarks/spectral.md.
 """
 
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fashion import DATA, MODELS, markdown
+from fashion import DATA, MODELS, loss_table, markdown
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
@@ -36,6 +38,9 @@ STUDENTS = {
     "wavelet, distilled": SpectralSpec(freq=0.0),
     "wavelet, by spectrum": SpectralSpec(),
 }
+
+WEIGHTS = {f"wavelet, weights {x:g}": SpectralSpec(spatial=x, freq=x) for x in (0.01, 0.0, 0.001, 0.1)}
+"""How much the distillation should weigh, in short trainings; 0.1 is the paper's (of sums, here of means)."""
 
 
 def spectrum_table(pictures: dict, real: torch.Tensor) -> Table:
@@ -57,21 +62,29 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.35, help="of the mixed plan, a share of the teacher's MACs")
     parser.add_argument("--reduction", type=float, default=8.0)
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--loss", action="store_true", help="only the held-out denoising loss of every student")
+    parser.add_argument("--weights", action="store_true", help="the losses of short trainings by weight of the lesson")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path, default=Path("runs/spectral"))
     args = parser.parse_args()
     watch, work = RichWatch(), args.work
     work.mkdir(parents=True, exist_ok=True)
-    recipe = named("fashion32-spectral").edit(args.set)
+    short = ["train.steps=600"] if args.weights else []
+    recipe = named("fashion32-spectral").edit([*short, *args.set])
     teacher = MODELS / "fashion32-dense"
     dense, noise = load_denoiser(teacher)
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
-    for name, spec in STUDENTS.items():
+    for name, spec in (WEIGHTS if args.weights else STUDENTS).items():
         out = work / name.replace(", ", "-").replace(" ", "-")
         spec = replace(spec, reduction=args.reduction)
         compress.spectral(str(teacher), DATA, out, replace(recipe, spectral=spec), watch=watch)
         bank = bank.with_entry(name, run.open_pipeline(str(out)).bank["spectral"], bank.prediction_type)
     if args.train_only:
+        return
+    if args.loss or args.weights:
+        table, page = loss_table(bank, noise), f"spectral-{'weights' if args.weights else 'loss'}.md"
+        Path(__file__).with_name(page).write_text(f"# {table.title}\n\n{markdown(table)}\n")
+        Console().print(rich_table(table))
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())
