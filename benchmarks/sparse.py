@@ -60,6 +60,11 @@ class Rows:
         return any(part in name for part in self.only or [""]) and not any(part in name for part in self.skip)
 
 
+def file_name(text: str) -> str:
+    """What a row's files are called: "2:4 SparseDM" -> 2of4-SparseDM."""
+    return text.replace(" ", "-").replace(":", "of").replace(",", "")
+
+
 def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
     if net == "uvit":
         return run.train(DATA, work / "dense", named("fashion32-uvit-dense"), watch=watch)
@@ -171,7 +176,7 @@ def main() -> None:
     rows = Rows(args.only, args.skip)
     for name, spec in VARIANTS.items():
         if name in rows or (args.search and name in SEARCHED):
-            out = work / name.replace(" ", "-").replace(":", "of").replace(",", "")
+            out = work / file_name(name)
             compress.sparse(str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
             bank = with_variant(bank, name, spec, out)
     bank = with_controls(bank, args.net, folder, recipe, work, rows, watch)
@@ -189,7 +194,7 @@ def main() -> None:
     if args.search:
         plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
     verdict = measure_plans(judge, plans, recipe, repeats=2, watch=watch)
-    suffix = "".join(f"-{text.replace(' ', '-')}" for text in args.only)
+    suffix = "".join(f"-{file_name(text)}" for text in args.only)
     (work / f"quality{suffix}.json").write_text(json.dumps(verdict.record, indent=2))
     table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
     grids = tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items())
