@@ -3,27 +3,33 @@
     python benchmarks/continuous.py               # trains what is missing, resumable
 
 All nets see the same images for the same steps: the usual U-Net (benchmarks/models/fashion32-dense), one shrunk to the
-continuous net's parameters, one to its MACs, the continuous net trained for 1, 2 and 4 solver steps at once, the same
-for one step only, and one of second order. Parts, each kept in a file and left out when it is there: "quality", the
-Fréchet distance at 5, 10, 20 and 50 DDIM steps; "perturbed", what too strong or too weak start noise does; "denoise",
-PSNR and SSIM of restored test pictures beside classical denoisers; "cost", parameters, MACs and latency, eager and
-compiled; "memory", the peak of a training step by plain, checkpointed and adjoint backpropagation. The last two need no
-training. The report has the training losses by images seen too. All to runs/continuous/, the tables to
-benchmarks/continuous.md.
+continuous net's parameters, one to its MACs, the continuous net trained for 1, 2 and 4 solver steps at once, and the
+same for one step only. Parts, each kept in a file and left out when it is there:
+
+memory     peak and time of a training step by plain, checkpointed and adjoint backpropagation; needs no training
+cost       parameters, MACs and latency, eager and compiled; needs no training
+loss       the held-out loss; the net trained for one step at 2 and 4 steps too
+quality    the Fréchet distance at 5, 10, 20 and 50 DDIM steps
+perturbed  what too strong or too weak start noise does
+denoise    PSNR and SSIM of restored test pictures beside classical denoisers
+
+The report has the training losses by images seen too. All to runs/continuous/, the tables to benchmarks/continuous.md.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from fashion import DATA, MODELS, markdown
+from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
 from halfstep import compress, disk, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
@@ -35,54 +41,61 @@ from halfstep.judge import Judge, measure_plans
 from halfstep.loop import new_model
 from halfstep.measured import judge_for, open_pipeline
 from halfstep.plan import StepPlan
-from halfstep.profiling import call_times, count_macs, peak_mib
+from halfstep.profiling import call_times, count_macs, interleave, peak_mib
 from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
 from halfstep.recipes import named
 from halfstep.report import Curve, Report, Table, rich_table, write_report
 from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
 from halfstep.run import train
 from halfstep.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
+from halfstep.typed import build
 
 STEPS = (5, 10, 20, 50)
-PARTS = ("memory", "cost", "quality", "perturbed", "denoise")
+PARTS = ("memory", "cost", "loss", "quality", "perturbed", "denoise")
 SMALL = ContinuousSpec(base=4, levels=3, head_dim=16, teacher=0.0)
 NETS = {
     "continuous": SMALL,
     "continuous, one step only": replace(SMALL, steps=(1,)),
-    "continuous, order 2": replace(SMALL, base=6, order=2),
     "U-Net, equal parameters": ModelSpec(channels=(16, 30, 30), attention=(False,) * 3, head_dim=30, groups=2),
     "U-Net, equal MACs": ModelSpec(channels=(12, 24, 24), attention=(False,) * 3, head_dim=24, groups=4),
 }
 
 
-def trained(work: Path, recipe: Recipe, watch: RichWatch) -> Bank:
-    """Every net of the comparison as a bank; "U-Net" is the reference."""
-    dense, noise = load_denoiser(MODELS / "fashion32-dense")
-    bank = Bank({"U-Net": dense}, "U-Net", noise["prediction_type"])
-    for name, spec in NETS.items():
-        out = work / name.replace(", ", "-").replace(" ", "-")
-        if isinstance(spec, ModelSpec):
-            made = {name: load_denoiser(train(DATA, out, replace(recipe, model=spec), watch=watch))[0]}
-        else:
-            pipe = open_pipeline(str(compress.continuous(DATA, out, replace(recipe, continuous=spec), watch=watch)))
-            made = {f"{name} @{entry.split('@')[1]}": pipe.bank[entry] for entry in pipe.bank}
-        for title, net in made.items():
-            bank = bank.with_entry(title, net, bank.prediction_type)
-    return bank
-
-
-def untrained(recipe: Recipe) -> Bank:
-    """The same nets before any training: for what they cost."""
-    images = load_images(DATA, size=recipe.data.size, channels=recipe.data.channels, split="test")
+def compared(net_of: Callable[[str, ContinuousSpec | ModelSpec], Any]) -> Bank:
+    """Every net of the comparison as a bank, the continuous ones by solver steps; "U-Net" is the reference."""
     dense, noise = load_denoiser(MODELS / "fashion32-dense")
     nets = {"U-Net": dense}
     for name, spec in NETS.items():
+        net = net_of(name, spec).eval()
+        nets |= (
+            {name: net} if isinstance(spec, ModelSpec) else {f"{name} @{n}": with_solver(net, n) for n in spec.steps}
+        )
+    return Bank(nets, "U-Net", noise["prediction_type"])
+
+
+def trained(work: Path, recipe: Recipe, watch: RichWatch) -> Bank:
+    """The nets after their trainings, which resume."""
+
+    def net_of(name: str, spec: ContinuousSpec | ModelSpec) -> Any:
+        out = work / file_name(name)
         if isinstance(spec, ModelSpec):
-            nets[name] = new_model(spec, images, recipe.noise.timesteps)
-        else:
-            net = compress.continuous_net(replace(recipe, continuous=spec), images)
-            nets |= {f"{name} @{steps}": with_solver(net, steps) for steps in spec.steps}
-    return Bank({name: net.eval() for name, net in nets.items()}, "U-Net", noise["prediction_type"])
+            return load_denoiser(train(DATA, out, replace(recipe, model=spec), watch=watch))[0]
+        folder = compress.continuous(DATA, out, replace(recipe, continuous=spec), watch=watch)
+        return open_pipeline(str(folder)).bank[f"continuous@{min(spec.steps)}"]
+
+    return compared(net_of)
+
+
+def untrained(recipe: Recipe) -> Bank:
+    """The nets before any training: for what they cost."""
+    images = load_images(DATA, size=recipe.data.size, channels=recipe.data.channels, split="test")
+
+    def net_of(_name: str, spec: ContinuousSpec | ModelSpec) -> Any:
+        if isinstance(spec, ModelSpec):
+            return new_model(spec, images, recipe.noise.timesteps)
+        return compress.continuous_net(replace(recipe, continuous=spec), images)
+
+    return compared(net_of)
 
 
 def cost_table(bank: Bank, repeats: int) -> Table:
@@ -138,9 +151,8 @@ def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, 
     first = torch.tensor(records[0].psnrs_db)
     rows = []
     for record in records:
-        more = torch.tensor(record.psnrs_db) - first
-        interval = f"{more.mean():+.2f} ± {1.96 * more.std() / count**0.5:.2f}"
-        rows.append((record.name, f"{record.psnr_db:.2f}", interval, f"{record.ssim:.3f}", f"{record.ms:.0f}"))
+        more = paired(torch.tensor(record.psnrs_db) - first, 2)
+        rows.append((record.name, f"{record.psnr_db:.2f}", more, f"{record.ssim:.3f}", f"{record.ms:.0f}"))
     note = f"{count} test pictures with noise {sigma:g} ({records[0].noisy_psnr_db:.1f} dB), {steps} steps; paired."
     columns = ("method", "PSNR dB", "more than U-Net", "SSIM", "ms per picture")
     return Table(title="Denoising", columns=columns, rows=tuple(rows), note=note)
@@ -164,11 +176,11 @@ def perturbed_table(judge: Judge, plan: StepPlan, count: int) -> Table:
     return Table(title="Perturbed start noise", columns=columns, rows=tuple(rows), note=note)
 
 
-def memory_table(bank: Bank) -> Table:
-    """Peak memory of one training step at batch 64, by solver steps and by the way of backpropagation."""
+def memory_table(bank: Bank, repeats: int) -> Table:
+    """Peak memory and time of one training step at batch 64, by solver steps and by the way of backpropagation."""
     rows = []
     for steps in (1, 2, 4):
-        cells = []
+        calls = {}
         for kind in ("plain", "checkpointed", "adjoint"):
             net = with_solver(bank["continuous @1"], steps, "adjoint" if kind == "adjoint" else "rk4")
             net = net.requires_grad_(True).train()
@@ -179,34 +191,63 @@ def memory_table(bank: Bank) -> Table:
                 net(torch.randn(64, 1, 32, 32), torch.full((64,), 500)).sample.square().mean().backward()
                 net.zero_grad(set_to_none=True)
 
-            cells.append(f"{peak_mib(step):,.0f}")
+            calls[kind] = step
+        times = interleave(calls, repeats=repeats, warmup=1)
+        cells = (f"{peak_mib(call):,.0f} MiB, {median(times[kind]):,.0f} ms" for kind, call in calls.items())
         rows.append((f"{steps}", *cells))
     columns = ("solver steps", "plain", "checkpointed", "adjoint")
-    return Table(title="Peak MiB of a training step, batch 64", columns=columns, rows=tuple(rows), note="float32, CPU.")
+    note = f"Peak memory, and the median time of {repeats} in turns. {torch.get_num_threads()} threads, float32, CPU."
+    return Table(title="One training step, batch 64", columns=columns, rows=tuple(rows), note=note)
 
 
-def kept(work: Path, name: str, make: Callable[[], Table]) -> Table:
+def kept(work: Path, name: str, make: Callable[[], Table] | None = None) -> Table:
     """A part's table, from its file where it was measured before."""
     file = work / f"{name}.json"
-    if not file.is_file():
+    if make is not None and not file.is_file():
         disk.write_json(file, asdict(make()))
-    record = disk.read_json(file, what="a table", do="delete it")
-    return Table(**record | {"columns": tuple(record["columns"]), "rows": tuple(map(tuple, record["rows"]))})
+    return build(Table, disk.read_json(file, what="a table", do="delete it"), "", file)
 
 
-def measured_tables(parts: tuple[str, ...], recipe: Recipe, work: Path, repeats: int, watch: RichWatch) -> list[Table]:
-    """The tables of these parts; nets are trained, and the judge made, when the first part that needs them comes."""
-    fresh, makes = untrained(recipe), {}
-    makes["memory"] = lambda: memory_table(fresh)
-    makes["cost"] = lambda: cost_table(fresh, repeats)
-    if not all((work / f"{name}.json").is_file() for name in parts if name not in makes):
+def measure(parts: Iterable[str], recipe: Recipe, work: Path, repeats: int, watch: RichWatch) -> None:
+    """Measure the parts that are not there yet; nets are trained for the first part that needs it."""
+
+    @cache
+    def judged() -> tuple[Judge, dict, StepPlan, Recipe]:
         bank, noise = trained(work, recipe, watch), load_denoiser(MODELS / "fashion32-dense")[1]
         judge, settings = judge_for(bank, DATA, recipe, work, watch)
-        plan = reference_plan(bank, noise, settings.sample, bank.macs())
-        makes["quality"] = lambda: quality_table(judge, plan, settings, work, watch)
-        makes["perturbed"] = lambda: perturbed_table(judge, plan, 512)
-        makes["denoise"] = lambda: denoise_table(bank, noise)
-    return [kept(work, name, makes.get(name)) for name in parts]
+        return judge, noise, reference_plan(bank, noise, settings.sample, bank.macs()), settings
+
+    fresh = cache(lambda: untrained(recipe))
+
+    def losses() -> Table:
+        judge, noise, _, _ = judged()
+        bank, name = judge.bank, "continuous, one step only"
+        for n in (2, 4):
+            bank = bank.with_entry(f"{name} @{n}", with_solver(bank[f"{name} @1"], n), bank.prediction_type)
+        return loss_table(bank, noise)
+
+    def quality() -> Table:
+        judge, _, plan, settings = judged()
+        return quality_table(judge, plan, settings, work, watch)
+
+    def perturbed() -> Table:
+        judge, _, plan, _ = judged()
+        return perturbed_table(judge, plan, 512)
+
+    def denoised() -> Table:
+        judge, noise, _, _ = judged()
+        return denoise_table(judge.bank, noise)
+
+    makes = {
+        "memory": lambda: memory_table(fresh(), repeats),
+        "cost": lambda: cost_table(fresh(), repeats),
+        "loss": losses,
+        "quality": quality,
+        "perturbed": perturbed,
+        "denoise": denoised,
+    }
+    for name in parts:
+        kept(work, name, makes[name])
 
 
 def main() -> None:
@@ -224,16 +265,17 @@ def main() -> None:
     if args.train_only:
         trained(work, recipe, watch)
         return
-    tables = measured_tables(tuple(args.part or PARTS), recipe, work, args.repeats, watch)
+    measure(args.part or PARTS, recipe, work, args.repeats, watch)
+    tables = tuple(kept(work, name) for name in PARTS if (work / f"{name}.json").is_file())
     lines = {}
     for log in sorted(work.glob("*/log.jsonl")):
         batch = recipe.train.batch
         lines[log.parent.name] = tuple((r["step"] * batch, r["loss"]) for r in disk.read_records(log))
     curve = Curve(title="Training loss by images seen", xlabel="images", ylabel="loss", lines=lines)
-    summary = f"Every net: {recipe.train.steps} steps of {recipe.train.batch} on the same images."
+    summary = f"Where nets were trained: each {recipe.train.steps} steps of {recipe.train.batch} on the same images."
     figures = (curve,) if lines else ()
     write_report(
-        Report(title="The Missing U", summary=summary, facts={}, tables=tuple(tables), figures=figures, grids=()), work
+        Report(title="The Missing U", summary=summary, facts={}, tables=tables, figures=figures, grids=()), work
     )
     text = ["# The Missing U, Fashion-MNIST 32x32", summary, *map(markdown, tables)]
     Path(__file__).with_suffix(".md").write_text("\n\n".join(text) + "\n")

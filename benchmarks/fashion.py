@@ -252,12 +252,26 @@ def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
         losses[name] = (torch.cat(found) - target).square().mean((1, 2, 3))
     rows = []
     for name, loss in losses.items():
-        more = loss - losses[bank.reference]
-        interval = f"{more.mean():+.5f} ± {1.96 * more.std() / count**0.5:.5f}"
-        rows.append((name, f"{loss.mean():.5f}", interval))
+        rows.append((name, f"{loss.mean():.5f}", paired(loss - losses[bank.reference], 5)))
     note = f"{count} test images, paired with the dense net, 95 % interval over images."
     columns = ("", "loss", "more than dense")
     return Table(title="Held-out denoising loss", columns=columns, rows=tuple(rows), note=note)
+
+
+def paired(more: torch.Tensor, places: int) -> str:
+    """The mean of paired differences [n], with the half width of its 95 % interval."""
+    return f"{more.mean():+.{places}f} ± {1.96 * more.std() / len(more) ** 0.5:.{places}f}"
+
+
+def show_table(table: Table, page: str) -> None:
+    """One table as a page beside the benchmarks, and on the screen."""
+    Path(__file__).with_name(page).write_text(f"# {table.title}\n\n{markdown(table)}\n")
+    Console().print(rich_table(table))
+
+
+def file_name(text: str) -> str:
+    """What the files of a row are called: "2:4 SparseDM" -> 2of4-SparseDM."""
+    return text.replace(" ", "-").replace(":", "of").replace(",", "")
 
 
 def markdown(table: Table) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fashion import DATA, MODELS, loss_table, markdown
+from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
@@ -45,8 +45,6 @@ VARIANTS = {
     "2:4 SparseDM, decoupled": SparseSpec(decoupled=True),
     "1:4 SparseDM, decoupled": SparseSpec(pattern="1:4", decoupled=True),
 }
-
-
 SEARCHED = ("2:4 SparseDM", "1:4 SparseDM")
 
 
@@ -58,11 +56,6 @@ class Rows:
 
     def __contains__(self, name: str) -> bool:
         return any(part in name for part in self.only or [""]) and not any(part in name for part in self.skip)
-
-
-def file_name(text: str) -> str:
-    """What a row's files are called: "2:4 SparseDM" -> 2of4-SparseDM."""
-    return text.replace(" ", "-").replace(":", "of").replace(",", "")
 
 
 def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
@@ -183,9 +176,7 @@ def main() -> None:
     if args.train_only:
         return
     if args.loss:
-        table = masked_loss_table(bank, noise)
-        Path(__file__).with_name(f"sparse-{args.net}-loss.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
-        Console().print(rich_table(table))
+        show_table(masked_loss_table(bank, noise), f"sparse-{args.net}-loss.md")
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())

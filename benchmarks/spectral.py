@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fashion import DATA, MODELS, loss_table, markdown
+from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
@@ -39,7 +39,7 @@ STUDENTS = {
     "wavelet, by spectrum": SpectralSpec(),
 }
 
-WEIGHTS = {f"wavelet, weights {x:g}": SpectralSpec(spatial=x, freq=x) for x in (0.01, 0.0, 0.001, 0.1)}
+WEIGHTS = {f"wavelet, weights {x:g}": SpectralSpec(spatial=x, freq=x) for x in (0.1, 0.01, 0.001, 0.0)}
 """How much the distillation should weigh, in short trainings; 0.1 is the paper's (of sums, here of means)."""
 
 
@@ -75,16 +75,14 @@ def main() -> None:
     dense, noise = load_denoiser(teacher)
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
     for name, spec in (WEIGHTS if args.weights else STUDENTS).items():
-        out = work / name.replace(", ", "-").replace(" ", "-")
+        out = work / file_name(name)
         spec = replace(spec, reduction=args.reduction)
         compress.spectral(str(teacher), DATA, out, replace(recipe, spectral=spec), watch=watch)
         bank = bank.with_entry(name, run.open_pipeline(str(out)).bank["spectral"], bank.prediction_type)
     if args.train_only:
         return
     if args.loss or args.weights:
-        table, page = loss_table(bank, noise), f"spectral-{'weights' if args.weights else 'loss'}.md"
-        Path(__file__).with_name(page).write_text(f"# {table.title}\n\n{markdown(table)}\n")
-        Console().print(rich_table(table))
+        show_table(loss_table(bank, noise), f"spectral-{'weights' if args.weights else 'loss'}.md")
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
     plan = reference_plan(bank, noise, recipe.sample, bank.macs())

@@ -24,6 +24,7 @@ from halfstep.sampling import (
     plan_for,
     reference_plan,
     sample_images,
+    start_noise,
 )
 
 
@@ -287,6 +288,28 @@ def test_fewer_steps_is_a_plan_of_the_same_sampler():
         torch.cat(list(sample_images(bank, plan, 2, seed=0))),
         torch.cat(list(sample_images(bank, plan_of(bank, steps=3), 2, seed=0))),
     )
+
+
+def test_ddim_with_the_exact_score_of_a_gaussian_carries_noise_to_it():
+    """Missing U, check 13: the probability flow to N(m, v) is the affine map m + sqrt(v) x of the start noise x."""
+    mean, variance = 0.1, 0.05
+    alphas = DDPMScheduler().alphas_cumprod
+
+    class Exact(UNet2DModel):
+        def forward(self, sample, timestep, *args, **kwargs):
+            alpha = alphas[timestep].reshape(-1, 1, 1, 1)
+            return ((1 - alpha).sqrt() * (sample - alpha.sqrt() * mean) / (alpha * variance + 1 - alpha),)
+
+    exact = Exact.from_config(net(0, 16).config).eval()
+    bank = Bank({"full": exact}, "full", "epsilon")
+    start = start_noise(bank, image_generators(0, 0, 8))
+    errors = []
+    for steps in (100, 1000):
+        images = torch.cat(list(sample_images(bank, plan_of(bank, steps=steps), 8, seed=0)))
+        errors.append(((images - mean) / variance**0.5 - start).abs().max().item())
+    assert errors[1] < 0.02 * start.abs().max() and errors[1] < errors[0] / 5  # of first order
+    assert images.mean().item() == pytest.approx(mean + variance**0.5 * start.mean().item(), rel=0.02)
+    assert images.var().item() == pytest.approx(variance * start.var().item(), rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["ddim", "dpmsolver++"])

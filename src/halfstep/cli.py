@@ -346,7 +346,7 @@ def profile(
 
 @app.command()
 def spectrum(
-    models: Annotated[list[str], typer.Option("--model", help="A denoiser; repeat it to compare several.")],
+    models: Annotated[list[str], typer.Option("--model", help="A denoiser or pipeline; repeat it to compare several.")],
     data: Data,
     out: Out,
     timesteps: Annotated[

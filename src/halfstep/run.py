@@ -208,15 +208,17 @@ def spectrum(
         check_fit(bank.config, pixels, bank.vae)
         found = encoded(pixels, bank.vae)
         chosen = slice(0, min(images, len(found)))
+        clean = found.batch(chosen)
         labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
-        for entry, timestep in itertools.product(bank, timesteps):
+        for timestep in timesteps:
             if not 0 <= timestep < len(alphas):
                 raise PlanError(
                     got=timestep, expected=f"0 to {len(alphas) - 1}", where="--timestep", do="choose one of these"
                 )
+        for entry, timestep in itertools.product(bank, timesteps):
             rings = spectra(
                 predictor(bank[entry]),
-                found.batch(chosen),
+                clean,
                 timestep,
                 alphas,
                 bank.prediction_type,
