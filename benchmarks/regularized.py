@@ -3,12 +3,12 @@
     python benchmarks/regularized.py                    # trains what is missing, resumable
     python benchmarks/regularized.py --data digits
 
-From one dense model every weight r of the penalty trains on for the same number of steps, three seeds each. Measured at
-T = 10, 20, 50 and 200 calls (1000 for the plain net), ancestral and DDIM: the plain net, r, and the plain net with its
-best scale and its best threshold (`halfstep shrink`; up to 50 calls), and with its best correction by stretches of
+From one trained model every weight r of the penalty trains on for the same number of steps, three seeds each. Measured
+at T = 10, 20, 50 and 200 calls (1000 for the plain net), ancestral and DDIM: the plain net, r, and the plain net with
+its best scale and its best threshold (`halfstep shrink`; up to 50 calls), and with its best correction by stretches of
 steps (up to 20), none of which is trained. Spread over seeds; Fréchet distance, precision, recall. The toy sets of the
 specification are in `regularized_toys.py`.
-Everything goes to runs/regularized-<data>/, the tables to benchmarks/regularized-<data>.md.
+Everything goes to runs/regularized-<data>/, the tables, with what is measured so far, to regularized-<data>.md here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from halfstep.shrink import shrink_plan
 CALLS = (10, 20, 50, 200)
 CORRECTED, BY_STRETCH = 50, 20
 """The most calls of the controls: what they cost to find grows with the calls, what they bring shrinks."""
-SOURCES = {"digits": ("digits", "digits", "digits"), "fashion16": (DATA, "fashion16", str(MODELS / "fashion16-dense"))}
-"""Images, recipe and dense model of each benchmark."""
+SOURCES = {"digits": ("digits", "digits", "digits"), "fashion16": (DATA, "fashion16", str(MODELS / "fashion16-small"))}
+"""Images, recipe and trained model of each benchmark."""
 
 
 def trained(name: str, grid: tuple[float, ...], seeds: int, recipe: Recipe, work: Path, watch: RichWatch) -> list[Bank]:
@@ -65,10 +65,10 @@ def measured(judge: Judge, plan: StepPlan, count: int, seed: int) -> tuple[float
 def rows_of(
     judge: Judge, noise: dict, kind: str, calls: int, recipe: Recipe, work: Path, seed: int, watch: RichWatch
 ) -> dict[str, tuple[float, float, float]]:
-    """Every variant at one sampler and number of calls, for one seed."""
+    """Every variant at one sampler and number of calls, for one seed; of 1000 calls the plain net alone."""
     sample = replace(recipe.sample, scheduler=kind, steps=calls)
     plan = reference_plan(judge.bank, noise, sample, judge.bank.macs())
-    plans = {name: plan.uniform(name) for name in judge.bank}
+    plans = {name: plan.uniform(name) for name in judge.bank if calls < 1000 or name == judge.bank.reference}
     if calls <= CORRECTED:
         images = recipe.shrink.images
         spec = ShrinkSpec(images=images, final_images=images, rounds=1 if calls <= BY_STRETCH else 0)
@@ -100,50 +100,47 @@ def main() -> None:
     recipe = named(base).edit([*edits, *args.set])
     banks = trained(args.data, recipe.regular.grid, args.seeds, recipe, work, watch)
     noise = load_denoiser(model)[1]
-    results: dict[str, dict[str, list]] = {}
-    for kind in ("ddpm", "ddim"):
-        for calls in CALLS:
-            cell = f"{kind} {calls}"
-            for seed, bank in enumerate(banks):
-                file = work / f"quality-{kind}-{calls}-{seed}.json"
-                if not file.is_file():
-                    judge, settings = judge_for(bank, data, recipe, work, watch)
-                    found = rows_of(judge, noise, kind, calls, settings, work, seed, watch)
-                    disk.write_json(file, found)
-                for name, values in disk.read_json(file, what="qualities", do="delete it").items():
-                    results.setdefault(cell, {}).setdefault(name, []).append(values)
-    judge, settings = judge_for(banks[0], data, recipe, work, watch)
-    long = reference_plan(banks[0], noise, replace(settings.sample, scheduler="ddpm", steps=1000), banks[0].macs())
-    truth = measured(judge, long, settings.eval.images, 3)
-    tables = [table_of(kind, results, truth, recipe) for kind in ("ddpm", "ddim")]
-    title = f"# Regularised score matching, {args.data}"
-    Path(__file__).with_name(f"regularized-{args.data}.md").write_text(
-        "\n\n".join([title, *map(markdown, tables)]) + "\n"
-    )
-    for table in tables:
+    cells = [(kind, calls, seed) for kind in ("ddpm", "ddim") for calls in CALLS for seed in range(args.seeds)]
+    for kind, calls, seed in [*cells, ("ddpm", 1000, 0)]:
+        file = work / f"quality-{kind}-{calls}-{seed}.json"
+        if not file.is_file():
+            judge, settings = judge_for(banks[seed], data, recipe, work, watch)
+            disk.write_json(file, rows_of(judge, noise, kind, calls, settings, work, seed, watch))
+            write_page(args.data, work, recipe)
+    for table in write_page(args.data, work, recipe):
         Console().print(rich_table(table))
 
 
-def table_of(kind: str, results: dict, truth: tuple[float, float, float], recipe: Recipe) -> Table:
+def write_page(name: str, work: Path, recipe: Recipe) -> list[Table]:
+    """The tables of all that is measured so far."""
+    results: dict[tuple[str, int], dict[str, list]] = {}
+    for file in sorted(work.glob("quality-*.json")):
+        _, kind, calls, _ = file.stem.split("-")
+        for row, values in disk.read_json(file, what="qualities", do="delete it").items():
+            results.setdefault((kind, int(calls)), {}).setdefault(row, []).append(values)
+    tables = [table_of(kind, results, recipe) for kind in ("ddpm", "ddim") if (kind, CALLS[0]) in results]
+    page = [f"# Regularised score matching, {name}", *map(markdown, tables)]
+    Path(__file__).with_name(f"regularized-{name}.md").write_text("\n\n".join(page) + "\n")
+    return tables
+
+
+def table_of(kind: str, results: dict, recipe: Recipe) -> Table:
     """Fréchet distance (spread over seeds), precision and recall of every variant by number of calls."""
-    rows = []
-    for name in results[f"{kind} {CALLS[0]}"]:
-        cells = [name]
-        for calls in CALLS:
-            found = results[f"{kind} {calls}"].get(name)
-            if found is None:
-                cells.append("–")
-                continue
-            distances, precisions, recalls = zip(*found, strict=True)
-            spread = f" ± {stdev(distances):.3f}" if len(distances) > 1 else ""
-            cells.append(f"{mean(distances):.3f}{spread} ({mean(precisions):.2f}, {mean(recalls):.2f})")
-        rows.append(tuple(cells))
-    note = (
-        f"Fréchet distance ± standard deviation over seeds (precision, recall), n = {recipe.eval.images}. "
-        f"Ancestral, 1000 calls, r=0: {truth[0]:.3f} ({truth[1]:.2f}, {truth[2]:.2f})."
-    )
+    rows, columns = [], [calls for calls in (*CALLS, 1000) if (kind, calls) in results]
+    for name in results[kind, CALLS[0]]:
+        found = (results[kind, calls].get(name) for calls in columns)
+        rows.append((name, *("–" if one is None else cell_of(one) for one in found)))
+    seeds = max(len(found["r=0"]) for found in results.values())
+    note = f"Fréchet distance ± deviation over seeds, up to {seeds} (precision, recall); n = {recipe.eval.images}."
     sampler = "ancestral, posterior variance" if kind == "ddpm" else "DDIM"
-    return Table(title=sampler, columns=("", *(f"T = {calls}" for calls in CALLS)), rows=tuple(rows), note=note)
+    return Table(title=sampler, columns=("", *(f"T = {calls}" for calls in columns)), rows=tuple(rows), note=note)
+
+
+def cell_of(found: list) -> str:
+    """What the seeds found, each (distance, precision, recall)."""
+    distances, precisions, recalls = zip(*found, strict=True)
+    spread = f" ± {stdev(distances):.3f}" if len(found) > 1 else ""
+    return f"{mean(distances):.3f}{spread} ({mean(precisions):.2f}, {mean(recalls):.2f})"
 
 
 if __name__ == "__main__":
