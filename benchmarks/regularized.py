@@ -29,7 +29,7 @@ from halfstep.compress import regular_name
 from halfstep.judge import Judge
 from halfstep.measured import judge_for, open_pipeline
 from halfstep.plan import StepPlan
-from halfstep.recipe import Recipe, ShrinkSpec
+from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.report import Table, rich_table
 from halfstep.sampling import reference_plan
@@ -70,8 +70,8 @@ def rows_of(
     plan = reference_plan(judge.bank, noise, sample, judge.bank.macs())
     plans = {name: plan.uniform(name) for name in judge.bank if calls < 1000 or name == judge.bank.reference}
     if calls <= CORRECTED:
-        images = recipe.shrink.images
-        spec = ShrinkSpec(images=images, final_images=images, rounds=1 if calls <= BY_STRETCH else 0)
+        rounds = recipe.shrink.rounds if calls <= BY_STRETCH else 0
+        spec = replace(recipe.shrink, final_images=recipe.shrink.images, rounds=rounds)
         folder = work / f"shrink-{kind}-{calls}-{seed}"
         folder.mkdir(exist_ok=True)
         found = shrink_plan(judge, plan, spec, folder, seed=seed, watch=watch)
