@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -44,7 +45,7 @@ from halfstep.plan import StepPlan
 from halfstep.profiling import call_times, count_macs, interleave, peak_mib
 from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
 from halfstep.recipes import named
-from halfstep.report import Curve, Report, Table, rich_table, write_report
+from halfstep.report import Curve, Report, Table, picture_grid, rich_table, write_report
 from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
 from halfstep.run import train
 from halfstep.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
@@ -123,18 +124,22 @@ def cost_table(bank: Bank, repeats: int) -> Table:
 
 
 def quality_table(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, watch: RichWatch) -> Table:
-    """Fréchet distance by DDIM steps; each column is measured once and kept."""
+    """Fréchet distance by DDIM steps; each column is measured once and kept, with a row of pictures for every net."""
     cells: dict[str, list[str]] = {name: [name] for name in judge.bank}
     for steps in STEPS:
         file = work / f"quality-{steps}.json"
         if not file.is_file():
             base = fewer_steps(plan, steps)
             plans = {"reference": base} | {name: base.uniform(name) for name in judge.bank if name != "U-Net"}
-            disk.write_json(file, measure_plans(judge, plans, recipe, repeats=1, watch=watch).record)
+            verdict = measure_plans(judge, plans, recipe, repeats=1, watch=watch)
+            pictures = np.concatenate([drawn[:16] for drawn in verdict.pictures.values()])
+            disk.write_png(work / f"pictures-{steps}.png", picture_grid(pictures, columns=16))
+            disk.write_json(file, verdict.record)
         record = disk.read_json(file, what="qualities", do="delete it")
         for name, row in record["plans"].items():
-            cells["U-Net" if name == "reference" else name].append(story.quality_cell(row["quality"]["fd"]))
-    note = f"Fréchet distance with 95 % interval, n = {recipe.eval.images}, the same seeds, DDIM."
+            change = "" if name == "reference" else f", {story.change_cell(row['difference'])}"
+            cells["U-Net" if name == "reference" else name].append(story.quality_cell(row["quality"]["fd"]) + change)
+    note = f"Fréchet distance with 95 % interval, change to the U-Net of as many steps, n = {recipe.eval.images}, DDIM."
     rows = tuple(tuple(row) for row in cells.values())
     return Table(
         title="Quality by sampling steps", columns=("net", *(f"{s} steps" for s in STEPS)), rows=rows, note=note
@@ -158,21 +163,22 @@ def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, 
     return Table(title="Denoising", columns=columns, rows=tuple(rows), note=note)
 
 
-def perturbed_table(judge: Judge, plan: StepPlan, count: int) -> Table:
-    """Fréchet distance when the start noise is 5 % too large or too small, 20 steps."""
+def perturbed_table(judge: Judge, plan: StepPlan, count: int, bootstrap: int) -> Table:
+    """How the Fréchet distance changes when the start noise is 5 % too large or too small, 20 steps."""
     rows = []
     for name in judge.bank:
-        scores = []
-        for factor in (0.95, 1.0, 1.05):
+        features = {}
+        for factor in (1.0, 0.95, 1.05):
             drawn = []
             for begin in range(0, count, 128):
-                generators = image_generators(77, begin, 128)
+                generators = image_generators(77, begin, min(128, count - begin))
                 noise = factor * start_noise(judge.bank, generators)
                 drawn.append(to_images(judge.bank, denoise(judge.bank, plan.uniform(name), noise, generators)))
-            scores.append(judge.fd(extract(judge.extractor, iter(drawn))))
-        rows.append((name, *(f"{score:.2f}" for score in scores)))
-    columns = ("net", "noise x 0.95", "noise x 1", "noise x 1.05")
-    note = f"Fréchet distance, n = {count}, 20 DDIM steps."
+            features[factor] = extract(judge.extractor, iter(drawn))
+        changes = (judge.difference(features[1.0], features[f], 0, bootstrap).to_json() for f in (0.95, 1.05))
+        rows.append((name, f"{judge.fd(features[1.0]):.2f}", *map(story.change_cell, changes)))
+    columns = ("net", "as it is", "noise x 0.95", "noise x 1.05")
+    note = f"Fréchet distance, n = {count}, 20 DDIM steps; the changes are paired, 95 % intervals."
     return Table(title="Perturbed start noise", columns=columns, rows=tuple(rows), note=note)
 
 
@@ -231,8 +237,8 @@ def measure(parts: Iterable[str], recipe: Recipe, work: Path, repeats: int, watc
         return quality_table(judge, plan, settings, work, watch)
 
     def perturbed() -> Table:
-        judge, _, plan, _ = judged()
-        return perturbed_table(judge, plan, 512)
+        judge, _, plan, settings = judged()
+        return perturbed_table(judge, plan, settings.eval.images // 2, settings.eval.bootstrap)
 
     def denoised() -> Table:
         judge, noise, _, _ = judged()
