@@ -11,6 +11,7 @@ cost       parameters, MACs and latency, eager and compiled; needs no training
 loss       the held-out loss; the net trained for one step at 2 and 4 steps too
 quality    the Fréchet distance at 5, 10, 20 and 50 DDIM steps
 perturbed  what too strong or too weak start noise does
+variants   held-out losses after short trainings: order 1 and 2, two learning rates, the U-Net of equal MACs
 denoise    PSNR and SSIM of restored test pictures beside classical denoisers
 
 The report has the training losses by images seen too. All to runs/continuous/, the tables to benchmarks/continuous.md.
@@ -19,7 +20,7 @@ The report has the training losses by images seen too. All to runs/continuous/, 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -52,21 +53,31 @@ from halfstep.sampling import denoise, fewer_steps, image_generators, reference_
 from halfstep.typed import build
 
 STEPS = (5, 10, 20, 50)
-PARTS = ("memory", "cost", "loss", "quality", "perturbed", "denoise")
+PARTS = ("memory", "cost", "loss", "quality", "perturbed", "variants", "denoise")
 SMALL = ContinuousSpec(base=4, levels=3, head_dim=16, teacher=0.0)
-NETS = {
+ONE_STEP = replace(SMALL, steps=(1,))
+Specs = Mapping[str, ContinuousSpec | ModelSpec]
+NETS: Specs = {
     "continuous": SMALL,
-    "continuous, one step only": replace(SMALL, steps=(1,)),
+    "continuous, one step only": ONE_STEP,
     "U-Net, equal parameters": ModelSpec(channels=(16, 30, 30), attention=(False,) * 3, head_dim=30, groups=2),
     "U-Net, equal MACs": ModelSpec(channels=(12, 24, 24), attention=(False,) * 3, head_dim=24, groups=4),
 }
 
 
-def compared(net_of: Callable[[str, ContinuousSpec | ModelSpec], Any]) -> Bank:
-    """Every net of the comparison as a bank, the continuous ones by solver steps; "U-Net" is the reference."""
+SHORT = 800
+VARIANTS: Specs = {
+    "order 1": ONE_STEP,
+    "order 2": replace(ONE_STEP, base=6, order=2),
+    "U-Net, equal MACs": NETS["U-Net, equal MACs"],
+}
+
+
+def compared(specs: Specs, net_of: Callable[[str, ContinuousSpec | ModelSpec], Any]) -> Bank:
+    """Every net of a comparison as a bank, the continuous ones by solver steps; "U-Net" is the reference."""
     dense, noise = load_denoiser(MODELS / "fashion32-dense")
     nets = {"U-Net": dense}
-    for name, spec in NETS.items():
+    for name, spec in specs.items():
         net = net_of(name, spec).eval()
         nets |= (
             {name: net} if isinstance(spec, ModelSpec) else {f"{name} @{n}": with_solver(net, n) for n in spec.steps}
@@ -74,7 +85,7 @@ def compared(net_of: Callable[[str, ContinuousSpec | ModelSpec], Any]) -> Bank:
     return Bank(nets, "U-Net", noise["prediction_type"])
 
 
-def trained(work: Path, recipe: Recipe, watch: RichWatch) -> Bank:
+def trained(work: Path, recipe: Recipe, watch: RichWatch, specs: Specs = NETS) -> Bank:
     """The nets after their trainings, which resume."""
 
     def net_of(name: str, spec: ContinuousSpec | ModelSpec) -> Any:
@@ -84,7 +95,7 @@ def trained(work: Path, recipe: Recipe, watch: RichWatch) -> Bank:
         folder = compress.continuous(DATA, out, replace(recipe, continuous=spec), watch=watch)
         return open_pipeline(str(folder)).bank[f"continuous@{min(spec.steps)}"]
 
-    return compared(net_of)
+    return compared(specs, net_of)
 
 
 def untrained(recipe: Recipe) -> Bank:
@@ -96,7 +107,7 @@ def untrained(recipe: Recipe) -> Bank:
             return new_model(spec, images, recipe.noise.timesteps)
         return compress.continuous_net(replace(recipe, continuous=spec), images)
 
-    return compared(net_of)
+    return compared(NETS, net_of)
 
 
 def cost_table(bank: Bank, repeats: int) -> Table:
@@ -182,6 +193,17 @@ def perturbed_table(judge: Judge, plan: StepPlan, count: int, bootstrap: int) ->
     return Table(title="Perturbed start noise", columns=columns, rows=tuple(rows), note=note)
 
 
+def variants_table(recipe: Recipe, work: Path, watch: RichWatch) -> Table:
+    """Held-out losses after short trainings: order 1 and 2, two learning rates, and the plain U-Net of equal MACs."""
+    short = replace(recipe, train=replace(recipe.train, steps=SHORT))
+    bank = trained(work / "variants", short, watch, VARIANTS)
+    slower = replace(short, train=replace(short.train, lr=recipe.train.lr / 3))
+    slow = trained(work / "variants-slower", slower, watch, {"order 1": ONE_STEP})
+    bank = bank.with_entry("order 1 @1, a third of the rate", slow["order 1 @1"], bank.prediction_type)
+    table = loss_table(bank, load_denoiser(MODELS / "fashion32-dense")[1])
+    return replace(table, title=f"Held-out loss after {SHORT} steps")
+
+
 def memory_table(bank: Bank, repeats: int) -> Table:
     """Peak memory and time of one training step at batch 64, by solver steps and by the way of backpropagation."""
     rows = []
@@ -250,6 +272,7 @@ def measure(parts: Iterable[str], recipe: Recipe, work: Path, repeats: int, watc
         "loss": losses,
         "quality": quality,
         "perturbed": perturbed,
+        "variants": lambda: variants_table(recipe, work, watch),
         "denoise": denoised,
     }
     for name in parts:
