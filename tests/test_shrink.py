@@ -37,6 +37,8 @@ def test_the_chosen_correction_is_the_best_on_fresh_seeds_and_ends_in_the_pipeli
     assert list(dict.fromkeys(pipe.plan.corrections)) == list(dict.fromkeys(map(tuple, best["corrections"])))
     assert pipe.plan == StepPlan.load(shrunk / "plan.json") and pipe.plan.share == 1
     assert [[1.0, 0.0], [1.0, 0.0]] in [r["corrections"] for r in finals]
+    page = (shrunk / "report.html").read_text()
+    assert "Scale at each call" in page and "What runs at each step" not in page  # one net runs at all of them
 
 
 def test_no_step_of_the_descent_is_worse_than_its_start_and_every_grid_point_was_measured(shrunk):

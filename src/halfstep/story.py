@@ -189,6 +189,19 @@ def _grid_curve(out: Path) -> list[Curve]:
     return [Curve(title="The choice of r", xlabel="r", ylabel=label, lines={"trained with r": points})]
 
 
+def _correction_curves(plan: StepPlan) -> list[Curve]:
+    """The scale and the threshold of every call, where a plan corrects its predictions."""
+    if not plan.corrected:
+        return []
+    scales, thresholds = (tuple(enumerate(values, 1)) for values in zip(*plan.corrections, strict=True))
+    found = (("Scale", "factor of the predicted noise", scales), ("Threshold", "of the predicted noise", thresholds))
+    label = "call (noise on the left, picture on the right)"
+    return [
+        Curve(title=f"{title} at each call", xlabel=label, ylabel=unit, lines={title.lower(): points})
+        for title, unit, points in found
+    ]
+
+
 def tell(out: Path) -> Path:
     """Write report.html and samples.png of a finished `halfstep optimize` from what lies in its folder.
 
@@ -213,7 +226,8 @@ def tell(out: Path) -> Path:
         tables=(plans_table(record), costs_table(costs, plan.reference)),
         figures=(
             pareto(record, searched, run["recipe"]["search"]["images"]),
-            plan_chart(plan),
+            *([plan_chart(plan)] if len(set(plan.entries)) > 1 or not plan.corrected else []),
+            *_correction_curves(plan),
             *([_heatmap(table)] if table else []),
             *_grid_curve(out),
             *training_curves(out),
