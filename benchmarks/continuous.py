@@ -11,7 +11,7 @@ cost       parameters, MACs and latency, eager and compiled; needs no training
 loss       the held-out loss; the net trained for one step at 2 and 4 steps too
 quality    the Fréchet distance at 5, 10, 20 and 50 DDIM steps
 perturbed  what too strong or too weak start noise does
-variants   held-out losses after short trainings: order 1 and 2, two learning rates, the U-Net of equal MACs
+variants   held-out losses after short trainings: order 1 and 2, fewer levels, two rates, the U-Net of equal MACs
 denoise    PSNR and SSIM of restored test pictures beside classical denoisers
 
 The report has the training losses by images seen too. All to runs/continuous/, the tables to benchmarks/continuous.md.
@@ -69,6 +69,7 @@ SHORT = 800
 VARIANTS: Specs = {
     "order 1": ONE_STEP,
     "order 2": replace(ONE_STEP, base=6, order=2),
+    "two levels": replace(ONE_STEP, base=8, levels=2, attention=False),
     "U-Net, equal MACs": NETS["U-Net, equal MACs"],
 }
 
@@ -194,14 +195,19 @@ def perturbed_table(judge: Judge, plan: StepPlan, count: int, bootstrap: int) ->
 
 
 def variants_table(recipe: Recipe, work: Path, watch: RichWatch) -> Table:
-    """Held-out losses after short trainings: order 1 and 2, two learning rates, and the plain U-Net of equal MACs."""
+    """Held-out losses after short trainings: order 1 and 2, fewer levels, two rates, and the U-Net of equal MACs."""
     short = replace(recipe, train=replace(recipe.train, steps=SHORT))
     bank = trained(work / "variants", short, watch, VARIANTS)
     slower = replace(short, train=replace(short.train, lr=recipe.train.lr / 3))
     slow = trained(work / "variants-slower", slower, watch, {"order 1": ONE_STEP})
     bank = bank.with_entry("order 1 @1, a third of the rate", slow["order 1 @1"], bank.prediction_type)
     table = loss_table(bank, load_denoiser(MODELS / "fashion32-dense")[1])
-    return replace(table, title=f"Held-out loss after {SHORT} steps")
+    cost = {
+        name: (f"{bank[name].num_parameters() / 1e3:,.0f} k", f"{count_macs(bank[name]) / 1e6:,.1f}") for name in bank
+    }
+    rows = tuple((row[0], *cost[row[0]], *row[1:]) for row in table.rows)
+    columns = (table.columns[0], "parameters", "MMACs", *table.columns[1:])
+    return replace(table, title=f"Held-out loss after {SHORT} steps (U-Net: 4,500)", columns=columns, rows=rows)
 
 
 def memory_table(bank: Bank, repeats: int) -> Table:
