@@ -122,6 +122,8 @@ def test_every_entry_denoises_a_photo_beside_the_classical_methods(ode, photo, t
     assert [record.steps for record in found[:2]] == [1, 2]
     written = {file.stem for file in (tmp_path / "o" / "china").glob("*.png")}
     assert {"noisy", "wavelet", "continuous@2-1-step"} <= written
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "china: noisy" in page and "china: continuous@2, 1 step" in page and "PSNR" in page
     with Image.open(tmp_path / "o" / "china" / "wavelet.png") as image:
         assert image.size == (52, 40) and image.mode == "RGB"
 
@@ -129,6 +131,7 @@ def test_every_entry_denoises_a_photo_beside_the_classical_methods(ode, photo, t
 def test_a_picture_that_is_noisy_already_is_only_restored(dense, photo, tmp_path):
     assert run.denoise([str(dense)], [photo], tmp_path / "o", noise=0.1, noisy=True) == []
     assert [file.name for file in (tmp_path / "o" / "china").iterdir()] == ["full-1-step.png"]
+    assert "china: full, 1 step" in (tmp_path / "o" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("noise, name", [(0.0, "china.png"), (5000.0, "china.png"), (0.1, "absent.png")])
@@ -136,6 +139,8 @@ def test_impossible_noise_and_unreadable_pictures_are_refused(noise, name, dense
     with pytest.raises(HalfstepError):
         run.denoise([str(dense)], [photo.parent / name], tmp_path / "o", noise=noise)
     (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(HalfstepError, match="two pictures 'china'"):
+        run.denoise([str(dense)], [photo, photo], tmp_path / "o", noise=0.1)
     with pytest.raises(HalfstepError, match="unreadable"):
         run.denoise([str(dense)], [tmp_path / "no.png"], tmp_path / "o", noise=0.1)
 

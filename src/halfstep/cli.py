@@ -395,7 +395,7 @@ def denoise(
     if found:
         show([record.to_json() for record in found], as_json, lambda: rich_table(restored_table(found)))
     if not as_json:
-        console.print(f"pictures: {out}", highlight=False, soft_wrap=True)
+        console.print(f"pictures: {out}, side by side in {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -37,7 +37,7 @@ from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sa
 from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
 from halfstep.spectral import spectra
-from halfstep.story import tell, tell_spectra
+from halfstep.story import tell, tell_restored, tell_spectra
 from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.watch import SILENT, Watch
 
@@ -234,6 +234,10 @@ def spectrum(
     return tell_spectra(out)
 
 
+SIDE_BY_SIDE = 8
+"""So many pictures are shown in the report of `denoise`; more would make a page that no one scrolls through."""
+
+
 def denoise(
     models: Sequence[str],
     pictures: Sequence[Path],
@@ -249,7 +253,8 @@ def denoise(
 
     Noise of standard deviation `noise` (on pictures in [0, 1]) is added to them first, and classical denoisers and
     PSNR and SSIM stand beside, unless they are `noisy` already: then they are only restored. Writes
-    out/<picture>/<method>.png and out/denoise.json. Raises DataError for pictures that cannot be read or do not fit.
+    out/<picture>/<method>.png, out/denoise.json and report.html with the first pictures side by side.
+    Raises DataError for pictures that cannot be read or do not fit.
     """
     methods: dict[str, Denoiser] = {}
     counts: dict[str, int] = {}
@@ -260,23 +265,31 @@ def denoise(
                 name = f"{prefix}{entry}, {count} step{'s' * (count > 1)}"
                 methods[name], counts[name] = partial(call, steps=count), count
     clean = [_picture(file) for file in pictures]
+    names = [Path(file).stem for file in pictures]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(got=f"two pictures {twice!r}", expected="different names", where="denoise", do="rename one")
     out = disk.require_writable(Path(out))
     total = len(pictures) * (len(methods) + (0 if noisy else len(CLASSICAL) + 1))
     with watch.stage("denoise", total) as told:
-        done = itertools.count(1)
+        done, shown = itertools.count(1), {}
 
         def keep(k: int, name: str, image: torch.Tensor) -> None:
-            file = f"{name.replace(', ', '-').replace(' ', '-')}.png"
-            disk.write_png(out / Path(pictures[k]).stem / file, picture(to_uint8(2 * image[None] - 1)[0]))
+            pixels = to_uint8(2 * image[None] - 1)[0]
+            disk.write_png(out / names[k] / f"{name.replace(', ', '-').replace(' ', '-')}.png", picture(pixels))
+            if k < SIDE_BY_SIDE:
+                shown[f"{names[k]}: {name}"] = pixels
             told(next(done), name)
 
         if noisy:
             for k, given in enumerate(clean):
                 for name, call in methods.items():
                     keep(k, name, call(given, noise))
+            tell_restored(out, (), shown)
             return []
         records = compare_denoisers(methods | CLASSICAL, clean, noise, seed, steps=counts, shown=keep)
     disk.write_json(out / "denoise.json", [record.to_json() for record in records])
+    tell_restored(out, records, shown)
     return records
 
 

@@ -118,10 +118,24 @@ def restored_table(records: Sequence[Restored]) -> Table:
     rows = [(r.name, f"{r.psnr_db:.2f}", f"{r.ssim:.3f}", f"{r.ms:,.0f}") for r in records]
     first = records[0]
     note = (
-        f"Means over {first.pictures} pictures with noise of {first.sigma:g} (noisy: {first.noisy_psnr_db:.2f} dB), "
-        f"{first.threads} CPU threads; median ms per picture, in turns. scikit-image has no BM3D."
+        f"Means over {first.pictures} picture{'s' * (first.pictures > 1)} with noise of {first.sigma:g} "
+        f"(noisy: {first.noisy_psnr_db:.2f} dB), {first.threads} CPU threads; median ms per picture, in turns. "
+        "scikit-image has no BM3D."
     )
     return Table(title="Denoised", columns=("method", "PSNR dB", "SSIM", "ms"), rows=tuple(rows), note=note)
+
+
+def tell_restored(out: Path, records: Sequence[Restored], shown: Mapping[str, np.ndarray]) -> Path:
+    """Write report.html of `halfstep denoise`: the table, where originals are known, and pictures uint8 [C, H, W]."""
+    report = Report(
+        title="Denoised pictures",
+        summary="What every method made of the same noisy pictures. Single files lie in the folders beside this page.",
+        facts={},
+        tables=(restored_table(records),) if records else (),
+        figures=(),
+        grids=tuple(Grid(title=name, images=image[None], columns=1) for name, image in shown.items()),
+    )
+    return write_report(report, out)
 
 
 def summary(record: dict[str, Any], plan: StepPlan) -> str:
