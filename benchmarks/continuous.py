@@ -65,7 +65,7 @@ NETS: Specs = {
 }
 
 
-SHORT = 800
+SHORT = 600
 VARIANTS: Specs = {
     "order 1": ONE_STEP,
     "order 2": replace(ONE_STEP, base=6, order=2),
