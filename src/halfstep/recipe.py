@@ -154,7 +154,7 @@ class ContinuousSpec:
     allows, at most 4; `attention`: in the deepest level and back; `order`: 2 for positions and velocities; `mode`:
     "released" leaves the timestep out, as the released code. `steps`: solver steps, each a bank entry; one of them is
     drawn in every training step. `teacher`: weight of the distillation from a dense model, where there is one.
-    `checkpoint`: compute activations again for the gradient: a third of the memory, a third more time.
+    `checkpoint`: compute activations again for the gradient: a third of the memory, 15 to 33 % more time.
     """
 
     base: int = 16
