@@ -3,8 +3,8 @@
     python benchmarks/continuous.py               # trains what is missing, resumable
 
 All nets see the same images for the same steps: the usual U-Net (benchmarks/models/fashion32-dense), one shrunk to the
-continuous net's parameters, one to its MACs, the continuous net trained for 1, 2 and 4 solver steps at once, and the
-same for one step only. Parts, each kept in a file and left out when it is there:
+continuous net's parameters, one to its MACs, the continuous net trained for 1, 2 and 4 solver steps at once, the same
+for one step only, and one of fewer levels. Parts, whose rows are kept in a file and not measured again:
 
 memory     peak and time of a training step by plain, checkpointed and adjoint backpropagation; needs no training
 cost       parameters, MACs and latency, eager and compiled; needs no training
@@ -20,14 +20,13 @@ The report has the training losses by images seen too. All to runs/continuous/, 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -56,10 +55,12 @@ STEPS = (5, 10, 20, 50)
 PARTS = ("memory", "cost", "loss", "quality", "perturbed", "variants", "denoise")
 SMALL = ContinuousSpec(base=4, levels=3, head_dim=16, teacher=0.0)
 ONE_STEP = replace(SMALL, steps=(1,))
+TWO_LEVELS = replace(ONE_STEP, base=8, levels=2, attention=False)
 Specs = Mapping[str, ContinuousSpec | ModelSpec]
 NETS: Specs = {
     "continuous": SMALL,
     "continuous, one step only": ONE_STEP,
+    "continuous, two levels": TWO_LEVELS,
     "U-Net, equal parameters": ModelSpec(channels=(16, 30, 30), attention=(False,) * 3, head_dim=30, groups=2),
     "U-Net, equal MACs": ModelSpec(channels=(12, 24, 24), attention=(False,) * 3, head_dim=24, groups=4),
 }
@@ -69,7 +70,7 @@ SHORT = 600
 VARIANTS: Specs = {
     "order 1": ONE_STEP,
     "order 2": replace(ONE_STEP, base=6, order=2),
-    "two levels": replace(ONE_STEP, base=8, levels=2, attention=False),
+    "two levels": TWO_LEVELS,
     "U-Net, equal MACs": NETS["U-Net, equal MACs"],
 }
 
@@ -111,6 +112,12 @@ def untrained(recipe: Recipe) -> Bank:
     return compared(NETS, net_of)
 
 
+def some(bank: Bank, names: Sequence[str]) -> Bank:
+    """These entries beside the reference."""
+    wanted = dict.fromkeys(("U-Net", *names))
+    return Bank({name: bank[name] for name in wanted}, "U-Net", bank.prediction_type)
+
+
 def cost_table(bank: Bank, repeats: int) -> Table:
     """Parameters, MACs and latency of one call at batch 64, eager and compiled, all in turns."""
     nets = {name: bank[name] for name in bank}
@@ -136,26 +143,29 @@ def cost_table(bank: Bank, repeats: int) -> Table:
 
 
 def quality_table(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, watch: RichWatch) -> Table:
-    """Fréchet distance by DDIM steps; each column is measured once and kept, with a row of pictures for every net."""
+    """Fréchet distance by DDIM steps; every cell is measured once and kept, with a row of pictures for every net."""
     cells: dict[str, list[str]] = {name: [name] for name in judge.bank}
     for steps in STEPS:
         file = work / f"quality-{steps}.json"
-        if not file.is_file():
+        record = disk.read_json(file, what="qualities", do="delete it") if file.is_file() else {"plans": {}}
+        missing = [name for name in judge.bank if name not in ("U-Net", *record["plans"])]
+        if missing:
             base = fewer_steps(plan, steps)
-            plans = {"reference": base} | {name: base.uniform(name) for name in judge.bank if name != "U-Net"}
+            plans = {"reference": base} | {name: base.uniform(name) for name in missing}
             verdict = measure_plans(judge, plans, recipe, repeats=1, watch=watch)
-            pictures = np.concatenate([drawn[:16] for drawn in verdict.pictures.values()])
-            disk.write_png(work / f"pictures-{steps}.png", picture_grid(pictures, columns=16))
-            disk.write_json(file, verdict.record)
-        record = disk.read_json(file, what="qualities", do="delete it")
-        for name, row in record["plans"].items():
-            change = "" if name == "reference" else f", {story.change_cell(row['difference'])}"
-            cells["U-Net" if name == "reference" else name].append(story.quality_cell(row["quality"]["fd"]) + change)
+            for name, drawn in verdict.pictures.items():
+                disk.write_png(
+                    work / "pictures" / f"{file_name(name)}-{steps}.png", picture_grid(drawn[:16], columns=16)
+                )
+            record = verdict.record | {"plans": record["plans"] | verdict.record["plans"]}
+            disk.write_json(file, record)
+        for name in judge.bank:
+            row = record["plans"]["reference" if name == "U-Net" else name]
+            change = "" if name == "U-Net" else f", {story.change_cell(row['difference'])}"
+            cells[name].append(story.quality_cell(row["quality"]["fd"]) + change)
     note = f"Fréchet distance with 95 % interval, change to the U-Net of as many steps, n = {recipe.eval.images}, DDIM."
-    rows = tuple(tuple(row) for row in cells.values())
-    return Table(
-        title="Quality by sampling steps", columns=("net", *(f"{s} steps" for s in STEPS)), rows=rows, note=note
-    )
+    columns = ("net", *(f"{steps} steps" for steps in STEPS))
+    return Table(title="Quality by sampling steps", columns=columns, rows=tuple(map(tuple, cells.values())), note=note)
 
 
 def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, steps: int = 4) -> Table:
@@ -175,10 +185,10 @@ def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, 
     return Table(title="Denoising", columns=columns, rows=tuple(rows), note=note)
 
 
-def perturbed_table(judge: Judge, plan: StepPlan, count: int, bootstrap: int) -> Table:
+def perturbed_table(judge: Judge, plan: StepPlan, names: Sequence[str], count: int, bootstrap: int) -> Table:
     """How the Fréchet distance changes when the start noise is 5 % too large or too small, 20 steps."""
     rows = []
-    for name in judge.bank:
+    for name in names:
         features = {}
         for factor in (1.0, 0.95, 1.05):
             drawn = []
@@ -234,55 +244,47 @@ def memory_table(bank: Bank, repeats: int) -> Table:
     return Table(title="One training step, batch 64", columns=columns, rows=tuple(rows), note=note)
 
 
-def kept(work: Path, name: str, make: Callable[[], Table] | None = None) -> Table:
-    """A part's table, from its file where it was measured before."""
-    file = work / f"{name}.json"
-    if make is not None and not file.is_file():
-        disk.write_json(file, asdict(make()))
-    return build(Table, disk.read_json(file, what="a table", do="delete it"), "", file)
+def kept(work: Path, part: str) -> Table | None:
+    """A part's table as far as it was measured."""
+    file = work / f"{part}.json"
+    return build(Table, disk.read_json(file, what="a table", do="delete it"), "", file) if file.is_file() else None
 
 
-def measure(parts: Iterable[str], recipe: Recipe, work: Path, repeats: int, watch: RichWatch) -> None:
-    """Measure the parts that are not there yet; nets are trained for the first part that needs it."""
+def grow(work: Path, part: str, names: Iterable[str], make: Callable[[list[str]], Table]) -> None:
+    """Measure the rows of these names that a part's table lacks."""
+    old = kept(work, part)
+    rows = {row[0]: row for row in old.rows} if old else {}
+    missing = [name for name in names if name not in rows]
+    if missing:
+        new = make(missing)
+        rows = {row[0]: row for row in new.rows} | rows
+        disk.write_json(work / f"{part}.json", asdict(replace(new, rows=tuple(rows.values()))))
 
-    @cache
-    def judged() -> tuple[Judge, dict, StepPlan, Recipe]:
-        bank, noise = trained(work, recipe, watch), load_denoiser(MODELS / "fashion32-dense")[1]
-        judge, settings = judge_for(bank, DATA, recipe, work, watch)
-        return judge, noise, reference_plan(bank, noise, settings.sample, bank.macs()), settings
 
-    fresh = cache(lambda: untrained(recipe))
+def measure_costs(part: str, recipe: Recipe, work: Path, repeats: int) -> None:
+    """Memory or cost, as far as it is not there yet: of untrained nets."""
+    bank = untrained(recipe)
+    if part == "memory":
+        grow(work, part, ("1", "2", "4"), lambda _: memory_table(bank, repeats))
+    else:
+        grow(work, part, bank, lambda names: cost_table(some(bank, names), repeats))
 
-    def losses() -> Table:
-        judge, noise, _, _ = judged()
-        bank, name = judge.bank, "continuous, one step only"
-        for n in (2, 4):
-            bank = bank.with_entry(f"{name} @{n}", with_solver(bank[f"{name} @1"], n), bank.prediction_type)
-        return loss_table(bank, noise)
 
-    def quality() -> Table:
-        judge, _, plan, settings = judged()
-        return quality_table(judge, plan, settings, work, watch)
-
-    def perturbed() -> Table:
-        judge, _, plan, settings = judged()
-        return perturbed_table(judge, plan, settings.eval.images // 2, settings.eval.bootstrap)
-
-    def denoised() -> Table:
-        judge, noise, _, _ = judged()
-        return denoise_table(judge.bank, noise)
-
-    makes = {
-        "memory": lambda: memory_table(fresh(), repeats),
-        "cost": lambda: cost_table(fresh(), repeats),
-        "loss": losses,
-        "quality": quality,
-        "perturbed": perturbed,
-        "variants": lambda: variants_table(recipe, work, watch),
-        "denoise": denoised,
-    }
-    for name in parts:
-        kept(work, name, makes[name])
+def measure_quality(part: str, judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> None:
+    """What trained nets are judged by, as far as it is not there yet."""
+    bank, name = judge.bank, "continuous, one step only"
+    plan = reference_plan(bank, noise, recipe.sample, bank.macs())
+    if part == "quality":
+        disk.write_json(work / "quality.json", asdict(quality_table(judge, plan, recipe, work, watch)))
+    elif part == "perturbed":
+        images, bootstrap = recipe.eval.images // 2, recipe.eval.bootstrap
+        grow(work, part, bank, lambda names: perturbed_table(judge, plan, names, images, bootstrap))
+    elif part == "denoise":
+        grow(work, part, bank, lambda names: denoise_table(some(bank, names), noise))
+    else:
+        more = {f"{name} @{n}": with_solver(bank[f"{name} @1"], n) for n in (2, 4)}
+        wide = Bank({n: bank[n] for n in bank} | more, "U-Net", bank.prediction_type)
+        grow(work, part, wide, lambda names: loss_table(some(wide, names), noise))
 
 
 def main() -> None:
@@ -300,8 +302,18 @@ def main() -> None:
     if args.train_only:
         trained(work, recipe, watch)
         return
-    measure(args.part or PARTS, recipe, work, args.repeats, watch)
-    tables = tuple(kept(work, name) for name in PARTS if (work / f"{name}.json").is_file())
+    parts = args.part or PARTS
+    for part in ("memory", "cost"):
+        if part in parts:
+            measure_costs(part, recipe, work, args.repeats)
+    if "variants" in parts:
+        grow(work, "variants", ("U-Net",), lambda _: variants_table(recipe, work, watch))
+    trainings = [part for part in parts if part not in ("memory", "cost", "variants")]
+    if trainings:
+        judge, settings = judge_for(trained(work, recipe, watch), DATA, recipe, work, watch)
+        for part in trainings:
+            measure_quality(part, judge, load_denoiser(MODELS / "fashion32-dense")[1], settings, work, watch)
+    tables = tuple(table for table in (kept(work, part) for part in PARTS) if table)
     lines = {}
     for log in sorted(work.glob("*/log.jsonl")):
         batch = recipe.train.batch
