@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from halfstep import compress, methods, run
+from halfstep.bank import load_denoiser
 from halfstep.continuous import ContinuousUNet2DModel
+from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe
 from halfstep.sampling import StepAwarePipeline
@@ -84,6 +86,16 @@ def test_sizes_that_do_not_fit_are_refused_before_a_file_is_written(edit, tmp_pa
     with pytest.raises(HalfstepError):
         compress.continuous("digits", tmp_path / "o", tiny(edit))
     assert not (tmp_path / "o").exists()
+
+
+def test_beside_a_teacher_the_continuous_net_has_at_most_a_quarter_of_its_parameters():
+    teacher, images = load_denoiser("digits")[0], load_images("digits")
+    recipe = tiny("continuous.base=0")
+    net = compress.continuous_net(recipe, images, teacher)
+    base = net.config.base_channels
+    next_one = compress.continuous_net(tiny(f"continuous.base={base + 2}"), images, teacher)
+    assert 4 * net.num_parameters() <= teacher.num_parameters() < 4 * next_one.num_parameters()
+    assert compress.continuous_net(recipe, images).config.base_channels == 16
 
 
 def test_the_grid_keeps_the_best_weight_and_always_shows_the_training_free_controls(tmp_path):

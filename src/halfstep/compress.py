@@ -110,7 +110,9 @@ def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = No
     net = continuous_net(recipe, job.images, source.dense)
     if not job.begun():
         return job.done
-    watch.say(f"continuous U-Net: {net.num_parameters():,} parameters, {count_macs(net) / 1e6:,.1f} MMACs at one step")
+    beside = f", {net.num_parameters() / source.dense.num_parameters():.0%} of the teacher's" if teacher else ""
+    macs = count_macs(net) / 1e6
+    watch.say(f"continuous U-Net: {net.num_parameters():,} parameters{beside}, {macs:,.1f} MMACs at one solver step")
     weight = recipe.continuous.teacher if teacher else 0.0
     lesson = predictor(job.teacher()) if weight else None
     if recipe.continuous.checkpoint:
@@ -130,11 +132,11 @@ def continuous_net(recipe: Recipe, images: Images | Latents, dense: Any = None) 
     classes = dense.config.num_class_embeds if dense is not None else None
     if dense is None and recipe.model.class_conditional:
         classes = len(images.classes)
-    return ContinuousUNet2DModel(
+    make = functools.partial(
+        ContinuousUNet2DModel,
         sample_size=images.size,
         in_channels=images.channels,
         out_channels=images.channels,
-        base_channels=spec.base,
         levels=spec.levels or max(halvings, default=1),
         attention_levels=None if spec.attention else (),
         attention_head_dim=spec.head_dim,
@@ -143,6 +145,16 @@ def continuous_net(recipe: Recipe, images: Images | Latents, dense: Any = None) 
         num_class_embeds=classes,
         solver_steps=min(spec.steps),
     )
+    return make(base_channels=spec.base or (16 if dense is None else _base_for_a_quarter(make, dense)))
+
+
+def _base_for_a_quarter(make: Callable[..., ContinuousUNet2DModel], dense: Any) -> int:
+    """The largest even base that leaves a continuous net at most a quarter of a dense one's parameters; at least 2."""
+    base = 2
+    with torch.device("meta"):
+        while 4 * make(base_channels=base + 2).num_parameters() <= dense.num_parameters():
+            base += 2
+    return base
 
 
 def continuous_bank(dense: Any, net: ContinuousUNet2DModel, steps: Sequence[int], prediction: str) -> Bank:

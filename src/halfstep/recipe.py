@@ -150,14 +150,15 @@ class SpectralSpec:
 class ContinuousSpec:
     """The Missing U's continuous U-Net and its training.
 
-    `base`: channels of the stem (the first level has twice as many); `levels`: halvings, 0 for as many as the size
+    `base`: channels of the stem (the first level has twice as many); 0: as many as leave a quarter of the teacher's
+    parameters, as the paper has it, and 16 without a teacher. `levels`: halvings, 0 for as many as the size
     allows, at most 4; `attention`: in the deepest level and back; `order`: 2 for positions and velocities; `mode`:
     "released" leaves the timestep out, as the released code. `steps`: solver steps, each a bank entry; one of them is
     drawn in every training step. `teacher`: weight of the distillation from a dense model, where there is one.
     `checkpoint`: compute activations again for the gradient: a third of the memory, 15 to 33 % more time.
     """
 
-    base: int = 16
+    base: int = 0
     levels: int = 0
     attention: bool = True
     head_dim: int = 32
@@ -357,7 +358,6 @@ _POSITIVE = [
     "eval.feature_steps",
     "eval.bootstrap",
     "spectral.reduction",
-    "continuous.base",
     "continuous.head_dim",
 ]
 _NOT_NEGATIVE = [
@@ -373,6 +373,7 @@ _NOT_NEGATIVE = [
     "sparse.decay",
     "sparse.teacher",
     "sparse.least",
+    "continuous.base",
     "continuous.levels",
     "continuous.teacher",
     "regular.r",
