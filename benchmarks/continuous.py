@@ -27,7 +27,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
@@ -143,8 +145,9 @@ def cost_table(bank: Bank, repeats: int) -> Table:
 
 
 def quality_table(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, watch: RichWatch) -> Table:
-    """Fréchet distance by DDIM steps; every cell is measured once and kept, with a row of pictures for every net."""
+    """Fréchet distance by DDIM steps, every cell measured once and kept; pictures-N.png has a row for every net."""
     cells: dict[str, list[str]] = {name: [name] for name in judge.bank}
+    plan_of = {name: "reference" if name == "U-Net" else name for name in judge.bank}
     for steps in STEPS:
         file = work / f"quality-{steps}.json"
         record = disk.read_json(file, what="qualities", do="delete it") if file.is_file() else {"plans": {}}
@@ -154,18 +157,23 @@ def quality_table(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, watc
             plans = {"reference": base} | {name: base.uniform(name) for name in missing}
             verdict = measure_plans(judge, plans, recipe, repeats=1, watch=watch)
             for name, drawn in verdict.pictures.items():
-                disk.write_png(
-                    work / "pictures" / f"{file_name(name)}-{steps}.png", picture_grid(drawn[:16], columns=16)
-                )
+                disk.write_png(row_of_pictures(work, name, steps), picture_grid(drawn[:16], columns=16))
             record = verdict.record | {"plans": record["plans"] | verdict.record["plans"]}
             disk.write_json(file, record)
+        rows = [np.asarray(Image.open(row_of_pictures(work, name, steps))) for name in plan_of.values()]
+        disk.write_png(work / f"pictures-{steps}.png", Image.fromarray(np.concatenate(rows)))
         for name in judge.bank:
-            row = record["plans"]["reference" if name == "U-Net" else name]
+            row = record["plans"][plan_of[name]]
             change = "" if name == "U-Net" else f", {story.change_cell(row['difference'])}"
             cells[name].append(story.quality_cell(row["quality"]["fd"]) + change)
     note = f"Fréchet distance with 95 % interval, change to the U-Net of as many steps, n = {recipe.eval.images}, DDIM."
     columns = ("net", *(f"{steps} steps" for steps in STEPS))
     return Table(title="Quality by sampling steps", columns=columns, rows=tuple(map(tuple, cells.values())), note=note)
+
+
+def row_of_pictures(work: Path, name: str, steps: int) -> Path:
+    """The file with a net's pictures."""
+    return work / "pictures" / f"{file_name(name)}-{steps}.png"
 
 
 def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, steps: int = 4) -> Table:

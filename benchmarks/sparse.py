@@ -20,9 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
+from fashion import DATA, MODELS, file_name, loss_table, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
@@ -31,7 +30,7 @@ from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
-from halfstep.report import Grid, Report, Table, rich_table, write_report
+from halfstep.report import Grid, Report, Table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.sparse import STAGES
 
@@ -199,8 +198,7 @@ def main() -> None:
     )
     if not args.only:
         write_report(report, work)
-    Path(__file__).with_name(f"sparse-{args.net}{suffix}.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
-    Console().print(rich_table(table))
+    show_table(table, f"sparse-{args.net}{suffix}.md")
 
 
 if __name__ == "__main__":
