@@ -1,23 +1,27 @@
 """Regularised score matching on digits and Fashion-MNIST 16x16: fewer steps, beside the controls that keep it honest.
 
     python benchmarks/regularized.py                    # trains what is missing, resumable
-    python benchmarks/regularized.py --data digits
+    python benchmarks/regularized.py --data fashion16 --sampler ddpm      # a part; another process may do the rest
 
 From one trained model every weight r of the penalty trains on for the same number of steps, three seeds each. Measured
 at T = 10, 20, 50 and 200 calls (1000 for the plain net), ancestral and DDIM: the plain net, r, and the plain net with
-its best scale and its best threshold (`halfstep shrink`; up to 50 calls), and with its best correction by stretches of
-steps (up to 20), none of which is trained. Spread over seeds; Fréchet distance, precision, recall. The toy sets of the
-specification are in `regularized_toys.py`.
-Everything goes to runs/regularized-<data>/, the tables, with what is measured so far, to regularized-<data>.md here.
+its best scale and its best threshold, and up to 20 calls with its best correction by stretches of steps (`halfstep
+shrink`), none of which is trained; they are chosen on other noise than they are measured on. Within a cell all variants
+share their noise, so ratios of distances are paired. The toy sets of the specification are in `regularized_toys.py`.
+Everything goes to runs/regularized-<data>/, with a report of all pictures; the tables, with what is measured so far, to
+regularized-<data>.md here, and pictures of 20 calls to docs/regularized-<data>.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -31,116 +35,255 @@ from halfstep.measured import judge_for, open_pipeline
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
-from halfstep.report import Table, rich_table
+from halfstep.report import Grid, Report, Table, picture_grid, rich_table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.shrink import shrink_plan
 
-CALLS = (10, 20, 50, 200)
-CORRECTED, BY_STRETCH = 50, 20
-"""The most calls of the controls: what they cost to find grows with the calls, what they bring shrinks."""
+CALLS, REFERENCE = (10, 20, 50, 200), 1000
+ALL_NETS, BY_STRETCH = 50, 20
+"""Above so many calls only the largest r stands beside the plain net; corrections by stretches are only for few."""
+SAMPLERS = {"ddpm": "ancestral, posterior variance", "ddim": "DDIM"}
 SOURCES = {"digits": ("digits", "digits", "digits"), "fashion16": (DATA, "fashion16", str(MODELS / "fashion16-small"))}
 """Images, recipe and trained model of each benchmark."""
+EDITS = (
+    "train.steps=800",
+    "train.lr=2e-4",
+    "regular.grid=0.01,0.1",
+    "shrink.images=256",
+    "eval.images=512",
+    "sample.batch=128",
+)
+PLAIN = regular_name(0.0)
+SCALED, SOFT, STRETCHED = "one scale", "one threshold", "by stretch"
+SHOWN = 16
+"""Pictures kept of each variant."""
 
 
-def trained(name: str, grid: tuple[float, ...], seeds: int, recipe: Recipe, work: Path, watch: RichWatch) -> list[Bank]:
+def trained(name: str, seeds: int, recipe: Recipe, work: Path, watch: RichWatch) -> list[Bank]:
     """A bank for each seed: the plain net trained on, and one net for every r."""
     data, _, model = SOURCES[name]
     banks = []
     for seed in range(seeds):
         entries = {}
-        for r in (0.0, *grid):
+        for r in (0.0, *recipe.regular.grid):
             one = replace(recipe, seed=seed, regular=replace(recipe.regular, r=r))
             folder = compress.regularized(data, work / f"{regular_name(r)}-{seed}", one, model=model, watch=watch)
             entries[regular_name(r)] = open_pipeline(str(folder)).bank[regular_name(r)]
-        banks.append(Bank(entries, regular_name(0.0), recipe.noise.prediction))
+        banks.append(Bank(entries, PLAIN, recipe.noise.prediction))
     return banks
 
 
-def measured(judge: Judge, plan: StepPlan, count: int, seed: int) -> tuple[float, float, float]:
-    """Fréchet distance, precision and recall of a plan."""
-    found = judge.quality(judge.features(plan, count, seed)[0], seed, 2)
-    return found["fd"].value, found["precision"].value, found["recall"].value
+# ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def rows_of(
-    judge: Judge, noise: dict, kind: str, calls: int, recipe: Recipe, work: Path, seed: int, watch: RichWatch
-) -> dict[str, tuple[float, float, float]]:
-    """Every variant at one sampler and number of calls, for one seed; of 1000 calls the plain net alone."""
-    sample = replace(recipe.sample, scheduler=kind, steps=calls)
-    plan = reference_plan(judge.bank, noise, sample, judge.bank.macs())
-    plans = {name: plan.uniform(name) for name in judge.bank if calls < 1000 or name == judge.bank.reference}
-    if calls <= CORRECTED:
-        rounds = recipe.shrink.rounds if calls <= BY_STRETCH else 0
-        spec = replace(recipe.shrink, final_images=recipe.shrink.images, rounds=rounds)
-        folder = work / f"shrink-{kind}-{calls}-{seed}"
-        folder.mkdir(exist_ok=True)
-        found = shrink_plan(judge, plan, spec, folder, seed=seed, watch=watch)
-        left_out = ("none",) if spec.rounds else ("none", "by stretch")
-        plans |= {f"r=0, {name}": one for name, one in found.plans.items() if name not in left_out}
-    return {name: measured(judge, one, recipe.eval.images, seed + 3) for name, one in plans.items()}
+def plans_of(judge: Judge, plan: StepPlan, recipe: Recipe, folder: Path, seed: int, watch: RichWatch) -> dict:
+    """The plans to measure at one sampler and number of calls, by name; `plan` is the plain net's."""
+    if plan.steps >= REFERENCE:
+        return {PLAIN: plan}
+    nets = list(judge.bank) if plan.steps <= ALL_NETS else [PLAIN, list(judge.bank)[-1]]
+    rounds = recipe.shrink.rounds if plan.steps <= BY_STRETCH else 0
+    spec = replace(recipe.shrink, rounds=rounds, final_images=2)  # the choice on fresh seeds is this benchmark's own
+    folder.mkdir(exist_ok=True)
+    found = shrink_plan(judge, plan, spec, folder, seed=seed, watch=watch).plans
+    controls = (SCALED, SOFT, STRETCHED) if rounds else (SCALED, SOFT)
+    return {name: plan.uniform(name) for name in nets} | {name: found[name] for name in controls}
+
+
+def measure_cell(judge: Judge, plans: dict[str, StepPlan], count: int, seed: int, pictures: Path | None) -> dict:
+    """Fréchet distance, precision, recall and correction of every plan, on the same noise; the first pictures."""
+    rows, shown = {}, {}
+    for name, plan in plans.items():
+        features, shown[name] = judge.features(plan, count, seed + 3, SHOWN)
+        found = judge.quality(features, seed, 2)
+        rows[name] = {metric: found[metric].value for metric in ("fd", "precision", "recall")}
+        rows[name]["corrections"] = sorted(set(plan.corrections))
+    if pictures is not None:
+        disk.write_atomic(pictures, lambda file: np.savez(file.open("wb"), **shown))
+    return rows
+
+
+def measure(
+    banks: Sequence[Bank], name: str, recipe: Recipe, samplers: Sequence[str], work: Path, watch: RichWatch
+) -> None:
+    """Every cell that is not measured yet, few calls first, the page after each."""
+    data, _, model = SOURCES[name]
+    noise, macs = load_denoiser(model)[1], [bank.macs() for bank in banks]
+    for net in (bank[entry] for bank in banks for entry in bank):
+        net.compile()  # a fifth of the time on a CPU
+    cells = [(kind, calls, seed) for calls in CALLS for kind in samplers for seed in range(len(banks))]
+    for kind, calls, seed in [*cells, *((kind, REFERENCE, 0) for kind in samplers)]:
+        file = work / f"quality-{kind}-{calls}-{seed}.json"
+        if file.is_file():
+            continue
+        judge, settings = judge_for(banks[seed], data, recipe, work, watch)
+        sample = replace(settings.sample, scheduler=kind, steps=calls)
+        plan = reference_plan(judge.bank, noise, sample, macs[seed])
+        plans = plans_of(judge, plan, settings, work / f"shrink-{kind}-{calls}-{seed}", seed, watch)
+        pictures = work / f"pictures-{kind}-{calls}.npz" if seed == 0 else None
+        disk.write_json(file, measure_cell(judge, plans, settings.eval.images, seed, pictures))
+        write_page(name, work, settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+Results = dict[tuple[str, int], list[dict]]
+"""(sampler, calls) -> for each seed the rows of a cell, by name"""
+
+
+def results_of(work: Path) -> Results:
+    """All that is measured so far."""
+    found: Results = {}
+    for file in sorted(work.glob("quality-*.json")):
+        _, kind, calls, _ = file.stem.split("-")
+        found.setdefault((kind, int(calls)), []).append(disk.read_json(file, what="qualities", do="delete it"))
+    return found
+
+
+def over_seeds(values: Sequence[float], places: int = 2) -> str:
+    """Mean ± deviation."""
+    return f"{mean(values):.{places}f}" + (f" ± {stdev(values):.{places}f}" if len(values) > 1 else "")
+
+
+def ratios(results: Results, ours: tuple[str, int, str], theirs: tuple[str, int, str]) -> list[float]:
+    """Ratios of two variants' distances, seed by seed; a variant is (sampler, calls, name)."""
+    (kind, calls, name), (other, most, base) = ours, theirs
+    cells = zip(results.get((kind, calls), []), results.get((other, most), []), strict=False)
+    return [a[name]["fd"] / b[base]["fd"] for a, b in cells if name in a and base in b]
+
+
+def tables_of(kind: str, results: Results, recipe: Recipe) -> list[Table]:
+    """Distances, and precision with recall, of every variant by number of calls."""
+    columns = [calls for calls in (*CALLS, REFERENCE) if (kind, calls) in results]
+    names = list(dict.fromkeys(name for calls in columns for cell in results[kind, calls] for name in cell))
+    distances, shares = [], []
+    for name in names:
+        row, other = [], []
+        for calls in columns:
+            found = [cell[name] for cell in results[kind, calls] if name in cell]
+            less = ratios(results, (kind, calls, name), (kind, calls, PLAIN))
+            beside = f" (× {over_seeds(less)})" if found and name != PLAIN else ""
+            row.append(over_seeds([one["fd"] for one in found]) + beside if found else "–")
+            other.append(f"{means(found, 'precision')}, {means(found, 'recall')}" if found else "–")
+        distances.append((name, *row))
+        shares.append((name, *other))
+    note = (
+        f"Mean ± deviation over the seeds, {len(results[kind, columns[0]])} of them (of {REFERENCE} calls one); in "
+        f"brackets the ratio to the plain net of as many calls, paired. n = {recipe.eval.images}, features "
+        f"{recipe.eval.features}."
+    )
+    head = ("", *(f"T = {calls}" for calls in columns))
+    return [
+        Table(title=f"{SAMPLERS[kind]}: Fréchet distance", columns=head, rows=tuple(distances), note=note),
+        Table(title=f"{SAMPLERS[kind]}: precision, recall", columns=head, rows=tuple(shares), note="The same images."),
+    ]
+
+
+def means(found: Sequence[dict], what: str) -> str:
+    return f"{mean(one[what] for one in found):.2f}"
+
+
+def corrections_table(results: Results) -> Table:
+    """What was chosen for each control, by seed."""
+    rows = []
+    for (kind, calls), cells in sorted(results.items(), key=lambda item: (item[0][1], item[0][0])):
+        if calls < REFERENCE:
+            chosen = [[cell[name]["corrections"] for cell in cells] for name in (SCALED, SOFT)]
+            scales, thresholds = ([f"{one[0][i]:g}" for one in found] for i, found in enumerate(chosen))
+            rows.append((SAMPLERS[kind], f"{calls}", ", ".join(scales), ", ".join(thresholds)))
+    return Table(
+        title="The controls' values", columns=("", "T", "scale", "threshold"), rows=tuple(rows), note="One per seed."
+    )
+
+
+def claims(results: Results) -> list[str]:
+    """What holds and what does not, by ratios of distances, paired by seed: a claim of "better" holds where the mean
+    ratio is below 1 by more than two deviations over the seeds."""
+    lines = []
+    for kind, title in SAMPLERS.items():
+        for calls in CALLS:
+            cells = results.get((kind, calls), [])
+            nets = [name for name in (cells[0] if cells else ()) if name.startswith("r=") and name != PLAIN]
+            if len(cells) < 2 or not nets:
+                continue
+            best = min(nets, key=lambda n: mean(ratios(results, (kind, calls, n), (kind, calls, PLAIN))))
+            against = {
+                rival: ratios(results, (kind, calls, best), (kind, calls, rival)) for rival in (PLAIN, SCALED, SOFT)
+            }
+            better = {rival: mean(found) + 2 * stdev(found) < 1 for rival, found in against.items()}
+            said = "held" if better[PLAIN] else "not held"
+            own = "held" if all(better.values()) else "not held"
+            told = ", ".join(f"{over_seeds(found)} of {rival}'s" for rival, found in against.items())
+            lines.append(f"- {title}, T = {calls}: better than plain {said}, than both controls {own}: {best}: {told}")
+    lines += [aim(results, name) for name in (*dict.fromkeys(results.get(("ddpm", 20), [{}])[0]),)]
+    return [line for line in lines if line]
+
+
+def aim(results: Results, name: str) -> str:
+    """20 ancestral calls of a variant against 200 plain ones."""
+    found = ratios(results, ("ddpm", 20, name), ("ddpm", 200, PLAIN))
+    if not found:
+        return ""
+    reached = "reached" if mean(found) <= 1.1 else "not reached"
+    return f"- aim, 20 ancestral calls within 10 % of 200 plain ones, {name}: {reached}: {over_seeds(found)}"
+
+
+def write_page(name: str, work: Path, recipe: Recipe) -> list[Table]:
+    """The tables, claims and pictures of all that is measured so far."""
+    results = results_of(work)
+    tables = [table for kind in SAMPLERS if (kind, CALLS[0]) in results for table in tables_of(kind, results, recipe)]
+    tables.append(corrections_table(results))
+    said = claims(results)
+    page = [f"# Regularised score matching, {name}", *map(markdown, tables), "\n".join(said)]
+    disk.write_text(Path(__file__).with_name(f"regularized-{name}.md"), "\n\n".join(page).rstrip() + "\n")
+    grids = []
+    for (kind, calls), file in sorted(pictures_of(work).items(), key=lambda item: (item[0][1], item[0][0])):
+        with np.load(file, allow_pickle=False) as arrays:
+            grids += [Grid(title=f"{SAMPLERS[kind]}, T = {calls}: {n}", images=arrays[n]) for n in arrays.files]
+    summary = " ".join(line.removeprefix("- ") + "." for line in said)
+    facts = {"calls": ", ".join(map(str, CALLS)), "images": f"{recipe.eval.images}"}
+    parts = {"tables": tuple(tables), "figures": (), "grids": tuple(grids)}
+    write_report(Report(title=page[0][2:], summary=summary, facts=facts, **parts), work)
+    draw_twenty(name, work)
+    return tables
+
+
+def pictures_of(work: Path) -> dict[tuple[str, int], Path]:
+    found = {}
+    for file in work.glob("pictures-*.npz"):
+        _, kind, calls = file.stem.split("-")
+        found[kind, int(calls)] = file
+    return found
+
+
+def draw_twenty(name: str, work: Path) -> None:
+    """Rows of pictures from the same noise: ancestral, 20 calls, every variant in the order of the table; last 200."""
+    files, rows = pictures_of(work), []
+    for calls, only in ((20, None), (200, PLAIN)):
+        if ("ddpm", calls) in files:
+            with np.load(files["ddpm", calls], allow_pickle=False) as arrays:
+                rows += [arrays[one] for one in arrays.files if only in (None, one)]
+    if rows:
+        target = Path(__file__).parents[1] / "docs" / f"regularized-{name}.png"
+        scale = math.ceil(32 / rows[0].shape[-1])
+        disk.write_png(target, picture_grid(np.concatenate(rows), columns=SHOWN, scale=scale))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(SOURCES), default="digits")
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), action="append", help="only these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
     watch, work = RichWatch(), args.work or Path(f"runs/regularized-{args.data}")
     work.mkdir(parents=True, exist_ok=True)
-    data, base, model = SOURCES[args.data]
-    edits = [
-        "train.steps=800",
-        "train.lr=2e-4",
-        "regular.grid=0.01,0.03,0.1",
-        "shrink.images=512",
-        "eval.images=1024",
-    ]
-    recipe = named(base).edit([*edits, *args.set])
-    banks = trained(args.data, recipe.regular.grid, args.seeds, recipe, work, watch)
-    noise = load_denoiser(model)[1]
-    cells = [(kind, calls, seed) for kind in ("ddpm", "ddim") for calls in CALLS for seed in range(args.seeds)]
-    for kind, calls, seed in [*cells, ("ddpm", 1000, 0)]:
-        file = work / f"quality-{kind}-{calls}-{seed}.json"
-        if not file.is_file():
-            judge, settings = judge_for(banks[seed], data, recipe, work, watch)
-            disk.write_json(file, rows_of(judge, noise, kind, calls, settings, work, seed, watch))
-            write_page(args.data, work, recipe)
+    recipe = named(SOURCES[args.data][1]).edit([*EDITS, *args.set])
+    banks = trained(args.data, args.seeds, recipe, work, watch)
+    measure(banks, args.data, recipe, args.sampler or tuple(SAMPLERS), work, watch)
     for table in write_page(args.data, work, recipe):
         Console().print(rich_table(table))
-
-
-def write_page(name: str, work: Path, recipe: Recipe) -> list[Table]:
-    """The tables of all that is measured so far."""
-    results: dict[tuple[str, int], dict[str, list]] = {}
-    for file in sorted(work.glob("quality-*.json")):
-        _, kind, calls, _ = file.stem.split("-")
-        for row, values in disk.read_json(file, what="qualities", do="delete it").items():
-            results.setdefault((kind, int(calls)), {}).setdefault(row, []).append(values)
-    tables = [table_of(kind, results, recipe) for kind in ("ddpm", "ddim") if (kind, CALLS[0]) in results]
-    page = [f"# Regularised score matching, {name}", *map(markdown, tables)]
-    Path(__file__).with_name(f"regularized-{name}.md").write_text("\n\n".join(page) + "\n")
-    return tables
-
-
-def table_of(kind: str, results: dict, recipe: Recipe) -> Table:
-    """Fréchet distance (spread over seeds), precision and recall of every variant by number of calls."""
-    rows, columns = [], [calls for calls in (*CALLS, 1000) if (kind, calls) in results]
-    for name in results[kind, CALLS[0]]:
-        found = (results[kind, calls].get(name) for calls in columns)
-        rows.append((name, *("–" if one is None else cell_of(one) for one in found)))
-    seeds = max(len(found["r=0"]) for found in results.values())
-    note = f"Fréchet distance ± deviation over seeds, up to {seeds} (precision, recall); n = {recipe.eval.images}."
-    sampler = "ancestral, posterior variance" if kind == "ddpm" else "DDIM"
-    return Table(title=sampler, columns=("", *(f"T = {calls}" for calls in columns)), rows=tuple(rows), note=note)
-
-
-def cell_of(found: list) -> str:
-    """What the seeds found, each (distance, precision, recall)."""
-    distances, precisions, recalls = zip(*found, strict=True)
-    spread = f" ± {stdev(distances):.3f}" if len(found) > 1 else ""
-    return f"{mean(distances):.3f}{spread} ({mean(precisions):.2f}, {mean(recalls):.2f})"
 
 
 if __name__ == "__main__":

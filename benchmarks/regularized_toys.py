@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +33,7 @@ from halfstep.denoiser import corrected
 from halfstep.evaluate import frechet_distance, precision_recall
 from halfstep.recipe import RegularSpec
 from halfstep.regularized import regular_objective
+from halfstep.shrink import climb
 from halfstep.train import Batch
 
 TRAINED = (0.0, 0.01, 0.1)
@@ -200,21 +201,6 @@ class Measure:
         return found
 
 
-def climb(values: Sequence[float], start: int, score: Callable[[float], float]) -> float:
-    """The best of ordered values, walking from `start` as long as it gets better, to one side or the other."""
-    known = {start: score(values[start])}
-    for way in (1, -1):
-        at = start
-        while 0 <= at + way < len(values):
-            known[at + way] = score(values[at + way])
-            if known[at + way] >= known[at]:
-                break
-            at += way
-        if at != start:
-            break
-    return values[min(known, key=known.__getitem__)]
-
-
 def rows_of(net: ToyNet, toy: Toy, seed: int, controls: bool) -> Iterator[dict]:
     """One record for every sampler, number of steps and, for the plain model, each control at its own optimum."""
     measure, d = Measure(toy), toy.train.shape[1]
@@ -226,9 +212,9 @@ def rows_of(net: ToyNet, toy: Toy, seed: int, controls: bool) -> Iterator[dict]:
             if not controls:
                 continue
             scan = partial(sample, net, d, TRIES, steps, sampler, 5000 + seed)
-            best = climb(SCALES, SCALES.index(1.0), lambda c, scan=scan: measure.fd(scan(scale=c)))
+            best = climb(SCALES, 1.0, cache(lambda c, scan=scan: measure.fd(scan(scale=c))))
             yield about | {"correction": "scale", "value": best} | measure.all(final(scale=best))
-            best = climb(THRESHOLDS, 0, lambda c, scan=scan: measure.fd(scan(threshold=c)))
+            best = climb(THRESHOLDS, 0.0, cache(lambda c, scan=scan: measure.fd(scan(threshold=c))))
             yield about | {"correction": "soft", "value": best} | measure.all(final(threshold=best))
 
 

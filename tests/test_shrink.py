@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from halfstep import run
 from halfstep.errors import HalfstepError
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.sampling import StepAwarePipeline
+from halfstep.shrink import climb
 
 EDITS = """
 sample.steps=4 sample.scheduler=ddpm sample.batch=128 shrink.images=96 shrink.final_images=128 shrink.parts=2
@@ -41,12 +44,28 @@ def test_the_chosen_correction_is_the_best_on_fresh_seeds_and_ends_in_the_pipeli
     assert "Scale at each call" in page and "What runs at each step" not in page  # one net runs at all of them
 
 
-def test_no_step_of_the_descent_is_worse_than_its_start_and_every_grid_point_was_measured(shrunk):
+def test_each_walk_ends_where_both_neighbours_were_measured_and_are_no_better(shrunk):
     tried = {tuple(map(tuple, r["corrections"])): r["score"] for r in records(shrunk / "shrink.jsonl")}
-    for scale in (0.8, 0.9, 1.0, 1.1):
-        assert ((scale, 0.0), (scale, 0.0)) in tried
-    assert ((1.0, 0.1), (1.0, 0.1)) in tried
-    assert min(tried.values()) <= tried[(1.0, 0.0), (1.0, 0.0)]
+    for kind, grid in ((0, (0.8, 0.9, 1.0, 1.1)), (1, (0.0, 0.1))):
+        found = {value: tried.get(((value, 0.0) if kind == 0 else (1.0, value),) * 2) for value in grid}
+        measured = [value for value in grid if found[value] is not None]
+        best = grid.index(min(measured, key=lambda value: found[value]))
+        assert set(grid[max(0, best - 1) : best + 2]) <= set(measured)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=12), st.integers(0, 11), st.integers(0, 11))
+def test_a_walk_finds_the_lowest_of_scores_that_fall_and_then_rise(steps, valley, start):
+    """Oracle: all of the grid."""
+    n, asked = len(steps), []
+    valley, start = valley % n, start % n
+    heights = [sum(1 + abs(s) for s in steps[min(i, valley) : max(i, valley)]) for i in range(n)]
+
+    def score(value: int) -> float:
+        asked.append(value)
+        return heights[value]
+
+    assert climb(range(n), start, score) == valley == min(range(n), key=heights.__getitem__)
+    assert len(set(asked)) <= abs(valley - start) + 3  # the way, one further, and one to the other side
 
 
 def test_shrinking_helps_five_ancestral_steps_as_the_paper_s_controls_do(shrunk):

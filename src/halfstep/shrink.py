@@ -6,9 +6,10 @@ an l1-regularised training gains (see `regularized.py` and docs/methods/regulari
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from halfstep.watch import SILENT, Told, Watch
 
 Correction = tuple[float, float]
 """(scale, threshold) of a stretch of rows."""
+Value = TypeVar("Value")
 NONE: Correction = (1.0, 0.0)
 
 
@@ -43,9 +45,10 @@ def shrink_plan(
 ) -> Shrunk:
     """The best correction of every stretch of a plan's rows, for the judge's score.
 
-    First one scale for all rows, then one threshold; from the better of them, every stretch in turn tries its
-    neighbours on both grids, `spec.rounds` times. Every measurement is written to out/shrink.jsonl (and read again when
-    resumed). The last choice is made on fresh seeds, and may be to correct nothing. Raises PlanError for a bank that
+    First one scale for all rows, then one threshold, each by a walk along its grid; from the better of them, every
+    stretch in turn tries its neighbours on both grids, `spec.rounds` times. Every measurement is written to
+    out/shrink.jsonl (and read again when resumed). The last choice is made on fresh seeds, and may be to correct
+    nothing. Raises PlanError for a bank that
     does not predict the noise.
     """
     if judge.bank.prediction_type != "epsilon":
@@ -57,13 +60,13 @@ def shrink_plan(
         )
     parts = min(spec.parts, len(plan.rows))
     scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
-    total = len(scales) + len(thresholds) - 1 + 4 * parts * spec.rounds
+    total = 8 + 4 * parts * spec.rounds  # two walks of about four measurements
     with watch.stage("shrink", total) as told:
         log = _Measured(judge, plan, parts, out / "shrink.jsonl", spec.images, seed + 2, told)
         none = (NONE,) * parts
         log(none)
-        scale = min((((s, 0.0),) * parts for s in scales), key=log)
-        threshold = min((((1.0, t),) * parts for t in thresholds), key=log)
+        scale = climb([((s, 0.0),) * parts for s in scales], none, log)
+        threshold = climb([((1.0, t),) * parts for t in thresholds], none, log)
         best = min(scale, threshold, key=log)
         for _ in range(spec.rounds):
             before = best
@@ -80,6 +83,18 @@ def shrink_plan(
         told(len(found), "")
     plans = {name: log.corrected(corrections) for name, corrections in found.items()}
     return Shrunk(plans, scores, min(scores, key=lambda name: scores[name]))
+
+
+def climb(values: Sequence[Value], start: Value, score: Callable[[Value], float]) -> Value:
+    """The value of the lowest score on a walk from `start`, one of the ordered `values`, to its better side, as long as
+    the score falls. A few measurements where a whole grid is many; `score` is asked more than once for some values."""
+    at = values.index(start)
+    for way in (1, -1):
+        while 0 <= at + way < len(values) and score(values[at + way]) < score(values[at]):
+            at += way
+        if values[at] != start:
+            break
+    return values[at]
 
 
 def _around(one: Correction, scales: Sequence[float], thresholds: Sequence[float]) -> list[Correction]:
