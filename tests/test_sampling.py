@@ -326,9 +326,33 @@ def test_a_correction_is_what_a_net_with_a_scaled_thresholded_output_does(kind):
     wanted = torch.cat(list(sample_images(twin, plan, 3, seed=1)))
     corrected = plan.with_corrections([(0.9, 0.2)] * len(plan.rows))
     assert torch.equal(torch.cat(list(sample_images(bank, corrected, 3, seed=1))), wanted)
-    other = Bank({"full": bank["full"], "slim": bank["slim"]}, "full", "v_prediction")
-    with pytest.raises(PlanError, match="predicts the noise"):
-        next(sample_images(other, corrected, 1, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpmsolver++", "heun", "euler"])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_net_that_predicts_something_else_is_corrected_in_its_noise(kind, prediction):
+    """Oracle: the same net as a predictor of the noise, corrected."""
+    alphas = DDPMScheduler().alphas_cumprod.double()
+    sigmas = ((1 - alphas) / alphas).sqrt().numpy()
+
+    class Other(UNet2DModel):
+        def forward(self, sample, timestep, *args, **kwargs):
+            (noise,) = super().forward(sample, timestep, *args, **kwargs)
+            sigma = float(np.interp(float(timestep), np.arange(1000), sigmas))
+            signal, rest = (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
+            clean = (sample - rest * noise) / signal
+            return (clean if prediction == "sample" else signal * noise - rest * clean,)
+
+    bank, other = bank_of(), Other.from_config(net(0, 16).config)
+    other.load_state_dict(bank["full"].state_dict())
+    plan = plan_of(bank, kind)
+    corrected = plan.with_corrections([(0.9, 0.2)] * len(plan.rows))
+    wanted = torch.cat(list(sample_images(bank, corrected, 2, seed=1)))
+    assert not torch.allclose(wanted, torch.cat(list(sample_images(bank, plan, 2, seed=1))), atol=0.05)
+    twin = Bank({"full": other.eval()}, "full", prediction)
+    config = {**corrected.scheduler_config, "prediction_type": prediction}
+    found = torch.cat(list(sample_images(twin, replace(corrected, scheduler_config=config), 2, seed=1)))
+    assert (found - wanted).abs().max() < 2e-3
 
 
 def test_plans_that_do_not_fit_are_refused():

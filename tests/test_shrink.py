@@ -88,12 +88,17 @@ def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_correcte
     assert len(StepPlan.load(tmp_path / "p" / "plan.json").rows) == 2
 
 
-def test_models_that_do_not_predict_noise_and_impossible_grids_are_refused(tmp_path):
+def test_a_model_that_predicts_the_clean_sample_is_corrected_too(tmp_path):
     edits = ["model.channels=8,16", "model.groups=4", "model.head_dim=4", "train.steps=2", "sample.steps=2"]
     more = ["data.size=8", "data.channels=1", "noise.prediction=sample", "train.batch=8"]
     dense = run.train("digits", tmp_path / "dense", Recipe().edit([*edits, *more]))
-    with pytest.raises(HalfstepError, match="predicts the noise"):
-        run.shrink(str(dense), "digits", tmp_path / "o", Recipe().edit(EDITS))
+    run.shrink(str(dense), "digits", tmp_path / "o", Recipe().edit(EDITS))
+    pipe = StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline")
+    assert pipe.bank.prediction_type == "sample"
+    assert len(records(tmp_path / "o" / "shrink.jsonl")) > 3
+
+
+def test_impossible_grids_are_refused():
     for edit in ("shrink.scales=0", "shrink.thresholds=-1", "shrink.parts=0"):
         with pytest.raises(HalfstepError):
             Recipe().edit([edit])

@@ -70,6 +70,26 @@ def corrected(
     return scale * soft(prediction, threshold)
 
 
+def corrected_as(
+    prediction_type: str,
+    prediction: torch.Tensor,
+    sample: torch.Tensor,
+    level: torch.Tensor,
+    scale: float = 1.0,
+    threshold: float = 0.0,
+) -> torch.Tensor:
+    """The prediction of any type whose noise is the corrected one, for the same sample.
+
+    sample = sqrt(level) clean + sqrt(1 - level) noise.  level: alphas_cumprod, a number.  Raises ModelError.
+    """
+    if prediction_type == "epsilon":
+        return corrected(prediction, scale, threshold)
+    noise = clean_and_noise(prediction, sample, level, prediction_type)[1]
+    signal, rest = level.to(sample).sqrt(), (1 - level.to(sample)).sqrt()
+    slope = 1 / signal if prediction_type == "v_prediction" else -rest / signal  # of the prediction by the noise
+    return prediction + slope * (corrected(noise, scale, threshold) - noise)
+
+
 def copy_of(model: Model) -> Model:
     """A second model with the same class, config, weights and device."""
     kind: Any = type(model)

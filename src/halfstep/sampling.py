@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from halfstep.bank import Bank, load_vae
-from halfstep.denoiser import corrected
+from halfstep.denoiser import corrected_as
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import PlanError
 from halfstep.latents import decode
@@ -126,28 +126,30 @@ def denoise(
     if scheduler is None:
         scheduler = build_scheduler(plan, sample.device)
         sample = sample * scheduler.init_noise_sigma
-    if plan.corrected and bank.prediction_type != "epsilon":
-        raise PlanError(
-            got=f"corrections of a model that predicts {bank.prediction_type!r}",
-            expected="one that predicts the noise",
-            where="plan",
-            do="leave the corrections out",
-        )
-    models = {name: bank[name] for name in set(plan.entries)}
+    models, kind = {name: bank[name] for name in set(plan.entries)}, bank.prediction_type
     calls = [models[entry] for entry in plan.entries]
     kwargs = {} if labels is None else {"class_labels": labels}
     step_kwargs = {"generator": list(generators)} if _takes_generator(scheduler) else {}
     timesteps = scheduler.timesteps
+    levels = _levels(scheduler) if plan.corrected else timesteps
     for i in progress(range(start, len(calls))):
         inputs = scheduler.scale_model_input(sample, timesteps[i])
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
         prediction = calls[i](inputs, timesteps[i], return_dict=False, **kwargs)[0]
         if trace is not None:
             trace(i, sample, prediction)
-        if plan.rows[i].corrected:
-            prediction = corrected(prediction, plan.rows[i].scale, plan.rows[i].threshold)
+        row = plan.rows[i]
+        if row.corrected:
+            prediction = corrected_as(kind, prediction, inputs, levels[i], row.scale, row.threshold)
         sample = scheduler.step(prediction, timesteps[i], sample, return_dict=False, **step_kwargs)[0]
     return sample
+
+
+def _levels(scheduler: Any) -> torch.Tensor:
+    """alphas_cumprod at every call, [rows]: what the network's input is mixed by, once the scheduler has scaled it."""
+    if hasattr(scheduler, "sigmas"):  # of float timesteps too
+        return 1 / (1 + scheduler.sigmas[: len(scheduler.timesteps)].square())
+    return scheduler.alphas_cumprod[scheduler.timesteps.cpu().long()]
 
 
 def _takes_generator(scheduler: SchedulerMixin) -> bool:

@@ -14,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 
 from halfstep import disk
-from halfstep.errors import PlanError
 from halfstep.judge import Judge
 from halfstep.plan import StepPlan
 from halfstep.recipe import ShrinkSpec
@@ -48,16 +47,8 @@ def shrink_plan(
     First one scale for all rows, then one threshold, each by a walk along its grid; from the better of them, every
     stretch in turn tries its neighbours on both grids, `spec.rounds` times. Every measurement is written to
     out/shrink.jsonl (and read again when resumed). The last choice is made on fresh seeds, and may be to correct
-    nothing. Raises PlanError for a bank that
-    does not predict the noise.
+    nothing. A net that predicts v or the clean sample is corrected in its noise too.
     """
-    if judge.bank.prediction_type != "epsilon":
-        raise PlanError(
-            got=f"a model that predicts {judge.bank.prediction_type!r}",
-            expected="one that predicts the noise",
-            where="shrink",
-            do="train with noise.prediction=epsilon",
-        )
     parts = min(spec.parts, len(plan.rows))
     scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
     total = 8 + 4 * parts * spec.rounds  # two walks of about four measurements
