@@ -4,10 +4,11 @@
     python benchmarks/regularized.py --data fashion16 --sampler ddpm      # a part; another process may do the rest
 
 From one trained model every weight r of the penalty trains on for the same number of steps, three seeds each. Measured
-at T = 10, 20, 50 and 200 calls (1000 for the plain net), ancestral and DDIM: the plain net, r, and the plain net with
-its best scale and its best threshold, and up to 20 calls with its best correction by stretches of steps (`halfstep
-shrink`), none of which is trained; they are chosen on other noise than they are measured on. Within a cell all variants
-share their noise, so ratios of distances are paired. The toy sets of the specification are in `regularized_toys.py`.
+at T = 10, 20, 50 and 200 calls (1000 for the plain net), DDIM and ancestral with either variance: the plain net, r, and
+the plain net with its best scale and its best threshold, and up to 20 calls with its best correction by stretches of
+steps (`halfstep shrink`), none of which is trained; they are chosen on other noise than they are measured on. Within a
+cell all variants share their noise, so ratios of distances are paired. The specification's toy sets are in
+`regularized_toys.py`.
 Everything goes to runs/regularized-<data>/, with a report of all pictures; the tables, with what is measured so far, to
 regularized-<data>.md here, and pictures of 20 calls to docs/regularized-<data>.png.
 """
@@ -42,7 +43,7 @@ from halfstep.shrink import shrink_plan
 CALLS, REFERENCE = (10, 20, 50, 200), 1000
 ALL_NETS, BY_STRETCH = 50, 20
 """Above so many calls only the largest r stands beside the plain net; corrections by stretches are only for few."""
-SAMPLERS = {"ddpm": "ancestral, posterior variance", "ddim": "DDIM"}
+SAMPLERS = {"ddpm": "ancestral, posterior variance", "ddim": "DDIM", "beta": "ancestral, variance β"}
 SOURCES = {"digits": ("digits", "digits", "digits"), "fashion16": (DATA, "fashion16", str(MODELS / "fashion16-small"))}
 """Images, recipe and trained model of each benchmark."""
 EDITS = (
@@ -116,7 +117,8 @@ def measure(
         if file.is_file():
             continue
         judge, settings = judge_for(banks[seed], data, recipe, work, watch)
-        sample = replace(settings.sample, scheduler=kind, steps=calls)
+        rule = {"scheduler": "ddpm", "variance": "beta"} if kind == "beta" else {"scheduler": kind}
+        sample = replace(settings.sample, steps=calls, **rule)
         plan = reference_plan(judge.bank, noise, sample, macs[seed])
         plans = plans_of(judge, plan, settings, work / f"shrink-{kind}-{calls}-{seed}", seed, watch)
         pictures = work / f"pictures-{kind}-{calls}.npz" if seed == 0 else None

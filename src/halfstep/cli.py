@@ -282,6 +282,9 @@ def search(
 ) -> None:
     """Search a plan for a bank that `compress` wrote, for a budget or a tolerated loss.
 
+    With `--set search.step_counts=20,10` other numbers of steps compete for the same budget, and with
+    `--set search.shrink=true` every plan's corrected twin (see `halfstep shrink`).
+
     Example: `halfstep search --model runs/slim --data folder:photos --budget 0.4 --out runs/plan40`
     """
     from halfstep import run

@@ -138,6 +138,8 @@ def _best_on_fresh_seeds(
                 known[name] = {"score": judge.score(plan, count, seed), "macs": plan.macs}
                 disk.write_json(file, known)
             told(i + 1, f"{name}: {known[name]['score']:.3g}")
+    for name, one in sorted(known.items(), key=lambda item: item[1]["score"]):
+        watch.say(f"{name}: distance {one['score']:.3g}, {one['macs'] / 1e6:,.0f} MMACs")
     scores = [known[f"{p.steps} steps, {'corrected' if p.corrected else 'plain'}"]["score"] for p in plans]
     return plans[int(np.argmin(scores))]
 

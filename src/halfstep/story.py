@@ -157,6 +157,17 @@ def summary(record: dict[str, Any], plan: StepPlan) -> str:
     )
 
 
+def _steps_table(out: Path) -> list[Table]:
+    """What competed for the budget, where numbers of steps and corrections did."""
+    if not (out / "finals.json").is_file():
+        return []
+    scores = disk.read_json(out / "finals.json", what="scores", do="run again")
+    ordered = sorted(scores.items(), key=lambda item: item[1]["score"])
+    rows = tuple((name, f"{one['macs'] / 1e6:,.0f}", f"{one['score']:.3g}") for name, one in ordered)
+    note = "The best plan of each on the same fresh noise, which chose the first."
+    return [Table(title="Numbers of steps", columns=("", "MMACs", "FD"), rows=rows, note=note, best=0)]
+
+
 def pareto(record: dict[str, Any], searched: list[dict], images: int = 0) -> Pareto:
     """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
     dots = tuple((r["share"], r["score"], None, None) for r in searched if r["stage"] != "reference")
@@ -237,7 +248,7 @@ def tell(out: Path) -> Path:
         title="Halfstep report",
         summary=summary(record, plan),
         facts=_facts(run, record, searched, table),
-        tables=(plans_table(record), costs_table(costs, plan.reference)),
+        tables=(plans_table(record), *_steps_table(out), costs_table(costs, plan.reference)),
         figures=(
             pareto(record, searched, run["recipe"]["search"]["images"]),
             *([plan_chart(plan)] if len(set(plan.entries)) > 1 or not plan.corrected else []),
