@@ -38,7 +38,7 @@ from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.report import Grid, Report, Table, picture_grid, rich_table, write_report
 from halfstep.sampling import reference_plan
-from halfstep.shrink import shrink_plan
+from halfstep.shrink import corrected_plans
 
 CALLS, REFERENCE = (10, 20, 50, 200), 1000
 ALL_NETS, BY_STRETCH = 50, 20
@@ -83,9 +83,8 @@ def plans_of(judge: Judge, plan: StepPlan, recipe: Recipe, folder: Path, seed: i
         return {PLAIN: plan}
     nets = list(judge.bank) if plan.steps <= ALL_NETS else [PLAIN, list(judge.bank)[-1]]
     rounds = recipe.shrink.rounds if plan.steps <= BY_STRETCH else 0
-    spec = replace(recipe.shrink, rounds=rounds, final_images=2)  # the choice on fresh seeds is this benchmark's own
     folder.mkdir(exist_ok=True)
-    found = shrink_plan(judge, plan, spec, folder, seed=seed, watch=watch).plans
+    found = corrected_plans(judge, plan, replace(recipe.shrink, rounds=rounds), folder, seed=seed, watch=watch)
     controls = (SCALED, SOFT, STRETCHED) if rounds else (SCALED, SOFT)
     return {name: plan.uniform(name) for name in nets} | {name: found[name] for name in controls}
 

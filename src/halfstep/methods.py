@@ -14,7 +14,7 @@ from halfstep.measured import is_measured, judge_for, measured, open_pipeline, w
 from halfstep.recipe import Recipe
 from halfstep.rundir import open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
-from halfstep.shrink import shrink_plan
+from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
 from halfstep.story import tell
 from halfstep.watch import SILENT, Watch
@@ -82,8 +82,8 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
             told(i + 1, f"{name}: {curve[name]:.3g}")
     disk.write_json(out / "grid.json", {"images": recipe.shrink.images, "scores": curve})
     best = min(curve, key=lambda name: curve[name])
-    found = shrink_plan(judge, plan, replace(recipe.shrink, rounds=0), out, seed=recipe.seed, watch=watch)
-    controls = {f"{plain}, {name}": found.plans[name] for name in ("one scale", "one threshold")}
+    found = corrected_plans(judge, plan, replace(recipe.shrink, rounds=0), out, seed=recipe.seed, watch=watch)
+    controls = {f"{plain}, {name}": found[name] for name in ("one scale", "one threshold")}
     others = {name: plan.uniform(name) for name in bank if name not in (plain, best)}
     plans = {"reference": plan, "plan": plan.uniform(best)} | controls | others
     verdict = measure_plans(judge, plans, recipe, watch=watch)

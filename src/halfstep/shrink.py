@@ -44,16 +44,45 @@ def shrink_plan(
 ) -> Shrunk:
     """The best correction of every stretch of a plan's rows, for the judge's score.
 
+    Finds the candidates as `corrected_plans` does. The last choice is made on fresh seeds, and may be to correct
+    nothing.
+    """
+    found = _search(judge, plan, spec, out, seed, watch)
+    with watch.stage("final round", len(found)) as told:
+        fresh = _Measured(judge, plan, out / "shrink_finals.jsonl", spec.final_images, seed + 5, told)
+        scores = {name: fresh(corrections) for name, corrections in found.items()}
+        told(len(found), "")
+    plans = {name: by_stretch(plan, corrections) for name, corrections in found.items()}
+    return Shrunk(plans, scores, min(scores, key=lambda name: scores[name]))
+
+
+def corrected_plans(
+    judge: Judge, plan: StepPlan, spec: ShrinkSpec, out: Path, *, seed: int = 0, watch: Watch = SILENT
+) -> dict[str, StepPlan]:
+    """The plan as it is, "none", and its best corrections: "one scale", "one threshold" and "by stretch".
+
     First one scale for all rows, then one threshold, each by a walk along its grid; from the better of them, every
     stretch in turn tries its neighbours on both grids, `spec.rounds` times. Every measurement is written to
-    out/shrink.jsonl (and read again when resumed). The last choice is made on fresh seeds, and may be to correct
-    nothing. A net that predicts v or the clean sample is corrected in its noise too.
+    out/shrink.jsonl, and read again when resumed. A net that predicts v or the clean sample is corrected in its noise
+    too.
     """
+    return {name: by_stretch(plan, c) for name, c in _search(judge, plan, spec, out, seed, watch).items()}
+
+
+def by_stretch(plan: StepPlan, corrections: Sequence[Correction]) -> StepPlan:
+    """The plan with one correction for each of as many stretches of rows, as equal in length as can be."""
+    edges = np.linspace(0, len(plan.rows), len(corrections) + 1).round().astype(int)
+    return plan.with_corrections([c for c, n in zip(corrections, np.diff(edges), strict=True) for _ in range(n)])
+
+
+def _search(
+    judge: Judge, plan: StepPlan, spec: ShrinkSpec, out: Path, seed: int, watch: Watch
+) -> dict[str, tuple[Correction, ...]]:
     parts = min(spec.parts, len(plan.rows))
     scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
     total = 8 + 4 * parts * spec.rounds  # two walks of about four measurements
     with watch.stage("shrink", total) as told:
-        log = _Measured(judge, plan, parts, out / "shrink.jsonl", spec.images, seed + 2, told)
+        log = _Measured(judge, plan, out / "shrink.jsonl", spec.images, seed + 2, told)
         none = (NONE,) * parts
         log(none)
         scale = climb([((s, 0.0),) * parts for s in scales], none, log)
@@ -67,13 +96,7 @@ def shrink_plan(
             if best == before:
                 break
         told(total, "")
-    found = {"none": none, "one scale": scale, "one threshold": threshold, "by stretch": best}
-    with watch.stage("final round", len(found)) as told:
-        fresh = _Measured(judge, plan, parts, out / "shrink_finals.jsonl", spec.final_images, seed + 5, told)
-        scores = {name: fresh(corrections) for name, corrections in found.items()}
-        told(len(found), "")
-    plans = {name: log.corrected(corrections) for name, corrections in found.items()}
-    return Shrunk(plans, scores, min(scores, key=lambda name: scores[name]))
+    return {"none": none, "one scale": scale, "one threshold": threshold, "by stretch": best}
 
 
 def climb(values: Sequence[Value], start: Value, score: Callable[[Value], float]) -> Value:
@@ -99,19 +122,14 @@ def _around(one: Correction, scales: Sequence[float], thresholds: Sequence[float
 class _Measured:
     """Scores corrections, logs each, and knows those of an earlier, interrupted search."""
 
-    def __init__(self, judge: Judge, plan: StepPlan, parts: int, file: Path, count: int, seed: int, told: Told):
+    def __init__(self, judge: Judge, plan: StepPlan, file: Path, count: int, seed: int, told: Told):
         self.judge, self.plan, self.file, self.count, self.seed, self.told = judge, plan, file, count, seed, told
-        edges = np.linspace(0, len(plan.rows), parts + 1).round().astype(int)
-        self.lengths = np.diff(edges)
         self.known = {tuple(map(tuple, r["corrections"])): r["score"] for r in disk.read_records(file)}
         self.done = 0
 
-    def corrected(self, corrections: Sequence[Correction]) -> StepPlan:
-        return self.plan.with_corrections([c for c, n in zip(corrections, self.lengths, strict=True) for _ in range(n)])
-
     def __call__(self, corrections: tuple[Correction, ...]) -> float:
         if corrections not in self.known:
-            score = self.judge.score(self.corrected(corrections), self.count, self.seed)
+            score = self.judge.score(by_stretch(self.plan, corrections), self.count, self.seed)
             self.known[corrections] = score
             disk.append_record(self.file, {"corrections": corrections, "score": score, "images": self.count})
             self.done += 1

@@ -141,20 +141,15 @@ def tell_restored(out: Path, records: Sequence[Restored], shown: Mapping[str, np
 def summary(record: dict[str, Any], plan: StepPlan) -> str:
     """One sentence with the claim and its measure."""
     row, about = record["plans"]["plan"], record["about"]
-    difference = row["difference"]
-    held = "held" if row["held"] else "did not hold"
+    calls = f"{record['plans'][about['reference']]['calls']} {plan.scheduler.removesuffix('Scheduler')} calls"
+    change = f"the Fréchet distance changes by {change_cell(row['difference'])} (95 % interval, n = {about['n']})"
     if plan.corrected and row["share"] == 1:
-        return (
-            f"The corrections cost nothing; with {len(plan.rows)} {plan.scheduler.removesuffix('Scheduler')} calls the "
-            f"Fréchet distance changes by {change_cell(difference)} (95 % interval, n = {about['n']})."
-        )
-    return (
-        f"The plan saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of "
-        f"{len(plan.rows)} {plan.scheduler.removesuffix('Scheduler')} calls; the Fréchet distance changes by "
-        f"{_signed(difference['share'])} (95 % interval {_signed(difference['relative_low'])} to "
-        f"{_signed(difference['relative_high'])}, n = {about['n']}), so quality {held} within the "
-        f"tolerance of {about['tolerance']:.0%}."
-    )
+        return f"The corrections cost nothing; with {calls} {change}."
+    what = f"The plan, {plan.entries[0]!r} in every call," if len(set(plan.entries)) == 1 else "The plan"
+    saved = f"saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of {calls}"
+    held = "held" if row["held"] else "did not hold"
+    cost = saved if row["share"] != 1 else f"costs what {calls} of the reference cost"
+    return f"{what} {cost}; {change}, so quality {held} within the tolerance of {about['tolerance']:.0%}."
 
 
 def _steps_table(out: Path) -> list[Table]:
