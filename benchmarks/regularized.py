@@ -83,8 +83,10 @@ def plans_of(judge: Judge, plan: StepPlan, recipe: Recipe, folder: Path, seed: i
         return {PLAIN: plan}
     nets = list(judge.bank) if plan.steps <= ALL_NETS else [PLAIN, list(judge.bank)[-1]]
     rounds = recipe.shrink.rounds if plan.steps <= BY_STRETCH else 0
+    images = recipe.shrink.images if plan.steps <= ALL_NETS else recipe.shrink.images // 2
+    spec = replace(recipe.shrink, rounds=rounds, images=images)
     folder.mkdir(exist_ok=True)
-    found = corrected_plans(judge, plan, replace(recipe.shrink, rounds=rounds), folder, seed=seed, watch=watch)
+    found = corrected_plans(judge, plan, spec, folder, seed=seed, watch=watch)
     controls = (SCALED, SOFT, STRETCHED) if rounds else (SCALED, SOFT)
     return {name: plan.uniform(name) for name in nets} | {name: found[name] for name in controls}
 
@@ -103,15 +105,19 @@ def measure_cell(judge: Judge, plans: dict[str, StepPlan], count: int, seed: int
 
 
 def measure(
-    banks: Sequence[Bank], name: str, recipe: Recipe, samplers: Sequence[str], work: Path, watch: RichWatch
+    banks: Sequence[Bank],
+    name: str,
+    recipe: Recipe,
+    cells: Sequence[tuple[str, int, int]],
+    work: Path,
+    watch: RichWatch,
 ) -> None:
-    """Every cell that is not measured yet, few calls first, the page after each."""
+    """Every cell (sampler, calls, seed) that is not measured yet, the page after each."""
     data, _, model = SOURCES[name]
     noise, macs = load_denoiser(model)[1], [bank.macs() for bank in banks]
     for net in (bank[entry] for bank in banks for entry in bank):
         net.compile()  # a fifth of the time on a CPU
-    cells = [(kind, calls, seed) for calls in CALLS for kind in samplers for seed in range(len(banks))]
-    for kind, calls, seed in [*cells, *((kind, REFERENCE, 0) for kind in samplers)]:
+    for kind, calls, seed in cells:
         file = work / f"quality-{kind}-{calls}-{seed}.json"
         if file.is_file():
             continue
@@ -274,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(SOURCES), default="digits")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS), action="append", help="only these")
+    parser.add_argument("--calls", type=int, choices=(*CALLS, REFERENCE), action="append", help="only these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path)
@@ -282,7 +289,13 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     recipe = named(SOURCES[args.data][1]).edit([*EDITS, *args.set])
     banks = trained(args.data, args.seeds, recipe, work, watch)
-    measure(banks, args.data, recipe, args.sampler or tuple(SAMPLERS), work, watch)
+    cells = [
+        (kind, calls, seed)
+        for calls in args.calls or (*CALLS, REFERENCE)
+        for kind in args.sampler or SAMPLERS
+        for seed in range(args.seeds if calls < REFERENCE else 1)
+    ]
+    measure(banks, args.data, recipe, cells, work, watch)
     for table in write_page(args.data, work, recipe):
         Console().print(rich_table(table))
 
