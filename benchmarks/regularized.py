@@ -42,7 +42,8 @@ from halfstep.shrink import corrected_plans
 
 CALLS, REFERENCE = (10, 20, 50, 200), 1000
 ALL_NETS, BY_STRETCH = 50, 20
-"""Above so many calls only the largest r stands beside the plain net; corrections by stretches are only for few."""
+"""Above ALL_NETS calls only the largest r stands beside the plain net, and the controls for the first seed only; above
+BY_STRETCH the controls are chosen on half as many images, and not by stretches of steps. All that is for the time."""
 SAMPLERS = {"ddpm": "ancestral, posterior variance", "ddim": "DDIM", "beta": "ancestral, variance β"}
 SOURCES = {"digits": ("digits", "digits", "digits"), "fashion16": (DATA, "fashion16", str(MODELS / "fashion16-small"))}
 """Images, recipe and trained model of each benchmark."""
@@ -82,8 +83,10 @@ def plans_of(judge: Judge, plan: StepPlan, recipe: Recipe, folder: Path, seed: i
     if plan.steps >= REFERENCE:
         return {PLAIN: plan}
     nets = list(judge.bank) if plan.steps <= ALL_NETS else [PLAIN, list(judge.bank)[-1]]
+    if plan.steps > ALL_NETS and seed > 0:
+        return {name: plan.uniform(name) for name in nets}
     rounds = recipe.shrink.rounds if plan.steps <= BY_STRETCH else 0
-    images = recipe.shrink.images if plan.steps <= ALL_NETS else recipe.shrink.images // 2
+    images = recipe.shrink.images if plan.steps <= BY_STRETCH else recipe.shrink.images // 2
     spec = replace(recipe.shrink, rounds=rounds, images=images)
     folder.mkdir(exist_ok=True)
     found = corrected_plans(judge, plan, spec, folder, seed=seed, watch=watch)
@@ -195,7 +198,7 @@ def corrections_table(results: Results) -> Table:
     rows = []
     for (kind, calls), cells in sorted(results.items(), key=lambda item: (item[0][1], item[0][0])):
         if calls < REFERENCE:
-            chosen = [[cell[name]["corrections"] for cell in cells] for name in (SCALED, SOFT)]
+            chosen = [[cell[name]["corrections"] for cell in cells if name in cell] for name in (SCALED, SOFT)]
             scales, thresholds = ([f"{one[0][i]:g}" for one in found] for i, found in enumerate(chosen))
             rows.append((SAMPLERS[kind], f"{calls}", ", ".join(scales), ", ".join(thresholds)))
     return Table(
@@ -211,7 +214,7 @@ def claims(results: Results) -> list[str]:
         for calls in CALLS:
             cells = results.get((kind, calls), [])
             nets = [name for name in (cells[0] if cells else ()) if name.startswith("r=") and name != PLAIN]
-            if len(cells) < 2 or not nets:
+            if len(cells) < 2 or not nets or SCALED not in cells[-1]:
                 continue
             best = min(nets, key=lambda n: mean(ratios(results, (kind, calls, n), (kind, calls, PLAIN))))
             against = {
