@@ -425,6 +425,12 @@ def test_the_posterior_rule_is_too_narrow_and_a_scale_below_one_mends_it_exactly
     assert mended.item() == pytest.approx(variance, rel=2 * abs(start.item() - 1) + 1e-9)
 
 
+def test_a_constant_beta_in_the_recipe_is_the_theory_s_schedule():
+    beta = 4 * math.log(1000) / 1000
+    scheduler = Diffusion(NoiseSpec(beta_start=beta, beta_end=beta)).scheduler
+    assert torch.allclose(scheduler.alphas_cumprod.double(), theory_levels(1000), rtol=1e-3, atol=1e-6)
+
+
 def test_the_schedule_needs_enough_steps():
     levels = theory_levels(1000)
     assert levels[-1] < 1e-9 and 1 - levels[0] == pytest.approx(4 * math.log(1000) / 1000)
