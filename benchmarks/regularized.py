@@ -89,7 +89,7 @@ def plans_of(judge: Judge, plan: StepPlan, recipe: Recipe, folder: Path, seed: i
     images = recipe.shrink.images if plan.steps <= BY_STRETCH else recipe.shrink.images // 2
     spec = replace(recipe.shrink, rounds=rounds, images=images)
     folder.mkdir(exist_ok=True)
-    found = corrected_plans(judge, plan, spec, folder, seed=seed, watch=watch)
+    found = corrected_plans(judge, plan, spec, folder, seed=seed, watch=watch).plans
     controls = (SCALED, SOFT, STRETCHED) if rounds else (SCALED, SOFT)
     return {name: plan.uniform(name) for name in nets} | {name: found[name] for name in controls}
 

@@ -80,10 +80,11 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
         for i, name in enumerate(bank):
             curve[name] = judge.score(plan.uniform(name), recipe.shrink.images, recipe.seed + 2)
             told(i + 1, f"{name}: {curve[name]:.3g}")
-    disk.write_json(out / "grid.json", {"images": recipe.shrink.images, "scores": curve})
     best = min(curve, key=lambda name: curve[name])
     found = corrected_plans(judge, plan, replace(recipe.shrink, rounds=0), out, seed=recipe.seed, watch=watch)
-    controls = {f"{plain}, {name}": found[name] for name in ("one scale", "one threshold")}
+    controls = {f"{plain}, {name}": found.plans[name] for name in ("one scale", "one threshold")}
+    scores = {name: found.scores[name] for name in ("one scale", "one threshold")}
+    disk.write_json(out / "grid.json", {"images": recipe.shrink.images, "scores": curve, "controls": scores})
     others = {name: plan.uniform(name) for name in bank if name not in (plain, best)}
     plans = {"reference": plan, "plan": plan.uniform(best)} | controls | others
     verdict = measure_plans(judge, plans, recipe, watch=watch)

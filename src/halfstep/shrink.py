@@ -7,7 +7,7 @@ an l1-regularised training gains (see `regularized.py` and docs/methods/regulari
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,11 +28,15 @@ NONE: Correction = (1.0, 0.0)
 @dataclass(frozen=True)
 class Shrunk:
     """What was found. `plans`: "none", "one scale" and "one threshold" (each at its own optimum) and "by stretch";
-    `chosen`: the name of the best of them on fresh seeds; `scores`: their scores there."""
+    `scores`: theirs, on the images of the search or on fresh ones."""
 
     plans: dict[str, StepPlan]
     scores: dict[str, float]
-    chosen: str
+
+    @property
+    def chosen(self) -> str:
+        """The name of the best."""
+        return min(self.scores, key=lambda name: self.scores[name])
 
     @property
     def plan(self) -> StepPlan:
@@ -47,56 +51,56 @@ def shrink_plan(
     Finds the candidates as `corrected_plans` does. The last choice is made on fresh seeds, and may be to correct
     nothing.
     """
-    found = _search(judge, plan, spec, out, seed, watch)
-    with watch.stage("final round", len(found)) as told:
-        fresh = _Measured(judge, plan, out / "shrink_finals.jsonl", spec.final_images, seed + 5, told)
-        scores = {name: fresh(corrections) for name, corrections in found.items()}
-        told(len(found), "")
-    plans = {name: by_stretch(plan, corrections) for name, corrections in found.items()}
-    return Shrunk(plans, scores, min(scores, key=lambda name: scores[name]))
+    found = corrected_plans(judge, plan, spec, out, seed=seed, watch=watch)
+    with watch.stage("final round", len(found.plans)) as told:
+        log = _Measured(judge, out / "shrink_finals.jsonl", spec.final_images, seed + 5, told)
+        scores = {name: log(one) for name, one in found.plans.items()}
+        told(len(scores), "")
+    return replace(found, scores=scores)
 
 
 def corrected_plans(
     judge: Judge, plan: StepPlan, spec: ShrinkSpec, out: Path, *, seed: int = 0, watch: Watch = SILENT
-) -> dict[str, StepPlan]:
-    """The plan as it is, "none", and its best corrections: "one scale", "one threshold" and "by stretch".
+) -> Shrunk:
+    """The best corrections of a plan, as the search saw them.
 
     First one scale for all rows, then one threshold, each by a walk along its grid; from the better of them, every
     stretch in turn tries its neighbours on both grids, `spec.rounds` times. Every measurement is written to
     out/shrink.jsonl, and read again when resumed. A net that predicts v or the clean sample is corrected in its noise
     too.
     """
-    return {name: by_stretch(plan, c) for name, c in _search(judge, plan, spec, out, seed, watch).items()}
+    parts = min(spec.parts, len(plan.rows))
+    scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
+    total = 8 + 4 * parts * spec.rounds  # two walks of about four measurements
+    with watch.stage("shrink", total) as told:
+        log = _Measured(judge, out / "shrink.jsonl", spec.images, seed + 2, told)
+
+        def score(corrections: Sequence[Correction]) -> float:
+            return log(by_stretch(plan, corrections))
+
+        none = (NONE,) * parts
+        score(none)
+        scale = climb([((s, 0.0),) * parts for s in scales], none, score)
+        threshold = climb([((1.0, t),) * parts for t in thresholds], none, score)
+        best = min(scale, threshold, key=score)
+        for _ in range(spec.rounds):
+            before = best
+            for part in range(parts):
+                around = [(*best[:part], one, *best[part + 1 :]) for one in _around(best[part], scales, thresholds)]
+                best = min([best, *around], key=score)
+            if best == before:
+                break
+        told(total, "")
+    found = {"none": none, "one scale": scale, "one threshold": threshold, "by stretch": best}
+    return Shrunk(
+        {name: by_stretch(plan, c) for name, c in found.items()}, {name: score(c) for name, c in found.items()}
+    )
 
 
 def by_stretch(plan: StepPlan, corrections: Sequence[Correction]) -> StepPlan:
     """The plan with one correction for each of as many stretches of rows, as equal in length as can be."""
     edges = np.linspace(0, len(plan.rows), len(corrections) + 1).round().astype(int)
     return plan.with_corrections([c for c, n in zip(corrections, np.diff(edges), strict=True) for _ in range(n)])
-
-
-def _search(
-    judge: Judge, plan: StepPlan, spec: ShrinkSpec, out: Path, seed: int, watch: Watch
-) -> dict[str, tuple[Correction, ...]]:
-    parts = min(spec.parts, len(plan.rows))
-    scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
-    total = 8 + 4 * parts * spec.rounds  # two walks of about four measurements
-    with watch.stage("shrink", total) as told:
-        log = _Measured(judge, plan, out / "shrink.jsonl", spec.images, seed + 2, told)
-        none = (NONE,) * parts
-        log(none)
-        scale = climb([((s, 0.0),) * parts for s in scales], none, log)
-        threshold = climb([((1.0, t),) * parts for t in thresholds], none, log)
-        best = min(scale, threshold, key=log)
-        for _ in range(spec.rounds):
-            before = best
-            for part in range(parts):
-                around = [(*best[:part], one, *best[part + 1 :]) for one in _around(best[part], scales, thresholds)]
-                best = min([best, *around], key=log)
-            if best == before:
-                break
-        told(total, "")
-    return {"none": none, "one scale": scale, "one threshold": threshold, "by stretch": best}
 
 
 def climb(values: Sequence[Value], start: Value, score: Callable[[Value], float]) -> Value:
@@ -120,18 +124,18 @@ def _around(one: Correction, scales: Sequence[float], thresholds: Sequence[float
 
 
 class _Measured:
-    """Scores corrections, logs each, and knows those of an earlier, interrupted search."""
+    """Scores corrected twins of one plan, logs each, and knows those of an earlier, interrupted search."""
 
-    def __init__(self, judge: Judge, plan: StepPlan, file: Path, count: int, seed: int, told: Told):
-        self.judge, self.plan, self.file, self.count, self.seed, self.told = judge, plan, file, count, seed, told
+    def __init__(self, judge: Judge, file: Path, count: int, seed: int, told: Told):
+        self.judge, self.file, self.count, self.seed, self.told = judge, file, count, seed, told
         self.known = {tuple(map(tuple, r["corrections"])): r["score"] for r in disk.read_records(file)}
         self.done = 0
 
-    def __call__(self, corrections: tuple[Correction, ...]) -> float:
-        if corrections not in self.known:
-            score = self.judge.score(by_stretch(self.plan, corrections), self.count, self.seed)
-            self.known[corrections] = score
-            disk.append_record(self.file, {"corrections": corrections, "score": score, "images": self.count})
+    def __call__(self, plan: StepPlan) -> float:
+        if plan.corrections not in self.known:
+            self.known[plan.corrections] = self.judge.score(plan, self.count, self.seed)
+            record = {"corrections": plan.corrections, "score": self.known[plan.corrections], "images": self.count}
+            disk.append_record(self.file, record)
             self.done += 1
-            self.told(self.done, f"score {score:.3g}")
-        return self.known[corrections]
+            self.told(self.done, f"score {record['score']:.3g}")
+        return self.known[plan.corrections]
