@@ -36,6 +36,7 @@ from halfstep.features import (
     extractor_of,
     feature_net_for,
     load_features,
+    raw_pixels,
     train_features,
 )
 
@@ -362,6 +363,15 @@ def test_a_saved_net_comes_back_bit_exact(trained, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["features.json", "features.safetensors"]
     assert load_features(str(tmp_path)).name == load_features(f"file:{tmp_path}").name == net.name
     assert load_features("digits", bundled=tmp_path).name == net.name
+
+
+def test_raw_pixels_are_the_pixels_and_only_of_tiny_pictures():
+    images = load_images("digits", size=8, channels=1)
+    found = extract(raw_pixels(images), [images.batch(slice(0, 40)), images.batch(slice(40, 50))])
+    assert np.allclose(found, images.pixels[:50].reshape(50, 64) / 127.5 - 1, atol=1e-6)
+    assert raw_pixels(images).name == "pixels:1x8x8"
+    with pytest.raises(ModelError, match="at most 1,024"):
+        raw_pixels(dataclasses.replace(images, pixels=images.pixels.repeat(5, 2).repeat(5, 3)))
 
 
 def test_another_training_has_another_name(trained):

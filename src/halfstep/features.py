@@ -296,6 +296,18 @@ def extractor_of(net: FeatureNet) -> Extractor:
     return Extractor(net.name, net.config["n_features"], lambda x: net.features(x.to(net.device)))
 
 
+def raw_pixels(images: Images) -> Extractor:
+    """No network: the C * S * S pixels of tiny pictures are the features, as in toys of the literature.
+
+    Raises ModelError above 1,024 of them: a covariance would want tens of thousands of pictures.
+    """
+    count = images.channels * images.size**2
+    if count > 1024:
+        got, expected = f"pictures of {count:,} numbers", "at most 1,024 (32x32 grey, 16x16 in colour)"
+        raise ModelError(got=got, expected=expected, where="eval.features=pixels", do="use --set eval.features=own")
+    return Extractor(f"pixels:{images.channels}x{images.size}x{images.size}", count, lambda x: x.flatten(1))
+
+
 def _extra(module: str, purpose: str) -> ModuleType:
     package = module.partition(".")[0]
     try:

@@ -15,7 +15,7 @@ from halfstep.bank import Bank
 from halfstep.data import Images
 from halfstep.errors import DataError
 from halfstep.evaluate import Difference, Reference, compare, evaluate, extract, frechet_distance, reference_stats
-from halfstep.features import Extractor, load_features
+from halfstep.features import Extractor, load_features, raw_pixels
 from halfstep.latents import shape_for
 from halfstep.plan import StepPlan
 from halfstep.profiling import interleave, machine
@@ -111,8 +111,10 @@ def default_device() -> torch.device:
     return PartialState().device
 
 
-def extractor_for(source: str, own: Path, device: str) -> Extractor:
-    """The feature network of a recipe; "own" is the one that `halfstep features` left in the folder `own`."""
+def extractor_for(source: str, images: Images, own: Path, device: str) -> Extractor:
+    """The features of a recipe; "own" is the network that `halfstep features` left in the folder `own`."""
+    if source == "pixels":
+        return raw_pixels(images)
     return load_features(f"file:{own}" if source == "own" else source, device=device)
 
 

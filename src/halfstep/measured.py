@@ -59,7 +59,7 @@ def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) ->
         features(data, out / "features", recipe, watch=watch)
     bank.to(default_device())
     _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.batch)
-    extractor = extractor_for(recipe.eval.features, out / "features", str(bank.device))
+    extractor = extractor_for(recipe.eval.features, images, out / "features", str(bank.device))
     return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
 
 

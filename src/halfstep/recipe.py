@@ -265,7 +265,8 @@ class ShrinkSpec:
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """The final measurement. `features`: "own" (a classifier trained on the data), "digits", "file:DIR",
-    "inception:FILE" or "dinov2". `tolerance`: the loss, as a share of the reference's distance, that counts as held."""
+    "inception:FILE", "dinov2" or, for tiny pictures, "pixels" (no network). `tolerance`: the loss, as a share of the
+    reference's distance, that counts as held."""
 
     images: int = 4096
     features: str = "own"

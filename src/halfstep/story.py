@@ -206,7 +206,9 @@ def _grid_curve(out: Path) -> list[Curve]:
     record = disk.read_json(out / "grid.json", what="a grid's scores", do="run again")
     points = tuple((float(name.removeprefix("r=")), score) for name, score in record["scores"].items())
     lines = {"trained with r": points}
-    lines |= {f"r = 0, {name}": tuple((r, score) for r, _ in points) for name, score in record.get("controls", {}).items()}
+    lines |= {
+        f"r = 0, {name}": tuple((r, score) for r, _ in points) for name, score in record.get("controls", {}).items()
+    }
     label = f"Fréchet distance, {record['images']} validation images"
     return [Curve(title="The choice of r", xlabel="r", ylabel=label, lines=lines)]
 
