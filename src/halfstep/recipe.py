@@ -238,24 +238,8 @@ class ShrinkSpec:
     from 1 and from 0 measures a few, how many stretches (`parts`) of rows get their own, how often all of them are gone
     through (`rounds`), and images per measurement."""
 
-    scales: tuple[float, ...] = (
-        0.7,
-        0.75,
-        0.8,
-        0.84,
-        0.88,
-        0.91,
-        0.94,
-        0.96,
-        0.97,
-        0.98,
-        0.99,
-        0.995,
-        1.005,
-        1.01,
-        1.02,
-    )
-    thresholds: tuple[float, ...] = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28)
+    scales: tuple[float, ...] = (0.7, 0.76, 0.8, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98, 0.99, 1.01, 1.02, 1.04, 1.07)
+    thresholds: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.28)
     parts: int = 4
     rounds: int = 1
     images: int = 1024
