@@ -72,6 +72,10 @@ def optimize(model, out, *more, data="digits"):
     return ("optimize", "--model", model, "--data", data, "--out", out, *more)
 
 
+def shrink(model, out, *more, data="digits"):
+    return ("shrink", "--model", model, "--data", data, "--out", out, *more)
+
+
 def test_bad_inputs_are_one_line_and_leave_nothing_behind(dense, tmp_path, monkeypatch, capsys):
     foreign = tmp_path / "foreign"
     AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).save_pretrained(foreign)
@@ -95,6 +99,10 @@ def test_bad_inputs_are_one_line_and_leave_nothing_behind(dense, tmp_path, monke
         "unknown recipe": optimize(dense, tmp_path / "o", *half, "--recipe", "digit"),
         "wrong type": optimize(dense, tmp_path / "o", *half, "--set", "train.steps=many"),
         "sample a model": ("sample", "--model", dense, "--out", tmp_path / "o"),
+        "shrink: missing data": shrink(dense, tmp_path / "o", data=f"folder:{tmp_path / 'none'}"),
+        "shrink: other size": shrink(dense, tmp_path / "o", "--set", "data.size=16"),
+        "shrink: more steps than trained": shrink(dense, tmp_path / "o", "--steps", 1001),
+        "grid: missing data": ("compress", "regularized", "--data", f"folder:{tmp_path}/none", "--out", tmp_path / "o"),
         "report of nothing": ("report", "--out", tmp_path / "o"),
     }
     for name, words in cases.items():

@@ -159,6 +159,8 @@ def refused(call: Any, *parts: str) -> None:
         ("slim.widths=1,half", ["'half'", "a number"]),
         ("model.attention=true,maybe", ["'maybe'", "true or false"]),
         ("noise.prediction=noise", ["'noise'", "'epsilon', 'v_prediction', 'sample'"]),
+        ("sample.steps=1001", ["sample.steps", "at most 1000"]),
+        ("search.step_counts=20,2000", ["search.step_counts", "1 to 1000"]),
         ("train.steps=0", ["train.steps", "got 0", "above 0"]),
         ("train.lr=-1e-3", ["train.lr", "above 0"]),
         ("train.lr=nan", ["train.lr", "a finite number"]),

@@ -290,6 +290,14 @@ def test_fewer_steps_is_a_plan_of_the_same_sampler():
     )
 
 
+def test_more_steps_than_the_scheduler_was_trained_with_are_refused():
+    bank = bank_of()
+    with pytest.raises(PlanError, match="at most the 1000"):
+        fewer_steps(plan_of(bank), 1001)
+    with pytest.raises(PlanError, match="at most the 1000"):
+        plan_for(bank, DDPMScheduler(), 2000, {"full": 1, "slim": 1})
+
+
 def test_ddim_with_the_exact_score_of_a_gaussian_carries_noise_to_it():
     """Missing U, check 13: the probability flow to N(m, v) is the affine map m + sqrt(v) x of the start noise x."""
     mean, variance = 0.1, 0.05

@@ -414,8 +414,9 @@ def shrink(
 ) -> None:
     """Better pictures in few steps without training: scale and threshold the predicted noise, row by row.
 
-    Tries a small grid for all rows and then for stretches of them, by the distance to your images; the last choice is
-    made on fresh seeds, and may be to correct nothing. Any sampler: `--set sample.scheduler=ddpm`.
+    Walks along a grid of scales and one of thresholds for all rows, then tries stretches of rows, by the distance to
+    your images; the last choice is made on fresh seeds, and may be to correct nothing. Any sampler: `--set
+    sample.scheduler=ddpm`.
 
     Example: `halfstep shrink --model runs/dense --data folder:photos --steps 20 --out runs/shrunk`
     """

@@ -107,8 +107,9 @@ def search_steps(
         )
     found: dict[StepPlan, Found] = {}
     full = plan.uniform().macs
-    for steps in dict.fromkeys((plan.steps, *spec.step_counts)):
-        base, folder = fewer_steps(plan, steps), out / f"steps-{steps}"
+    bases = {steps: fewer_steps(plan, steps) for steps in (plan.steps, *spec.step_counts)}  # refused before the search
+    for steps, base in bases.items():
+        folder = out / f"steps-{steps}"
         share = min(1.0, budget * full / base.macs)
         cheapest = min(base.entry_macs[name] for name in judge.bank) / base.entry_macs[base.reference]
         if share < cheapest and steps != plan.steps:  # the plan's own number is refused by the search, with a reason

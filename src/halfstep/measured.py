@@ -50,6 +50,11 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     return out
 
 
+def require_fit(bank: Bank, data: str, recipe: Recipe) -> None:
+    """Raise, before a run folder is made, for images that cannot be read or are not of the model's shape."""
+    check_fit(bank.config, images_for(fit_data(recipe, bank.config, bank.vae), data), bank.vae)
+
+
 def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:
     """A judge on the data of a recipe; trains the data's own feature network where the recipe wants one."""
     recipe = fit_data(recipe, bank.config, bank.vae)

@@ -9,10 +9,11 @@ from pathlib import Path
 from halfstep import compress, disk
 from halfstep.bank import Bank, load_denoiser
 from halfstep.compress import regular_name
-from halfstep.judge import measure_plans
+from halfstep.job import opened
+from halfstep.judge import check_fit, measure_plans
 from halfstep.measured import is_measured, judge_for, measured, open_pipeline, write_and_tell, write_costs
 from halfstep.recipe import Recipe
-from halfstep.rundir import open_run
+from halfstep.rundir import images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
@@ -61,6 +62,10 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     `model`: train on from this denoiser, every weight for the same number of steps; None: from scratch.
     """
     begun = time.time()
+    source, fitted = opened(model, recipe)
+    images = images_for(fitted, data)
+    if model:
+        check_fit(source.dense.config, images, source.vae)
     out = open_run(out, recipe, {"verb": "compress regularized grid", "data": data, "model": model or ""})
     if is_measured(out):
         return tell(out)

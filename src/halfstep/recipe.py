@@ -440,10 +440,17 @@ def _check(recipe: Recipe) -> None:
             where="shrink",
             do="write e.g. --set shrink.scales=0.94,0.97",
         )
-    if min(recipe.search.step_counts, default=1) < 1:
+    if recipe.sample.steps > recipe.noise.timesteps:
+        raise RecipeError(
+            got=recipe.sample.steps,
+            expected=f"at most {recipe.noise.timesteps}, the timesteps of the training",
+            where="sample.steps",
+            do="take fewer steps",
+        )
+    if not all(1 <= steps <= recipe.noise.timesteps for steps in recipe.search.step_counts):
         raise RecipeError(
             got=recipe.search.step_counts,
-            expected="whole numbers above 0",
+            expected=f"whole numbers from 1 to {recipe.noise.timesteps}",
             where="search.step_counts",
             do="write e.g. --set search.step_counts=10,30",
         )

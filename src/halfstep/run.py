@@ -26,7 +26,7 @@ from halfstep.find import Found, baselines, search_steps
 from halfstep.job import opened
 from halfstep.judge import check_fit, default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
-from halfstep.measured import is_measured, judge_for, open_pipeline, write_and_tell, write_costs
+from halfstep.measured import is_measured, judge_for, open_pipeline, require_fit, write_and_tell, write_costs
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.report import picture, picture_grid
@@ -101,10 +101,9 @@ def search(
     watch: Watch = SILENT,
 ) -> Found:
     """Search a plan for an existing step-aware pipeline (what `compress` wrote); writes pipeline/ and plan.json."""
-    pipe = open_pipeline(model)
-    out = open_run(
-        out, recipe, {"verb": "search", "model": str(model), "data": data, "goal": goal_text(budget, max_loss)}
-    )
+    pipe, goal = open_pipeline(model), goal_text(budget, max_loss)
+    require_fit(pipe.bank, data, recipe)
+    out = open_run(out, recipe, {"verb": "search", "model": str(model), "data": data, "goal": goal})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
     found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
@@ -149,6 +148,7 @@ def sample(source: str, out: Path, *, count: int = 16, seed: int = 0, batch: int
 def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> dict[str, Any]:
     """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it."""
     pipe = open_pipeline(source)
+    require_fit(pipe.bank, data, recipe)
     out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     verdict = measure_plans(judge, {"reference": pipe.plan.uniform(), "plan": pipe.plan}, recipe, watch=watch)
@@ -326,6 +326,7 @@ def shrink(
     begun = time.time()
     bank, own, noise = _bank_and_plan(model)
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
+    require_fit(bank, data, recipe)
     out = open_run(out, recipe, {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)})
     if is_measured(out):
         return tell(out)
@@ -336,7 +337,9 @@ def shrink(
     found = shrink_plan(judge, plan, recipe.shrink, out, seed=recipe.seed, watch=watch)
     watch.say(f"best on fresh seeds: {found.chosen}")
     controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
-    more = {f"{k * plan.steps} steps, no correction": fewer_steps(plan, k * plan.steps) for k in (2, 10)}
+    most = noise["num_train_timesteps"]
+    counts = [k * plan.steps for k in (2, 10) if k * plan.steps <= most]
+    more = {f"{count} steps, no correction": fewer_steps(plan, count) for count in counts}
     plans = {"reference": found.plans["none"], "plan": found.plan} | controls | more
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     found.plan.save(out / "plan.json")

@@ -37,8 +37,7 @@ Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
 def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, entry_macs: Mapping[str, int]) -> StepPlan:
     """The plan that runs the bank's reference at every step of any diffusers scheduler."""
     cls: Any = type(scheduler)
-    fresh = cls.from_config(scheduler.config)
-    fresh.set_timesteps(steps)
+    fresh = with_timesteps(cls.from_config(scheduler.config), steps)
     config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     return StepPlan(
         rows=tuple(Row(float(t), bank.reference) for t in fresh.timesteps),
@@ -65,9 +64,19 @@ def reference_plan(bank: Bank, noise: Mapping[str, Any], sample: SampleSpec, ent
 
 def fewer_steps(plan: StepPlan, steps: int) -> StepPlan:
     """The reference in every row of the same sampler with another number of steps."""
-    scheduler = _scheduler_class(plan).from_config(dict(plan.scheduler_config))
-    scheduler.set_timesteps(steps)
+    scheduler = with_timesteps(_scheduler_class(plan).from_config(dict(plan.scheduler_config)), steps)
     return replace(plan, rows=tuple(Row(float(t), plan.reference) for t in scheduler.timesteps), steps=steps)
+
+
+def with_timesteps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Any:
+    """A scheduler set to so many steps. Raises PlanError for a number that it refuses: more than in training."""
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except ValueError as error:
+        expected = f"at most the {scheduler.config.num_train_timesteps} of the training"
+        where = type(scheduler).__name__
+        raise PlanError(got=f"{steps} steps", expected=expected, where=where, do="take fewer steps") from error
+    return scheduler
 
 
 def _scheduler_class(plan: StepPlan) -> Any:
@@ -79,8 +88,7 @@ def _scheduler_class(plan: StepPlan) -> Any:
 
 def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> SchedulerMixin:
     """A fresh scheduler for one trajectory, its timesteps set. Raises PlanError when they are not the plan's."""
-    scheduler = _scheduler_class(plan).from_config(dict(plan.scheduler_config))
-    scheduler.set_timesteps(plan.steps, device=device)
+    scheduler = with_timesteps(_scheduler_class(plan).from_config(dict(plan.scheduler_config)), plan.steps, device)
     own = [float(t) for t in scheduler.timesteps]
     for i, row in enumerate(plan.rows):
         if i >= len(own) or not abs(own[i] - row.timestep) <= 1e-3:
