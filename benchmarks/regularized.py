@@ -35,7 +35,7 @@ from halfstep.measured import judge_for, open_pipeline
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
-from halfstep.report import Grid, Report, Table, picture_grid, rich_table, write_report
+from halfstep.report import Curve, Grid, Report, Table, picture_grid, rich_table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.shrink import corrected_plans
 
@@ -194,6 +194,17 @@ def tables_of(kind: str, results: Results, recipe: Recipe) -> list[Table]:
     ]
 
 
+def curve_of(kind: str, results: Results) -> Curve:
+    """Mean distances by number of calls."""
+    lines: dict[str, tuple[tuple[float, float], ...]] = {}
+    for calls in CALLS:
+        cells = results.get((kind, calls), [])
+        for name in dict.fromkeys(name for cell in cells for name in cell):
+            value = mean(cell[name]["fd"] for cell in cells if name in cell)
+            lines[name] = (*lines.get(name, ()), (calls, value))
+    return Curve(title=SAMPLERS[kind], xlabel="calls", ylabel="Fréchet distance", lines=lines)
+
+
 def means(found: Sequence[dict], what: str) -> str:
     return f"{mean(one[what] for one in found):.2f}"
 
@@ -257,7 +268,8 @@ def write_page(name: str, work: Path, recipe: Recipe) -> list[Table]:
             grids += [Grid(title=f"{SAMPLERS[kind]}, T = {calls}: {n}", images=arrays[n]) for n in arrays.files]
     summary = " ".join(line.removeprefix("- ") + "." for line in said)
     facts = {"calls": ", ".join(map(str, CALLS)), "images": f"{recipe.eval.images}"}
-    parts = {"tables": tuple(tables), "figures": (), "grids": tuple(grids)}
+    figures = tuple(curve_of(kind, results) for kind in SAMPLERS if (kind, CALLS[0]) in results)
+    parts = {"tables": tuple(tables), "figures": figures, "grids": tuple(grids)}
     write_report(Report(title=page[0][2:], summary=summary, facts=facts, **parts), work)
     draw_twenty(name, work)
     return tables

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from halfstep.errors import PlanError, RunError
+from halfstep.plan import Row, StepPlan
 from halfstep.report import (
     Curve,
     Grid,
@@ -26,7 +27,7 @@ from halfstep.report import (
     write_report,
 )
 from halfstep.results import Cost
-from halfstep.story import costs_table
+from halfstep.story import costs_table, summary
 
 
 def full_report(rows: int = 20) -> Report:
@@ -134,3 +135,23 @@ def test_a_setting_that_differs_gets_a_column():
 def test_costs_refuse_an_unknown_reference():
     with pytest.raises(PlanError, match="full"):
         costs_table({"full": Cost(macs=1, params=1)}, "fall")
+
+
+def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the_reference():
+    plan = StepPlan(
+        rows=tuple(Row(t, "r=0.1") for t in (30.0, 20.0, 10.0)), scheduler="DDPMScheduler", scheduler_config={}, steps=3,
+        reference="r=0", entry_macs={"r=0": 8, "r=0.1": 8},
+    )  # fmt: skip
+    change = {"share": -0.2, "relative_low": -0.3, "relative_high": -0.1}
+    row = {"share": 1.0, "wall_share": 1.01, "held": True, "difference": change}
+    about = {"reference": "reference", "n": 64, "tolerance": 0.05}
+    record = {"about": about, "plans": {"reference": {"calls": 50}, "plan": row}}
+    said = summary(record, plan)
+    assert "'r=0.1' in every call, costs what 50 DDPM calls of the reference cost" in said and "held within" in said
+    row["share"] = 0.4
+    assert "saves 60% of the MACs" in summary(record, plan)
+    mixed = plan.with_entries(["r=0", "r=0.1", "r=0"])
+    assert summary(record, mixed).startswith("The plan saves 60%")
+    row["share"] = 1.0
+    corrected = plan.with_corrections([(0.9, 0.0)] * 3)
+    assert summary(record, corrected).startswith("The corrections cost nothing; with 50 DDPM calls")
