@@ -138,10 +138,9 @@ def test_costs_refuse_an_unknown_reference():
 
 
 def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the_reference():
-    plan = StepPlan(
-        rows=tuple(Row(t, "r=0.1") for t in (30.0, 20.0, 10.0)), scheduler="DDPMScheduler", scheduler_config={}, steps=3,
-        reference="r=0", entry_macs={"r=0": 8, "r=0.1": 8},
-    )  # fmt: skip
+    rows = tuple(Row(t, "r=0.1") for t in (30.0, 20.0, 10.0))
+    kind, macs = {"scheduler": "DDPMScheduler", "scheduler_config": {}}, {"r=0": 8, "r=0.1": 8}
+    plan = StepPlan(rows=rows, **kind, steps=3, reference="r=0", entry_macs=macs)
     change = {"share": -0.2, "relative_low": -0.3, "relative_high": -0.1}
     row = {"share": 1.0, "wall_share": 1.01, "held": True, "difference": change}
     about = {"reference": "reference", "n": 64, "tolerance": 0.05}
