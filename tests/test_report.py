@@ -149,6 +149,9 @@ def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the
     assert "'r=0.1' in every call, costs what 50 DDPM calls of the reference cost" in said and "held within" in said
     row["share"] = 0.4
     assert "saves 60% of the MACs" in summary(record, plan)
+    for low, said in ((-0.1, "is not shown to hold within"), (0.06, "did not hold within")):
+        unlike = row | {"held": False, "difference": change | {"relative_low": low, "relative_high": 0.2}}
+        assert said in summary(record | {"plans": record["plans"] | {"plan": unlike}}, plan)
     mixed = plan.with_entries(["r=0", "r=0.1", "r=0"])
     assert summary(record, mixed).startswith("The plan saves 60%")
     row["share"] = 1.0
