@@ -139,7 +139,7 @@ def denoise(
     kwargs = {} if labels is None else {"class_labels": labels}
     step_kwargs = {"generator": list(generators)} if _takes_generator(scheduler) else {}
     timesteps = scheduler.timesteps
-    levels = _levels(scheduler) if plan.corrected else timesteps
+    levels = _levels(scheduler) if plan.corrected and kind != "epsilon" else timesteps
     for i in progress(range(start, len(calls))):
         inputs = scheduler.scale_model_input(sample, timesteps[i])
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
