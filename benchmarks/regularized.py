@@ -183,8 +183,8 @@ def tables_of(kind: str, results: Results, recipe: Recipe) -> list[Table]:
         distances.append((name, *row))
         shares.append((name, *other))
     note = (
-        f"Mean ± deviation over {len(results[kind, columns[0]])} seeds (without ±: one); in brackets the ratio to the plain "
-        f"net of as many calls, paired. n = {recipe.eval.images}, features "
+        f"Mean ± deviation over {len(results[kind, columns[0]])} seeds (without ±: one); in brackets the ratio to the "
+        f"plain net of as many calls, paired. n = {recipe.eval.images}, features "
         f"{recipe.eval.features}."
     )
     head = ("", *(f"T = {calls}" for calls in columns))
