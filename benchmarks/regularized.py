@@ -31,7 +31,7 @@ from halfstep.bank import Bank, load_denoiser
 from halfstep.cli import RichWatch
 from halfstep.compress import regular_name
 from halfstep.judge import Judge
-from halfstep.measured import judge_for, open_pipeline
+from halfstep.measured import judge_for, open_pipeline, save_arrays
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
@@ -108,7 +108,7 @@ def measure_cell(judge: Judge, plans: dict[str, StepPlan], count: int, seed: int
         rows[name] = {metric: found[metric].value for metric in ("fd", "precision", "recall")}
         rows[name]["corrections"] = sorted(set(plan.corrections))
     if pictures is not None:
-        disk.write_atomic(pictures, lambda file: np.savez(file.open("wb"), **shown))
+        disk.write_atomic(pictures, lambda file: save_arrays(file, shown))
     return rows
 
 

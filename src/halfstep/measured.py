@@ -107,11 +107,12 @@ def is_measured(out: Path) -> bool:
 def write_and_tell(judge: Judge, verdict: Verdict, out: Path, begun: float) -> Path:
     """Write what was measured, with its pictures, and the report on it, whose path is returned."""
     pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
-    disk.write_atomic(out / "pictures.npz", lambda path: _save_arrays(path, pictures))
+    disk.write_atomic(out / "pictures.npz", lambda path: save_arrays(path, pictures))
     disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
     return tell(out)
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays as one .npz file."""
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
