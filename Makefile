@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test` set everything up in .venv first. `make check` lints, `make bench` measures.
+# `make test` leaves out the tests marked slow; `make test SLOW=1` runs all of them, as CI does.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ demo: $(READY)
 	$(BIN)/halfstep demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(SLOW),-m "")
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks

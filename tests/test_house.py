@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
-    "values": ("errors", "disk", "typed", "recipe", "results", "plan", "watch"),
+    "values": ("errors", "disk", "typed", "recipe", "results", "plan", "watch", "threads"),
     "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
@@ -45,7 +45,7 @@ FLOORS = {
         "methods",
         "run",
     ),
-    "faces": ("cli",),
+    "faces": ("cli", "__main__"),
 }
 HEIGHT = {module: floor for floor, modules in enumerate(FLOORS.values()) for module in modules}
 MODULES = sorted(p.stem for p in SOURCE.glob("*.py") if p.stem != "__init__")

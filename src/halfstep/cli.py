@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import halfstep.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
 from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe
 from halfstep.recipes import RECIPES, named

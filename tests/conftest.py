@@ -1,0 +1,3 @@
+"""What every test shares: threads that wait asleep, set before torch is imported."""
+
+import halfstep.threads  # noqa: F401
