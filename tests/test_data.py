@@ -8,6 +8,8 @@ import os
 import pickle
 import struct
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from halfstep import data, sources
 from halfstep.data import Images, load_images
 from halfstep.errors import DataError
+from halfstep.watch import SILENT, Watch
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 RNG = np.random.default_rng(7)
@@ -422,7 +425,7 @@ def test_another_process_that_was_faster_wins(cache: Path, monkeypatch: pytest.M
         monkeypatch.setattr(data, "_write", write)
         build(*racing)
 
-    racing = (sources.READERS["digits"]("", "test"), "digits", None, None, cache, "key")
+    racing = (sources.READERS["digits"]("", "test"), "digits", None, None, cache / "key", SILENT)
     monkeypatch.setattr(data, "_write", slow)
     assert len(data._build(*racing)) == 297
     assert [path.name for path in cache.iterdir()] == ["key"]
@@ -432,6 +435,38 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="HALFSTEP_CACHE"):
         load_images("digits", cache=tmp_path / "file")
+
+
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+
+class Heard(Watch):
+    """Keeps what it is told: (stage, units done)."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, float]] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator:
+        yield lambda done, note="": self.lines.append((f"{name} of {total}", done))
+
+
+def test_images_say_how_many_of_each_class_and_what_sizes_they_came_in(tmp_path: Path) -> None:
+    class_folder(tmp_path / "pets")
+    save(pictures(1, 9, 30, 3)[0], tmp_path / "pets" / "dog" / "wide.png")
+    for _ in range(2):  # decoded, and from the cache
+        images = load_images(f"folder:{tmp_path / 'pets'}", size=6)
+        assert images.counts == (2, 3) and images.sizes == ((6, 6), (30, 9)) and images.left_out == ()
+    assert load_images("digits").sizes == ((8, 8), (8, 8)) and images.subset(2).sizes == images.sizes
+
+
+def test_decoding_tells_of_every_picture_however_few(tmp_path: Path) -> None:
+    class_folder(tmp_path / "pets")
+    source, heard = f"folder:{tmp_path / 'pets'}", Heard()
+    load_images(source, watch=heard)
+    assert heard.lines == [(f"{verb} {source} of 4", k) for verb in ("look through", "decode") for k in (1, 2, 3, 4)]
+    load_images(source, watch=heard)
+    assert len(heard.lines) == 8  # nothing to do, nothing to tell
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +26,9 @@ import torch
 from PIL import Image, ImageOps
 
 from halfstep.sources import MAX_FILE_BYTES, READERS, Source, bad, file_stats, reading
+from halfstep.watch import SILENT, Told, Watch
 
-CACHE_FORMAT = 1  # part of the cache key: raise it when the decoding below changes what it gives
+CACHE_FORMAT = 2  # part of the cache key: raise it when the decoding below changes what it gives
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 VERIFY_BYTES = 1 << 28  # a cache up to this size is re-hashed when opened (0.2 s); a larger one only measured
 STALE_SECONDS = 24 * 3600  # a temporary folder older than this belongs to a decode that was killed
@@ -39,6 +40,8 @@ class Images:
 
     name: the source as given.  pixels: uint8 [N, C, H, W], read-only.  labels: int64 [N], or None.
     classes: one name per label value, () without labels.  fingerprint: 16 hex digits of content and labels.
+    left_out: what lay there and was not read, a reason with its count each, () if that is nothing.
+    sizes: the smallest and the largest (width, height) of the pictures as they came, () where nobody recorded it.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Images:
     labels: np.ndarray | None
     classes: tuple[str, ...]
     fingerprint: str
+    left_out: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -54,6 +59,13 @@ class Images:
     @property
     def channels(self) -> int:
         return self.pixels.shape[1]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many images each class has, in the order of `classes`."""
+        if self.labels is None:
+            return ()
+        return tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist())
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -90,6 +102,7 @@ def load_images(
     channels: int | None = None,
     split: str = "train",
     cache: Path | None = None,
+    watch: Watch = SILENT,
 ) -> Images:
     """Images of a source, from the cache if it was decoded before.
 
@@ -101,6 +114,7 @@ def load_images(
     split: "train" is everything where a source has no splits.
     cache: folder to keep decoded data in; default: $HALFSTEP_CACHE, else ~/.cache/halfstep. The key holds the sizes and
         times of a local source's files. A hub name is decoded once: delete its cache folder to see a newer version.
+    watch: is told how the decoding goes.
     Raises: DataError, naming the file at fault.
     """
     scheme, _, place = source.partition(":")
@@ -118,7 +132,8 @@ def load_images(
     if found is None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only warns up to twice its limit
-            found = _build(READERS[scheme](place, split), source, size, channels, root, key)
+            decoded = READERS[scheme](place, split)
+            found = _build(decoded, source, size, channels, root / key, watch)
     return found
 
 
@@ -158,20 +173,26 @@ def _opened(where: str, raw: Path | bytes | np.ndarray) -> Iterator[Image.Image]
             yield image
 
 
-def _survey(decoded: Source, size: int | None, channels: int | None) -> tuple[int, int]:
-    """The side and channels that all images will have, from their headers alone."""
-    first, grey = (0, 0), True
-    for where, raw in decoded.items():
+def _survey(
+    decoded: Source, size: int | None, channels: int | None, told: Told
+) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """The side and channels that all images will have, and their smallest and largest size, from the headers alone."""
+    seen: dict[tuple[int, int], None] = {}  # the sizes, in the order they come
+    grey = True
+    for done, (where, raw) in enumerate(decoded.items(), start=1):
         with _opened(where, raw) as image:
             (width, height), mode = image.size, image.mode
         if mode in ("I", "F"):
             raise bad(where, f"32-bit pixels (mode {mode})", "8-bit pixels, or 16-bit grey", "scale it to 8 bits")
         grey = grey and (mode in ("L", "1") or mode.startswith("I;16"))
-        first = first if any(first) else (width, height)
+        seen[width, height] = None
+        first = next(iter(seen))
         if size is None and (width != height or (width, height) != first):
             expected = "a square image" if first == (width, height) else f"{first[0]}x{first[1]} as those before it"
             raise bad(where, f"{width}x{height}", expected, "pass a size to crop and resample to")
-    return size or first[0], channels or (1 if grey else 3)
+        told(done)
+    by_area = sorted(seen, key=math.prod)
+    return size or by_area[0][0], channels or (1 if grey else 3), (by_area[0], by_area[-1])
 
 
 def _pixels(image: Image.Image, side: int, channels: int) -> np.ndarray:
@@ -206,28 +227,35 @@ def _open_cache(folder: Path, source: str) -> Images | None:
         whole = whole and (labels is None or (labels.shape == pixels.shape[:1] and labels.dtype == np.int64))
         if not whole or (pixels.nbytes <= VERIFY_BYTES and _fingerprint(pixels, labels) != meta["fingerprint"]):
             return None
-        classes = tuple(meta["classes"])
-        return Images(name=source, pixels=pixels, labels=labels, classes=classes, fingerprint=str(meta["fingerprint"]))
+        return Images(
+            name=source,
+            pixels=pixels,
+            labels=labels,
+            classes=tuple(meta["classes"]),
+            fingerprint=str(meta["fingerprint"]),
+            left_out=tuple(meta["left_out"]),
+            sizes=tuple((width, height) for width, height in meta["sizes"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
-def _build(decoded: Source, source: str, size: int | None, channels: int | None, root: Path, key: str) -> Images:
+def _build(decoded: Source, source: str, size: int | None, channels: int | None, folder: Path, watch: Watch) -> Images:
     """Decode into a temporary sibling of the cache folder and rename it, so that a cache is whole or absent."""
-    temporary = None
+    root, temporary = folder.parent, None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob(f"{key}.tmp-*"):
+        for stale in root.glob(f"{folder.name}.tmp-*"):
             if time.time() - stale.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(stale, ignore_errors=True)
-        shutil.rmtree(root / key, ignore_errors=True)  # a cut or changed cache
-        temporary = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=root))
-        _write(decoded, source, *_survey(decoded, size, channels), temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a cut or changed cache
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=root))
+        _write(decoded, source, size, channels, temporary, watch)
         with suppress(OSError):  # of several processes that decode the same source, the first to rename wins
-            os.replace(temporary, root / key)
-        images = _open_cache(root / key, source)
+            os.replace(temporary, folder)
+        images = _open_cache(folder, source)
         if images is None:
-            raise OSError(f"{root / key} cannot be written")
+            raise OSError(f"{folder} cannot be written")
         return images
     except OSError as error:
         do = "set HALFSTEP_CACHE to a writable folder with enough space"
@@ -237,27 +265,23 @@ def _build(decoded: Source, source: str, size: int | None, channels: int | None,
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(decoded: Source, source: str, side: int, channels: int, folder: Path) -> None:
+def _write(decoded: Source, source: str, size: int | None, channels: int | None, folder: Path, watch: Watch) -> None:
+    with watch.stage(f"look through {source}", decoded.count) as told:
+        side, channels, sizes = _survey(decoded, size, channels, told)
     shape = (decoded.count, channels, side, side)
     # Written in order rather than through a memory map: on a full disk a map ends the process with SIGBUS.
-    with open(folder / "pixels.npy", "wb") as file:
+    with open(folder / "pixels.npy", "wb") as file, watch.stage(f"decode {source}", decoded.count) as told:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for where, raw in _progress(decoded.items(), decoded.count, source):
+        begun = time.perf_counter()
+        for done, (where, raw) in enumerate(decoded.items(), start=1):
             with _opened(where, raw) as image:
                 array = _pixels(image, side, channels)
             file.write(array.tobytes())
+            told(done, f"{done / (time.perf_counter() - begun):.1f} pictures/s")
     labels = None if decoded.labels is None else np.asarray(decoded.labels, dtype=np.int64)
     if labels is not None:
         np.save(folder / "labels.npy", labels)
     fingerprint = _fingerprint(np.load(folder / "pixels.npy", mmap_mode="r"), labels)
-    meta = {"source": source, "shape": shape, "classes": decoded.classes, "fingerprint": fingerprint}
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def _progress(items: Iterable, count: int, source: str) -> Iterable:
-    if count <= 2000 or not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, description=f"decoding {source}", total=count, console=Console(stderr=True), transient=True)
+    record = {"source": source, "shape": shape, "classes": decoded.classes, "fingerprint": fingerprint}
+    record |= {"left_out": decoded.left_out, "sizes": sizes}
+    (folder / "meta.json").write_text(json.dumps(record))

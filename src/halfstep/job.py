@@ -57,7 +57,7 @@ class Job:
         self.recipe, self.dense, self.noise, self.vae, self.watch = recipe, *source, watch
         self.done = self.out / "pipeline"
         self.diffusion = Diffusion(recipe.noise)
-        images = images_for(recipe, data)
+        images = images_for(recipe, data, watch=watch)
         if self.dense is not None:
             check_fit(self.dense.config, images, self.vae)
         self.images = encoded(images, self.vae, watch)

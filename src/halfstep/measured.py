@@ -33,7 +33,7 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     if (out / "features.json").is_file():
         return out
     disk.require_writable(out)
-    images = images_for(recipe, data)
+    images = images_for(recipe, data, watch=watch)
     net = feature_net_for(images, seed=recipe.seed)
     steps = recipe.eval.feature_steps
     test = None
@@ -50,15 +50,15 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     return out
 
 
-def require_fit(bank: Bank, data: str, recipe: Recipe) -> None:
+def require_fit(bank: Bank, data: str, recipe: Recipe, watch: Watch = SILENT) -> None:
     """Raise, before a run folder is made, for images that cannot be read or are not of the model's shape."""
-    check_fit(bank.config, images_for(fit_data(recipe, bank.config, bank.vae), data), bank.vae)
+    check_fit(bank.config, images_for(fit_data(recipe, bank.config, bank.vae), data, watch=watch), bank.vae)
 
 
 def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:
     """A judge on the data of a recipe; trains the data's own feature network where the recipe wants one."""
     recipe = fit_data(recipe, bank.config, bank.vae)
-    images = images_for(recipe, data)
+    images = images_for(recipe, data, watch=watch)
     check_fit(bank.config, images, bank.vae)
     if recipe.eval.features == "own":
         features(data, out / "features", recipe, watch=watch)

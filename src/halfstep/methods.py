@@ -63,7 +63,7 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     """
     begun = time.time()
     source, fitted = opened(model, recipe)
-    images = images_for(fitted, data)
+    images = images_for(fitted, data, watch=watch)
     if model:
         check_fit(source.dense.config, images, source.vae)
     out = open_run(out, recipe, {"verb": "compress regularized grid", "data": data, "model": model or ""})

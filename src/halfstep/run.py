@@ -52,7 +52,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     """
     out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""})
     done = out / "pipeline"
-    images = images_for(recipe, data)
+    images = images_for(recipe, data, watch=watch)
     torch.manual_seed(recipe.seed)
     vae = load_vae(model or recipe.model.vae) if model or recipe.model.vae else None
     seen = encoded(images, vae, watch)
@@ -102,7 +102,7 @@ def search(
 ) -> Found:
     """Search a plan for an existing step-aware pipeline (what `compress` wrote); writes pipeline/ and plan.json."""
     pipe, goal = open_pipeline(model), goal_text(budget, max_loss)
-    require_fit(pipe.bank, data, recipe)
+    require_fit(pipe.bank, data, recipe, watch)
     out = open_run(out, recipe, {"verb": "search", "model": str(model), "data": data, "goal": goal})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
@@ -148,7 +148,7 @@ def sample(source: str, out: Path, *, count: int = 16, seed: int = 0, batch: int
 def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> dict[str, Any]:
     """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it."""
     pipe = open_pipeline(source)
-    require_fit(pipe.bank, data, recipe)
+    require_fit(pipe.bank, data, recipe, watch)
     out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     verdict = measure_plans(judge, {"reference": pipe.plan.uniform(), "plan": pipe.plan}, recipe, watch=watch)
@@ -173,7 +173,7 @@ def optimize(
     goal = goal_text(budget, max_loss)
     (dense, _, vae), recipe = opened(model, recipe)
     supernet_of(dense, recipe.slim)  # refuses what cannot work before the first file is written
-    check_fit(dense.config, images_for(recipe, data), vae)
+    check_fit(dense.config, images_for(recipe, data, watch=watch), vae)
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
     if is_measured(out):
         return tell(out)
@@ -326,7 +326,7 @@ def shrink(
     begun = time.time()
     bank, own, noise = _bank_and_plan(model)
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
-    require_fit(bank, data, recipe)
+    require_fit(bank, data, recipe, watch)
     out = open_run(out, recipe, {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)})
     if is_measured(out):
         return tell(out)

@@ -58,9 +58,9 @@ def open_run(out: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
     return out
 
 
-def images_for(recipe: Recipe, source: str, split: str = "train") -> Images:
+def images_for(recipe: Recipe, source: str, split: str = "train", watch: Watch = SILENT) -> Images:
     """The images that a recipe asks for."""
-    return load_images(source, size=recipe.data.size, channels=recipe.data.channels, split=split)
+    return load_images(source, size=recipe.data.size, channels=recipe.data.channels, split=split, watch=watch)
 
 
 def encoded(images: Images, vae: Any, watch: Watch = SILENT) -> Images | Latents:

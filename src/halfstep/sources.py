@@ -26,12 +26,16 @@ MAX_FILE_BYTES = 1 << 28  # of one image file: an archive member that claims mor
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """`items()` yields `count` pairs (where, image) in the same order each time; labels and classes belong to them."""
+    """`items()` yields `count` pairs (where, image) in the same order each time; labels and classes belong to them.
+
+    left_out: what lies there and is not read, a reason with its count each.
+    """
 
     items: Callable[[], Iterable[tuple[str, Path | bytes | np.ndarray]]]
     count: int
     labels: list[int] | np.ndarray | None = None
     classes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def bad(where: object, got: str, expected: str, do: str) -> DataError:
