@@ -131,6 +131,53 @@ def test_a_loaded_bank_of_oblong_images_takes_a_new_entry(tmp_path):
     assert "twin" in Bank.from_pretrained(tmp_path / "bank").with_entry("twin", oblong[1], "epsilon")
 
 
+PLAIN = ["full", "w0.50", "w0.50+2:4", "2:4", "2:4 one-shot", "continuous@1", "r=0.1", "r=1e-05", "off", "spectral"]
+PLAIN += ["full~2", "full@bf16", "plain, distilled", "x", "Z9", "a" * 80]
+ODD = ["", ".", "..", "../x", "a/../../x", "/tmp/x", "a\\b", "C:/x", ".hidden", "ends.", "ends ", " x", "a\0b", "a\nb"]
+ODD += ["\xfc", "x" * 81, "bank.json", "Bank.JSON", "~root", "-x", "a*", "a|b", 'a"b', "a<b", None, 3, ("full",)]
+
+
+def test_plain_names_are_kept(tmp_path):
+    bank = Bank({name: net() for name in PLAIN}, "full", "epsilon")
+    bank.save_pretrained(tmp_path / "bank")
+    assert Bank.from_pretrained(tmp_path / "bank").names == tuple(PLAIN)
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_names_that_make_no_folder_of_their_own_are_refused_by_a_bank(name):
+    with pytest.raises(ModelError, match="entr") as error:
+        Bank({"full": net(), name: net()}, "full", "epsilon")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("pair", [("2:4", "2of4"), ("full", "Full"), ("2:4 a", "2OF4 A")], ids=str)
+def test_entries_of_one_folder_are_refused(pair):
+    with pytest.raises(ModelError, match="one name for the folder"):
+        Bank({name: net() for name in pair}, pair[0], "epsilon")
+
+
+def test_a_bank_holds_few_entries():
+    with pytest.raises(ModelError, match="at most 256"):
+        Bank({f"e{i}": torch.nn.Module() for i in range(257)}, "e0", "epsilon")
+
+
+@pytest.mark.parametrize("name", ["../../../../stolen", "{outside}", "..", "x/../../../outside"])
+def test_a_shipped_pipeline_reads_and_writes_nothing_outside(name, tmp_path):
+    """bank.json's names were joined to the folder unchecked: an entry was read, and a save wrote, wherever it said."""
+    folder = tmp_path / "a" / "b" / "pipeline"
+    slim_bank().save_pretrained(folder / "bank")
+    outside = tmp_path / "outside"
+    net(5).save_pretrained(outside)  # what would be read
+    name = name.format(outside=outside)
+    edit_record(folder / "bank" / "bank.json", lambda r: {**r, "entries": [*r["entries"], name]})
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises(ModelError, match="an entry named"):
+        Bank.from_pretrained(folder / "bank")
+    with pytest.raises(ModelError, match="an entry named"):
+        Bank({"full": net(), name: net()}, "full", "epsilon").save_pretrained(folder / "bank")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
 def test_unknown_names_are_refused_with_the_known_ones():
     bank = slim_bank()
     for ask in (lambda: bank["w0.33"], lambda: Bank({"full": net(), "w1.00": net()}, "dense", "epsilon")):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from halfstep.continuous import ContinuousUNet2DModel
 from halfstep.disk import read_json, write_atomic
-from halfstep.errors import ModelError
+from halfstep.errors import ModelError, shortened
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
 from halfstep.profiling import call_times, count_macs, latency
 from halfstep.results import Cost
@@ -42,6 +43,10 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PACKED = "packed.safetensors"
 
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
+"""What an entry may be called: it becomes a folder's name, on any file system."""
+MAX_ENTRIES = 256
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -59,7 +64,8 @@ class Bank(torch.nn.Module):
     weights of an entry follow an N:M pattern (they are stored packed, and their MACs count by the pattern).
     `prediction_type`: what all of them predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their
     samples, where they work on latents (the pipeline stores it).
-    Raises ModelError when an entry's input, output or class conditioning differs from the reference's.
+    Raises ModelError when an entry's input, output or class conditioning differs from the reference's, and for names
+    that make no folder of their own (see `check_names`).
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Bank(torch.nn.Module):
         vae: torch.nn.Module | None = None,
     ):
         super().__init__()
+        check_names(entries, "bank")
         if reference not in entries:
             raise ModelError(
                 got=f"reference {reference!r}",
@@ -234,6 +241,7 @@ class Bank(torch.nn.Module):
                 where=folder / "bank.json",
                 do="save it again",
             ) from error
+        check_names(names, folder / "bank.json")  # before any of them is joined to a path
         entries: dict[str, torch.nn.Module] = {}
         shared: dict[str, Shared] = {}
         masking: dict[str, Masking] = {}
@@ -250,6 +258,29 @@ class Bank(torch.nn.Module):
             else:
                 entries[name] = load_model(place)
         return cls({name: entries[name] for name in names}, reference, kind, shared, masking)
+
+
+def check_names(names: Iterable[object], where: object) -> None:
+    """Raise ModelError unless each entry's name is plain text that makes a folder of its own inside the bank's.
+
+    At most `MAX_ENTRIES` names of `NAME`'s letters, no two of which share a folder, whatever the case of letters.
+    """
+
+    def refuse(got: str, expected: str) -> ModelError:
+        return ModelError(got=got, expected=expected, where=where, do="rename the entry")
+
+    names = list(names)
+    if len(names) > MAX_ENTRIES:
+        raise refuse(f"{len(names)} entries", f"at most {MAX_ENTRIES}")
+    taken = {"bank.json": "bank.json"}
+    for name in names:
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            letters = "up to 80 plain letters, digits, spaces and .,:+@=~_()-, the first a letter or digit"
+            raise refuse(f"an entry named {shortened(name)}", letters)
+        key = _folder(name).casefold()
+        if key in taken:
+            raise refuse(f"entries {taken[key]!r} and {name!r}", f"one name for the folder {_folder(name)}")
+        taken[key] = name
 
 
 def _folder(name: str) -> str:
