@@ -19,6 +19,7 @@ The report has the training losses by images seen too. All to runs/continuous/, 
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace

@@ -11,6 +11,7 @@ benchmarks/fashion<size>-<budget>.md.
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 import os

@@ -15,6 +15,7 @@ regularized-<data>.md here, and pictures of 20 calls to docs/regularized-<data>.
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace

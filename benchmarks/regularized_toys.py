@@ -12,6 +12,7 @@ the value that is best for that sampler and number of steps (found on other nois
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import math
 import time

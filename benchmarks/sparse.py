@@ -14,6 +14,7 @@ Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 from dataclasses import replace

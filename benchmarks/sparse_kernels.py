@@ -9,6 +9,7 @@ where the sparse one is no faster, eager and compiled. Without a GPU the table s
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import copy
 from functools import partial

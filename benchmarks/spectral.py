@@ -12,6 +12,7 @@ Everything goes to runs/spectral/, the table to benchmarks/spectral.md.
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 from dataclasses import replace

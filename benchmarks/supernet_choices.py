@@ -8,6 +8,7 @@ images, timesteps and noise for all, before and after training, for every width.
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 import time

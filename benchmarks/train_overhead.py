@@ -9,6 +9,7 @@ each pair of turns gives one ratio, so that a machine that slows down or is shar
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import statistics
 import time
