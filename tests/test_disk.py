@@ -10,22 +10,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfstep import disk
-from halfstep.errors import RunError
+from halfstep.errors import PlanError, RunError
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
 RECORDS = st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=6)
 TREES = st.dictionaries(st.sampled_from(["a", "b", "in/c", "in/d"]), st.binary(max_size=20), max_size=4)
+
+
+few = settings(max_examples=25, deadline=None)
+"""For what flushes files: a disk may take ten milliseconds for each."""
 
 
 class Interrupted(BaseException):
@@ -53,6 +58,7 @@ def refused(message: str, call, *args: object, where: Path) -> None:
 # ---- whole or absent -----------------------------------------------------------------------------------------------
 
 
+@few
 @given(
     old=st.none() | st.binary(max_size=50), new=st.binary(max_size=50), error=st.sampled_from([OSError, Interrupted])
 )
@@ -75,6 +81,7 @@ def test_a_file_is_the_new_one_after_a_write_and_the_old_one_after_a_failed_writ
         assert contents(path.parent) == {"weights.bin": new}
 
 
+@few
 @given(old=st.none() | TREES, new=TREES)
 def test_a_folder_is_the_new_one_after_a_write_and_the_old_one_after_a_failed_write(old, new):
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +136,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, delay: float):
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 
+@few
 @given(st.dictionaries(st.text(max_size=4), JSON, max_size=4))
 def test_json_comes_back_as_written(record):
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +155,12 @@ def test_json_comes_back_as_written(record):
         (b"[1, 2]", "got a JSON list"),
         (b"3", "got a JSON int"),
         (b"null", "got a JSON NoneType"),
+        (b'{"a": NaN}', "NaN is no JSON"),
+        (b'{"a": [-Infinity]}', "-Infinity is no JSON"),
+        (b'{"a": 1e999}', "1e999 is too large a number"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "an integer of 5000 digits"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "unreadable file"),
+        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested more than 64 deep"),
     ],
 )
 def test_a_json_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, content: bytes | None, message: str):
@@ -159,14 +173,60 @@ def test_a_json_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, con
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_in_place_of_a_json_file_is_told_too(tmp_path: Path):
-    with pytest.raises(RunError, match="unreadable file"):
-        disk.read_json(tmp_path, what="a plan", do="search again")
+def _pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda p: p.parent, _pipe, lambda p: Path("/dev/zero"), lambda p: p / "a\0b"],
+    ids=["folder", "pipe", "device", "nul"],
+)
+def test_what_is_no_file_is_told_too_and_never_hangs(tmp_path: Path, made):
+    path = made(tmp_path / "plan.json")
+    with pytest.raises(RunError, match=r"unreadable file|a name with NUL"):
+        disk.read_json(path, what="a plan", do="search again")
+
+
+def test_a_file_larger_than_any_record_is_not_read(tmp_path: Path):
+    with (tmp_path / "plan.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(PlanError, match="more than 64 MiB"):
+        disk.read_json(tmp_path / "plan.json", what="a plan", do="search again", error=PlanError)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, float("-inf")]])
+def test_no_number_that_is_not_finite_lands_on_disk(tmp_path: Path, value: object):
+    file = tmp_path / "a.json"
+    refused("expected finite numbers", disk.write_json, file, {"loss": value}, where=file)
+    refused("expected finite numbers", disk.append_record, file, {"loss": value}, where=file)
+    assert not file.exists()
+
+
+@dataclass(frozen=True)
+class Step:
+    step: int
+    loss: float = 0.0
+
+
+def test_a_record_is_read_with_its_types(tmp_path: Path):
+    disk.write_json(tmp_path / "a.json", {"step": 3, "loss": 1})
+    assert disk.read_record(tmp_path / "a.json", Step, what="a step", do="go on") == Step(3, 1.0)
+    disk.write_json(tmp_path / "b.json", {"step": "3"})
+    refused("got '3', expected a whole number; go on", read_step, tmp_path / "b.json", where=tmp_path / "b.json")
+    disk.write_text(tmp_path / "c.jsonl", '{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    assert disk.read_records(tmp_path / "c.jsonl", Step) == [Step(1), Step(2, 0.5)]
+
+
+def read_step(file: Path) -> Step:
+    return disk.read_record(file, Step, what="a step", do="go on")
 
 
 # ---- lines of records ----------------------------------------------------------------------------------------------
 
 
+@few
 @given(records=RECORDS, data=st.data())
 def test_a_cut_line_costs_that_record_alone_also_when_the_run_goes_on(records, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -186,6 +246,7 @@ def test_a_cut_line_costs_that_record_alone_also_when_the_run_goes_on(records, d
             assert disk.read_records(path) == [*records[:-1], {"after": 1}, {"after": 2}]
 
 
+@few
 @given(RECORDS)
 def test_a_last_line_that_lost_only_its_end_of_line_is_kept(records):
     with tempfile.TemporaryDirectory() as folder:
@@ -198,6 +259,7 @@ def test_a_last_line_that_lost_only_its_end_of_line_is_kept(records):
         assert disk.read_records(path) == [*records, {"after": 1}]
 
 
+@few
 @given(steps=st.lists(st.integers(0, 9), max_size=8), limit=st.integers(0, 9))
 def test_kept_records_are_those_that_the_filter_accepts_in_order(steps, limit):
     with tempfile.TemporaryDirectory() as folder:
@@ -207,6 +269,27 @@ def test_kept_records_are_those_that_the_filter_accepts_in_order(steps, limit):
         disk.keep_records(path, lambda record: record["step"] <= limit)
         assert [record["step"] for record in disk.read_records(path)] == [s for s in steps if s <= limit]
         assert os.listdir(folder) == (["log.jsonl"] if steps else [])
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"12", b"[1]", b'{"step": 1', b"", b'{"step": NaN}', b"\0\0"], ids=str)
+def test_a_broken_line_before_the_last_is_told_by_its_number(tmp_path: Path, line: bytes):
+    file = tmp_path / "search.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    refused("line 2.*delete that line", disk.read_records, file, where=file)
+    refused("line 2.*delete that line", disk.keep_records, file, lambda record: True, where=file)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b'{"step": 1', b"", b"\0\0"], ids=str)
+def test_a_cut_last_line_is_left_out_and_replaced(tmp_path: Path, line: bytes):
+    file = tmp_path / "search.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line)
+    assert disk.read_records(file) == [{"step": 1}]
+    disk.append_record(file, {"step": 2})
+    assert file.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_pipe_in_place_of_records_is_told_and_never_hangs(tmp_path: Path):
+    refused("not a regular one", disk.read_records, _pipe(tmp_path / "log.jsonl"), where=tmp_path)
 
 
 # ---- refusals of the file system -----------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def refused(call: Any, *parts: str) -> None:
         ("slim.widths=1,0", ["slim.widths", "(0, 1]"]),
         ("slim.widths=1,-0.5", ["slim.widths", "(0, 1]"]),
         ("slim.widths=1,2", ["slim.widths", "(0, 1]"]),
-        ("slim.widths=1,nan", ["slim.widths", "(0, 1]"]),
+        ("slim.widths=1,nan", ["slim.widths", "a finite number"]),
         ("slim.widths=", ["slim.widths"]),
         ("model.channels=8", ["model.attention", "each of the 1 levels"]),
         ("model.channels=8,0", ["model.channels", "above 0"]),

@@ -1,18 +1,31 @@
-"""Files of a run folder: every write is whole or absent, and errors of the file system speak plainly."""
+"""Files of a run folder: every write is whole or absent, every read is bounded, and errors speak plainly."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-from halfstep.errors import RunError
+from halfstep.errors import HalfstepError, RunError
+from halfstep.typed import build, shown
+
+MAX_JSON = 64 << 20
+"""Bytes of one JSON file that are read; a plan of a thousand steps has 30 thousand."""
+MAX_RECORDS = 256 << 20
+"""Bytes of one file of JSON lines that are read: two million records of a training."""
+MAX_DEPTH = 64
+"""JSON within JSON that is read."""
+MAX_DIGITS = 100
+"""Digits of an integer in JSON; Python itself refuses to write integers of more than 4,300."""
+Record = TypeVar("Record")
 
 
 @contextmanager
@@ -65,9 +78,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
                 except OSError:
                     os.replace(old, path)
                     raise
+                _flush_folder(path.parent)
                 shutil.rmtree(old)
             else:
                 os.replace(temporary, path)
+                _flush_folder(path.parent)
         finally:
             if temporary.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -76,12 +91,25 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush(path: Path) -> None:
+    """Bring a file, or every file and folder of a folder, to the disk itself."""
     mask = os.umask(0)
     os.umask(mask)
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         file.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    for folder in [path, *(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []:
+        _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk: a rename outlives a loss of power only then."""
+    with suppress(OSError):  # not every file system can do that, and Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,7 +117,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, record: object) -> None:
-    write_text(path, json.dumps(record, indent=2) + "\n")
+    """Write strict JSON. Raises RunError for a number that is not finite: there is no such number in JSON."""
+    write_text(path, to_json(record, where=path, indent=2) + "\n")
+
+
+def to_json(record: object, *, where: object, indent: int | None = None) -> str:
+    """Strict JSON of a record; `where` it is to be written goes into the RunError for a number that is not finite."""
+    try:
+        return json.dumps(record, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise RunError(
+            got=f"{error} in {shown(record)}",
+            expected="finite numbers",
+            where=where,
+            do="look for what made them: a training that diverged, or images without any difference",
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -101,50 +143,154 @@ def write_png(path: Path, picture: Any) -> None:
     write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
-def read_json(path: Path, *, what: str, do: str) -> dict:
-    """Read a JSON object; `what` it should be and what to `do` go into the error.
+def read_bytes(path: Path, limit: int, *, what: str, do: str, error: type[HalfstepError] = RunError) -> bytes:
+    """The content of a regular file of at most `limit` bytes; `what` it should be and what to `do` go into the error.
 
-    Raises RunError when the file is missing, cut off, or no JSON object.
+    Raises `error` when it is missing, larger, not readable, or a folder, a pipe or a device: none of these may hang.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise error(got="an unreadable file (not a regular one)", expected=what, where=path, do=do)
+        with Path(path).open("rb") as file:
+            content = file.read(limit + 1)
     except FileNotFoundError:
-        raise RunError(got="no such file", expected=what, where=path, do=do) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(got=f"an unreadable file ({error})", expected=what, where=path, do=do) from error
+        raise error(got="no such file", expected=what, where=path, do=do) from None
+    except OSError as refused:
+        raise error(got=f"an unreadable file ({refused})", expected=what, where=path, do=do) from refused
+    except ValueError:  # a NUL in the name; an error of ours is one too
+        if "\0" not in str(path):
+            raise
+        raise error(got="a name with NUL", expected=what, where=shown(str(path)), do=do) from None
+    if len(content) > limit:
+        raise error(got=f"more than {limit >> 20} MiB", expected=what, where=path, do=do)
+    return content
+
+
+def read_json(path: Path, *, what: str, do: str, error: type[HalfstepError] = RunError) -> dict:
+    """Read a JSON object; `what` it should be and what to `do` go into the error.
+
+    Raises `error` when the file is missing, cut off, or no JSON object within the bounds above.
+    """
+    content = read_bytes(path, MAX_JSON, what=what, do=do, error=error)
+    return parse_json(content, where=path, what=what, do=do, error=error)
+
+
+def parse_json(content: bytes, *, where: object, what: str, do: str, error: type[HalfstepError] = RunError) -> dict:
+    """The JSON object in these bytes: strict, finite, in UTF-8, of bounded depth. Raises `error`."""
+    try:
+        record = json.loads(
+            content.decode("utf-8"), parse_constant=_no_number, parse_float=_finite, parse_int=_short_integer
+        )
+        _require_shallow(record)
+    except (ValueError, RecursionError) as broken:
+        raise error(got=f"an unreadable file ({broken})", expected=what, where=where, do=do) from broken
     if not isinstance(record, dict):
-        raise RunError(got=f"a JSON {type(record).__name__}", expected=what, where=path, do=do)
+        raise error(got=f"a JSON {type(record).__name__}", expected=what, where=where, do=do)
     return record
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def _short_integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _require_shallow(record: object) -> None:
+    level = [record]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in _containers(one)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _containers(one: Any) -> list:
+    values = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return [value for value in values if isinstance(value, dict | list)]
+
+
+def read_record(path: Path, cls: type[Record], *, what: str, do: str, error: type[HalfstepError] = RunError) -> Record:
+    """Read a JSON object as a dataclass of typed fields (see `typed.build`). Raises `error`."""
+    return build(cls, read_json(path, what=what, do=do, error=error), "", path, error=error, do=do)
+
+
 def append_record(path: Path, record: dict) -> None:
-    """Append one line of JSON and flush it, so that a killed run keeps every line but perhaps the last."""
+    """Append one line of strict JSON and flush it: a run that is killed keeps every line but perhaps the last.
+
+    Raises RunError for a number that is not finite.
+    """
+    line = to_json(record, where=path).encode() + b"\n"
     with plain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         with path.open("ab+") as handle:
-            end = handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, end - 1))
-            cut = end > 0 and handle.read(1) != b"\n"  # a killed run's last line must not swallow this one
-            handle.write((b"\n" if cut else b"") + json.dumps(record).encode() + b"\n")
+            _end_the_last_line(handle)
+            handle.write(line)
+            handle.flush()
+            with suppress(OSError):  # a pipe or a device cannot be flushed
+                os.fsync(handle.fileno())
+        if new:
+            _flush_folder(path.parent)
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a JSON-lines file; a line that a kill cut off is left out, a missing file has none."""
-    if not path.is_file():
+def _end_the_last_line(handle: Any) -> None:
+    """Take away the line that a killed run cut off; a whole one that lost only its end of line gets it."""
+    end = handle.seek(0, os.SEEK_END)
+    handle.seek(max(0, end - 1))
+    if end == 0 or handle.read(1) == b"\n":
+        return
+    handle.seek(0)
+    start = handle.read().rfind(b"\n") + 1
+    handle.seek(start)
+    try:
+        json.loads(handle.read())
+    except ValueError:
+        handle.truncate(start)
+    else:
+        handle.write(b"\n")
+
+
+@overload
+def read_records(path: Path, *, do: str = ...) -> list[dict]: ...
+@overload
+def read_records(path: Path, cls: type[Record], *, do: str = ...) -> list[Record]: ...
+def read_records(path: Path, cls: Any = None, *, do: str = "delete that line, or the file") -> list:
+    """The records of a JSON-lines file, as dataclasses `cls` where one is given; a missing file has none.
+
+    A last line that a kill cut off is left out in silence. Raises RunError, which names the line, for every other one
+    that is no record: what a run measured is damaged, and the lines around it may be.
+    """
+    if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    what = "lines of JSON"
+    lines = read_bytes(path, MAX_RECORDS, what=what, do=do).split(b"\n")
+    records: list = []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            record = parse_json(line, where=f"{path}: line {number}", what="a record", do=do)
+        except RunError:
+            if number == len(lines):  # no end of line: cut off, or nothing at all behind the last one
+                break
+            raise
+        place = f"{path}: line {number}"
+        records.append(record if cls is None else build(cls, record, "", place, error=RunError, do=do))
     return records
 
 
 def keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
     """Rewrite a JSON-lines file with the records that `keep` accepts: what lies behind a resumed step is dropped."""
     if path.is_file():
-        write_text(path, "".join(json.dumps(r) + "\n" for r in read_records(path) if keep(r)))
+        write_text(path, "".join(to_json(r, where=path) + "\n" for r in read_records(path) if keep(r)))
 
 
 def require_writable(folder: Path) -> Path:
