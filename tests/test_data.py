@@ -395,12 +395,12 @@ def test_a_killed_decode_leaves_nothing_half(cache: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return pixels(*given)
 
-    pixels = data._pixels
-    monkeypatch.setattr(data, "_pixels", interrupted)
+    pixels = data.decode
+    monkeypatch.setattr(data, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_images("digits")
     assert not list(cache.iterdir())
-    monkeypatch.setattr(data, "_pixels", pixels)
+    monkeypatch.setattr(data, "decode", pixels)
     assert len(load_images("digits")) == 1500
 
 
@@ -507,17 +507,13 @@ def test_sizes_that_differ_name_the_first_file(tmp_path: Path) -> None:
     assert load_images(f"folder:{tmp_path / 'sizes'}", size=6).pixels.shape == (4, 1, 6, 6)
 
 
-def test_bombs_animations_and_deep_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_animations_and_deep_pixels(tmp_path: Path) -> None:
     frames = [Image.fromarray(x) for x in pictures(2, 6, 6, 3)]
     (tmp_path / "moving").mkdir()
     frames[0].save(tmp_path / "moving" / "m.png", save_all=True, append_images=frames[1:])
     refused(f"folder:{tmp_path / 'moving'}", "m.png", "several frames")
     save(pictures(1, 6, 6)[0].astype(np.float32), tmp_path / "float" / "f.tif")
     refused(f"folder:{tmp_path / 'float'}", "f.tif", "32-bit")
-    save(pictures(1, 12, 12)[0], tmp_path / "bomb" / "b.png")
-    for limit in (100, 10):  # Pillow warns above its limit and raises above twice the limit
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        refused(f"folder:{tmp_path / 'bomb'}", "b.png", "DecompressionBomb")
 
 
 def test_idx_refuses(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ FLOORS = {
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
         "sources",
+        "pictures",
         "data",
         "latents",
         "train",

@@ -8,28 +8,24 @@ Input is checked and refused, never repaired; nothing is unpickled and no archiv
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
-from halfstep.sources import MAX_FILE_BYTES, READERS, Source, bad, file_stats, reading
+from halfstep.pictures import decode, is_grey, opened
+from halfstep.sources import READERS, Source, bad, file_stats
 from halfstep.watch import SILENT, Told, Watch
 
-CACHE_FORMAT = 2  # part of the cache key: raise it when the decoding below changes what it gives
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+CACHE_FORMAT = 3  # part of the cache key: raise it when the decoding below changes what it gives
 VERIFY_BYTES = 1 << 28  # a cache up to this size is re-hashed when opened (0.2 s); a larger one only measured
 STALE_SECONDS = 24 * 3600  # a temporary folder older than this belongs to a decode that was killed
 
@@ -130,10 +126,7 @@ def load_images(
     root = (cache or cache_root()) / "data"
     found = _open_cache(root / key, source)
     if found is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow only warns up to twice its limit
-            decoded = READERS[scheme](place, split)
-            found = _build(decoded, source, size, channels, root / key, watch)
+        found = _build(READERS[scheme](place, split), source, size, channels, root / key, watch)
     return found
 
 
@@ -158,21 +151,6 @@ def _fingerprint(pixels: np.ndarray, labels: np.ndarray | None) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def _opened(where: str, raw: Path | bytes | np.ndarray) -> Iterator[Image.Image]:
-    """The image, opened but not decoded; the block that decodes it runs inside, so that its errors name the image."""
-    with reading(where, f"a whole image ({', '.join(FORMATS)})"):
-        if isinstance(raw, np.ndarray):
-            yield Image.fromarray(raw)
-            return
-        if (raw.stat().st_size if isinstance(raw, Path) else len(raw)) > MAX_FILE_BYTES:
-            raise OSError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-        with Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw), formats=FORMATS) as image:
-            if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a camera's JPEG and its preview
-                raise OSError("several frames in one file")
-            yield image
-
-
 def _survey(
     decoded: Source, size: int | None, channels: int | None, told: Told
 ) -> tuple[int, int, tuple[tuple[int, int], ...]]:
@@ -180,11 +158,9 @@ def _survey(
     seen: dict[tuple[int, int], None] = {}  # the sizes, in the order they come
     grey = True
     for done, (where, raw) in enumerate(decoded.items(), start=1):
-        with _opened(where, raw) as image:
-            (width, height), mode = image.size, image.mode
-        if mode in ("I", "F"):
-            raise bad(where, f"32-bit pixels (mode {mode})", "8-bit pixels, or 16-bit grey", "scale it to 8 bits")
-        grey = grey and (mode in ("L", "1") or mode.startswith("I;16"))
+        with opened(where, raw) as image:
+            width, height = image.size
+            grey = grey and is_grey(image)
         seen[width, height] = None
         first = next(iter(seen))
         if size is None and (width != height or (width, height) != first):
@@ -193,25 +169,6 @@ def _survey(
         told(done)
     by_area = sorted(seen, key=math.prod)
     return size or by_area[0][0], channels or (1 if grey else 3), (by_area[0], by_area[-1])
-
-
-def _pixels(image: Image.Image, side: int, channels: int) -> np.ndarray:
-    """uint8 [channels, side, side]; see `load_images` for how."""
-    if image.format is not None:  # a file, not an array
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips; 65535 / 255 = 257
-        image = Image.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8))
-    if image.has_transparency_data:
-        front = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front).convert("RGB")
-    image = image.convert("L" if channels == 1 else "RGB")
-    short = min(image.size)
-    if short != side or image.width != image.height:
-        left, top = (image.width - short) // 2, (image.height - short) // 2
-        image = image.crop((left, top, left + short, top + short))
-        image = image.resize((side, side), Image.Resampling.BOX if short > side else Image.Resampling.BICUBIC)
-    array = np.asarray(image)
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------
@@ -274,8 +231,8 @@ def _write(decoded: Source, source: str, size: int | None, channels: int | None,
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         begun = time.perf_counter()
         for done, (where, raw) in enumerate(decoded.items(), start=1):
-            with _opened(where, raw) as image:
-                array = _pixels(image, side, channels)
+            with opened(where, raw) as image:
+                array = decode(image, channels, side)
             file.write(array.tobytes())
             told(done, f"{done / (time.perf_counter() - begun):.1f} pictures/s")
     labels = None if decoded.labels is None else np.asarray(decoded.labels, dtype=np.int64)

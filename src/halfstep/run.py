@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, LDMPipeline
-from PIL import Image
 
 from halfstep import compress, disk
 from halfstep.bank import Bank, load_denoiser, load_vae
@@ -27,6 +26,7 @@ from halfstep.job import opened
 from halfstep.judge import check_fit, default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import is_measured, judge_for, open_pipeline, require_fit, write_and_tell, write_costs
+from halfstep.pictures import read_picture
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.report import picture, picture_grid
@@ -264,7 +264,7 @@ def denoise(
             for count in steps:
                 name = f"{prefix}{entry}, {count} step{'s' * (count > 1)}"
                 methods[name], counts[name] = partial(call, steps=count), count
-    clean = [_picture(file) for file in pictures]
+    clean = [torch.from_numpy(read_picture(Path(file)).copy()).float() / 255 for file in pictures]
     names = [Path(file).stem for file in pictures]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -303,16 +303,6 @@ def _restorers(source: str) -> dict[str, Callable[..., torch.Tensor]]:
     kinds = {"noise_config": {**config, "prediction_type": bank.prediction_type}, "size": size, "channels": channels}
     kinds |= {"label": 0 if bank.config.get("num_class_embeds") else None, "device": bank.device}
     return {entry: partial(restore_picture, predictor(bank[entry]), **kinds) for entry in bank}
-
-
-def _picture(file: Path) -> torch.Tensor:
-    """A picture file as [C,H,W] in [0, 1]: grey where it is grey, else RGB. Raises DataError."""
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
-    except OSError as error:
-        raise DataError(got=f"an unreadable file ({error})", expected="a picture", where=file, do="check it") from error
-    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).movedim(-1, 0).float() / 255
 
 
 def shrink(
