@@ -19,6 +19,8 @@ FLOORS = {
         "sources",
         "pictures",
         "data",
+        "classes",
+        "fit",
         "latents",
         "train",
         "bank",

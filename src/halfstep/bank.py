@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,9 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from halfstep.classes import read_classes
 from halfstep.continuous import ContinuousUNet2DModel
+from halfstep.denoiser import class_count
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError, shortened
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
@@ -63,7 +65,8 @@ class Bank(torch.nn.Module):
     `entries`: name -> diffusers model; `shared`: how an entry's weights follow from another entry's; `masking`: which
     weights of an entry follow an N:M pattern (they are stored packed, and their MACs count by the pattern).
     `prediction_type`: what all of them predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their
-    samples, where they work on latents (the pipeline stores it).
+    samples, where they work on latents; `classes`: the names of their classes by number, where they are known (the
+    pipeline stores both).
     Raises ModelError when an entry's input, output or class conditioning differs from the reference's, and for names
     that make no folder of their own (see `check_names`).
     """
@@ -76,6 +79,7 @@ class Bank(torch.nn.Module):
         shared: Mapping[str, Shared] | None = None,
         masking: Mapping[str, Masking] | None = None,
         vae: torch.nn.Module | None = None,
+        classes: Sequence[str] = (),
     ):
         super().__init__()
         check_names(entries, "bank")
@@ -90,10 +94,11 @@ class Bank(torch.nn.Module):
         self.reference = reference
         self.prediction_type = prediction_type
         self.shared, self.masking = dict(shared or {}), dict(masking or {})
-        self.vae = vae
+        self.vae, self.classes = vae, tuple(classes)
         self.models = torch.nn.ModuleList(entries.values())  # names may hold dots, which ModuleDict refuses
         for name in self.names:
             self._check_stands_in(name)
+        class_count(self.config)  # refuses a conditioning that no sampler here can give
         self.eval()
 
     def __getitem__(self, name: str) -> Any:
@@ -181,7 +186,7 @@ class Bank(torch.nn.Module):
         entries = {**dict(zip(self.names, self.models, strict=True)), name: model}
         links = {**self.shared, name: shared} if shared else self.shared
         masks = {**self.masking, name: masking} if masking else self.masking
-        return Bank(entries, self.reference, prediction_type, links, masks, self.vae)
+        return Bank(entries, self.reference, prediction_type, links, masks, self.vae, self.classes)
 
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self[name].config, self.config
@@ -424,6 +429,16 @@ def load_vae(source: str | Path) -> Any:
         if (place / "config.json").is_file() and (place != folder or _config(place).get("_class_name") in VAE_CLASSES):
             return load_model(place, VAE_CLASSES).requires_grad_(False)
     return None
+
+
+def load_classes(source: str | Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes of a denoiser with this config, by number; () without. Raises ModelError."""
+    folder, count = _pipeline_folder(source), class_count(config)
+    for place in (folder, folder.parent):
+        names = read_classes(place, count) if count else ()
+        if names:
+            return names
+    return ()
 
 
 def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:

@@ -51,6 +51,12 @@ Budget = Annotated[float | None, typer.Option(help="Share of the reference's MAC
 MaxLoss = Annotated[
     float | None, typer.Option("--max-loss", help="Instead of a budget: how much the score may rise, e.g. 0.05.")
 ]
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class", help="A class by name or number, of a class-conditional model; may be repeated.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -302,14 +308,17 @@ def sample(
     count: Annotated[int, typer.Option(help="How many images.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Image k depends on the seed and k alone.")] = 0,
     batch: Annotated[int, typer.Option(help="Images per batch; changes the speed, not the images.", min=1)] = 64,
+    classes: Classes = None,
 ) -> None:
     """Draw images with a step-aware pipeline: one PNG each, and grid.png.
+
+    A class-conditional model draws the classes of `--class` in turn, or all that it has.
 
     Example: `halfstep sample --model runs/half --count 64 --out pictures`
     """
     from halfstep import run
 
-    grid = run.sample(model, out, count=count, seed=seed, batch=batch, watch=RichWatch())
+    grid = run.sample(model, out, count=count, seed=seed, batch=batch, classes=classes or (), watch=RichWatch())
     console.print(f"images: {out}\ngrid:   {grid}")
 
 
@@ -381,11 +390,13 @@ def denoise(
     ] = None,
     noisy: Annotated[bool, typer.Option("--noisy", help="The pictures are noisy already: only restore them.")] = False,
     seed: Annotated[int, typer.Option(help="Of the added noise.")] = 0,
+    classes: Classes = None,
     as_json: AsJson = False,
 ) -> None:
     """Denoise real pictures with a diffusion model, beside classical denoisers: PSNR, SSIM, time per picture.
 
     One step gives the highest PSNR, several sharper pictures. Pictures larger than the model are done in tiles.
+    A class-conditional model needs the pictures' class.
 
     Example: `halfstep denoise --model runs/ode --noise 0.1 --image photo.png --steps 1 --steps 5 --out runs/denoised`
     """
@@ -394,7 +405,15 @@ def denoise(
     from halfstep.story import restored_table
 
     found = run.denoise(
-        models, images, out, noise=noise, steps=steps or (1,), noisy=noisy, seed=seed, watch=RichWatch()
+        models,
+        images,
+        out,
+        noise=noise,
+        steps=steps or (1,),
+        noisy=noisy,
+        seed=seed,
+        classes=classes or (),
+        watch=RichWatch(),
     )
     if found:
         show([record.to_json() for record in found], as_json, lambda: rich_table(restored_table(found)))

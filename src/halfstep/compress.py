@@ -17,7 +17,7 @@ from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.job import Job, opened
 from halfstep.latents import Latents
-from halfstep.loop import new_model
+from halfstep.loop import new_classes, new_model
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
@@ -129,9 +129,7 @@ def continuous_net(recipe: Recipe, images: Images | Latents, dense: Any = None) 
     """The untrained net of a recipe, for these images; classes as the teacher's. Raises ModelError."""
     spec, size = recipe.continuous, images.size
     halvings = [n for n in range(1, 5) if size % 2**n == 0 and size > 2**n]
-    classes = dense.config.num_class_embeds if dense is not None else None
-    if dense is None and recipe.model.class_conditional:
-        classes = len(images.classes)
+    classes = dense.config.num_class_embeds if dense is not None else new_classes(recipe.model, images)
     make = functools.partial(
         ContinuousUNet2DModel,
         sample_size=images.size,

@@ -98,6 +98,22 @@ def copy_of(model: Model) -> Model:
     return copy.train(model.training)
 
 
+def class_count(config: Mapping[str, Any]) -> int:
+    """How many classes a denoiser with this config is conditional on; 0: none.
+
+    Raises ModelError for a conditioning that is no class number.
+    """
+    kind, count = config.get("class_embed_type"), config.get("num_class_embeds")
+    if kind is not None or count == 0:
+        raise ModelError(
+            got=f"class_embed_type {kind!r}" if kind is not None else "0 classes",
+            expected="no classes, or num_class_embeds of them without a class_embed_type",
+            where="the model's config",
+            do="bring a model that is conditional on class numbers, or on nothing",
+        )
+    return count or 0
+
+
 def require_config(holds: bool, got: str, expected: str, where: str) -> None:
     """Raise ModelError for a config that builds no model."""
     if not holds:

@@ -161,6 +161,7 @@ def _table(
         images=recipe.search.error_images,
         seed=recipe.seed + 1,
         batch=judge.batch,
+        labels=judge.class_of,
     )
     found = None
     with watch.stage("error table", 1) as told:

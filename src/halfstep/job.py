@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from halfstep.bank import Bank, load_denoiser, load_vae
+from halfstep.bank import Bank, load_classes, load_denoiser, load_vae
 from halfstep.denoiser import copy_of
-from halfstep.judge import check_fit, default_device
+from halfstep.fit import Fitted, fit, names_of
+from halfstep.judge import default_device
 from halfstep.latents import check_vae
 from halfstep.loop import preview_of, run_loop
 from halfstep.recipe import Recipe
@@ -21,12 +22,13 @@ from halfstep.watch import Watch
 
 
 class Source(NamedTuple):
-    """What a method starts from: the dense denoiser (None: images alone), the config of its noise scheduler, and for
-    latents its VAE."""
+    """What a method starts from: the dense denoiser (None: images alone), the config of its noise scheduler, for
+    latents its VAE, and the names of its classes, where they are known."""
 
     dense: Any
     noise: dict[str, Any]
     vae: Any
+    classes: tuple[str, ...] = ()
 
 
 def opened(model: str | None, recipe: Recipe) -> tuple[Source, Recipe]:
@@ -34,10 +36,19 @@ def opened(model: str | None, recipe: Recipe) -> tuple[Source, Recipe]:
     if model is None:
         vae = load_vae(recipe.model.vae) if recipe.model.vae else None
         return Source(None, dict(Diffusion(recipe.noise, clip=vae is None).scheduler.config), vae), recipe
-    source = Source(*load_denoiser(model), load_vae(model))
+    dense, noise = load_denoiser(model)
+    source = Source(dense, noise, load_vae(model), load_classes(model, dense.config))
     if source.vae is not None:
         check_vae(source.vae, source.dense.config, model)
     return source, with_noise(fit_data(recipe, source.dense.config, source.vae), source.noise)
+
+
+def images_of(source: Source, data: str, recipe: Recipe, watch: Watch) -> Fitted:
+    """The images of a recipe as the dense denoiser takes them, where there is one. Raises DataError."""
+    images = images_for(recipe, data, watch=watch)
+    if source.dense is None:
+        return Fitted(images, "")
+    return fit(source.dense.config, images, source.vae, source.classes)
 
 
 class Job:
@@ -54,13 +65,12 @@ class Job:
         watch: Watch,
     ):
         self.out, self.inputs = Path(out), {"verb": f"compress {method}", "model": str(model or ""), "data": data}
-        self.recipe, self.dense, self.noise, self.vae, self.watch = recipe, *source, watch
+        self.recipe, self.watch = recipe, watch
+        self.dense, self.noise, self.vae, self.classes = source
         self.done = self.out / "pipeline"
         self.diffusion = Diffusion(recipe.noise)
-        images = images_for(recipe, data, watch=watch)
-        if self.dense is not None:
-            check_fit(self.dense.config, images, self.vae)
-        self.images = encoded(images, self.vae, watch)
+        self.pictures, self.matched = images_of(source, data, recipe, watch)
+        self.images = encoded(self.pictures, self.vae, watch)
 
     def begun(self) -> bool:
         """Make or re-enter the run folder, once everything else was found good; False when the run is finished."""
@@ -99,7 +109,7 @@ class Job:
         run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
         net.load_state_dict(kept(state.average()))
         bank = bank_of(net.cpu())
-        bank.vae = self.vae
+        bank.vae, bank.classes = self.vae, names_of(bank.config, self.pictures, self.classes)
         bank.cpu()
         plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
         StepAwarePipeline(bank, plan).save_pretrained(self.done)

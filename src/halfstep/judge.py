@@ -12,25 +12,33 @@ import torch
 from accelerate import PartialState
 
 from halfstep.bank import Bank
+from halfstep.classes import spread
 from halfstep.data import Images
-from halfstep.errors import DataError
+from halfstep.denoiser import class_count
 from halfstep.evaluate import Difference, Reference, compare, evaluate, extract, frechet_distance, reference_stats
 from halfstep.features import Extractor, load_features, raw_pixels
-from halfstep.latents import shape_for
+from halfstep.fit import fit
 from halfstep.plan import StepPlan
 from halfstep.profiling import interleave, machine
 from halfstep.recipe import Recipe
 from halfstep.results import Quality
-from halfstep.sampling import denoise, image_generators, sample_images, start_noise, to_images
+from halfstep.sampling import Labels, denoise, image_generators, labels_of, sample_images, start_noise, to_images
 from halfstep.watch import SILENT, Watch
 
 
 class Judge:
-    """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers)."""
+    """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
+
+    `class_of`: the class of generated image k, by k alone, in the data's mix of classes; None without classes.
+    """
 
     def __init__(self, bank: Bank, images: Images, extractor: Extractor, *, cache: Path | None, batch: int):
-        check_fit(bank.config, images, bank.vae)
+        images = fit(bank.config, images, bank.vae, bank.classes).images
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
+        self.class_of: Labels | None = None
+        if class_count(bank.config) and images.labels is not None:
+            classes = spread(images.labels)
+            self.class_of = lambda k: int(classes[k % len(classes)])
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
 
     def features(self, plan: StepPlan, count: int, seed: int, keep: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +46,7 @@ class Judge:
         kept: list[torch.Tensor] = []
 
         def watched() -> Iterator[torch.Tensor]:
-            for batch in sample_images(self.bank, plan, count, seed=seed, batch=self.batch):
+            for batch in sample_images(self.bank, plan, count, seed=seed, batch=self.batch, labels=self.class_of):
                 if sum(len(k) for k in kept) < keep:
                     kept.append(batch.cpu())
                 yield batch
@@ -76,8 +84,7 @@ class Judge:
         return interleave(calls, repeats=repeats, warmup=1)
 
     def _trajectory(self, plan: StepPlan, batch: int) -> Callable[[], torch.Tensor]:
-        classes = self.bank.config.get("num_class_embeds")
-        labels = torch.arange(batch, device=self.bank.device) % classes if classes else None
+        labels = labels_of(self.bank, 0, batch, self.class_of)
 
         def call() -> torch.Tensor:
             generators = image_generators(0, 0, batch)
@@ -86,19 +93,6 @@ class Judge:
             )
 
         return call
-
-
-def check_fit(config: Mapping[str, Any], images: Images, vae: Any = None) -> None:
-    """Raise DataError when the images' channels or size are not the model's, or its VAE's."""
-    wanted = shape_for(config, vae)
-    size = wanted[1]
-    if (images.channels, images.size) != wanted:
-        raise DataError(
-            got=f"{images.channels} channels at {images.size}x{images.size}",
-            expected=f"{wanted[0]} at {size}x{size}, as the model",
-            where=images.name,
-            do=f"add --set data.size={size} --set data.channels={wanted[0]}, or bring another model",
-        )
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:

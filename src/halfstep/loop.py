@@ -16,6 +16,7 @@ from halfstep import disk
 from halfstep.bank import Bank, build_model
 from halfstep.data import Images
 from halfstep.errors import ModelError, RecipeError
+from halfstep.fit import require_labelled
 from halfstep.judge import to_uint8
 from halfstep.latents import Latents
 from halfstep.recipe import ModelSpec, Recipe
@@ -41,6 +42,7 @@ def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -
                 do="change the config or --set data.size and data.channels",
             )
         return model
+    classes = new_classes(spec, images)
     if spec.kind == "uvit":
         return UViT2DModel(
             sample_size=images.size,
@@ -50,7 +52,7 @@ def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -
             embed_dim=spec.channels[0],
             depth=spec.layers,
             num_heads=max(1, spec.channels[0] // spec.head_dim),
-            num_class_embeds=len(images.classes) if spec.class_conditional else None,
+            num_class_embeds=classes,
         )
     halvings = 2 ** (len(spec.channels) - 1)
     if images.size % halvings:
@@ -80,7 +82,7 @@ def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -
             norm_num_groups=spec.groups,
             attention_head_dim=spec.head_dim,
             dropout=spec.dropout,
-            num_class_embeds=len(images.classes) if spec.class_conditional else None,
+            num_class_embeds=classes,
             num_train_timesteps=noise_timesteps,
         )
     except (ValueError, ZeroDivisionError) as error:
@@ -90,6 +92,14 @@ def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -
             where="model",
             do="change --set model.channels or model.groups",
         ) from error
+
+
+def new_classes(spec: ModelSpec, images: Images | Latents) -> int | None:
+    """How many classes a fresh denoiser is conditional on. Raises DataError where it should be and no image has one."""
+    if not spec.class_conditional:
+        return None
+    require_labelled(images, "as --set model.class_conditional=true asks")
+    return len(images.classes)
 
 
 def require_tracker(name: str) -> None:

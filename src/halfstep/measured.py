@@ -12,7 +12,8 @@ from halfstep import disk
 from halfstep.bank import Bank
 from halfstep.errors import HalfstepError
 from halfstep.features import feature_net_for, train_features
-from halfstep.judge import Judge, Verdict, check_fit, default_device, extractor_for, measure_plans
+from halfstep.fit import Fitted, fit
+from halfstep.judge import Judge, Verdict, default_device, extractor_for, measure_plans
 from halfstep.recipe import Recipe
 from halfstep.rundir import fit_data, images_for
 from halfstep.sampling import StepAwarePipeline, reference_plan
@@ -50,16 +51,16 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     return out
 
 
-def require_fit(bank: Bank, data: str, recipe: Recipe, watch: Watch = SILENT) -> None:
-    """Raise, before a run folder is made, for images that cannot be read or are not of the model's shape."""
-    check_fit(bank.config, images_for(fit_data(recipe, bank.config, bank.vae), data, watch=watch), bank.vae)
+def require_fit(bank: Bank, data: str, recipe: Recipe, watch: Watch = SILENT) -> Fitted:
+    """The images as the bank takes them. Raises, before a run folder is made, for what does not fit."""
+    images = images_for(fit_data(recipe, bank.config, bank.vae), data, watch=watch)
+    return fit(bank.config, images, bank.vae, bank.classes)
 
 
 def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:
     """A judge on the data of a recipe; trains the data's own feature network where the recipe wants one."""
     recipe = fit_data(recipe, bank.config, bank.vae)
-    images = images_for(recipe, data, watch=watch)
-    check_fit(bank.config, images, bank.vae)
+    images, _ = require_fit(bank, data, recipe, watch)
     if recipe.eval.features == "own":
         features(data, out / "features", recipe, watch=watch)
     bank.to(default_device())

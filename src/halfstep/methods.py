@@ -9,11 +9,11 @@ from pathlib import Path
 from halfstep import compress, disk
 from halfstep.bank import Bank, load_denoiser
 from halfstep.compress import regular_name
-from halfstep.job import opened
-from halfstep.judge import check_fit, measure_plans
+from halfstep.job import images_of, opened
+from halfstep.judge import measure_plans
 from halfstep.measured import is_measured, judge_for, measured, open_pipeline, write_and_tell, write_costs
 from halfstep.recipe import Recipe
-from halfstep.rundir import images_for, open_run
+from halfstep.rundir import open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
@@ -63,9 +63,7 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     """
     begun = time.time()
     source, fitted = opened(model, recipe)
-    images = images_for(fitted, data, watch=watch)
-    if model:
-        check_fit(source.dense.config, images, source.vae)
+    images_of(source, data, fitted, watch)
     out = open_run(out, recipe, {"verb": "compress regularized grid", "data": data, "model": model or ""})
     if is_measured(out):
         return tell(out)
@@ -77,7 +75,7 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
         entries[regular_name(r)] = pipe.bank[regular_name(r)]
     assert pipe is not None
     plain = regular_name(0.0)
-    bank = Bank(entries, plain, pipe.bank.prediction_type, vae=pipe.bank.vae)
+    bank = Bank(entries, plain, pipe.bank.prediction_type, vae=pipe.bank.vae, classes=pipe.bank.classes)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
     plan = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
     with watch.stage("choose r", len(bank)) as told:
@@ -93,7 +91,9 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     others = {name: plan.uniform(name) for name in bank if name not in (plain, best)}
     plans = {"reference": plan, "plan": plan.uniform(best)} | controls | others
     verdict = measure_plans(judge, plans, recipe, watch=watch)
-    kept = Bank({plain: bank[plain]} | {best: bank[best]}, plain, bank.prediction_type, vae=bank.vae)
+    kept = Bank(
+        {plain: bank[plain]} | {best: bank[best]}, plain, bank.prediction_type, vae=bank.vae, classes=bank.classes
+    )
     if not (out / "cost.json").is_file():
         write_costs(kept, out)
     plans["plan"].save(out / "plan.json")

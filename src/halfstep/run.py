@@ -18,12 +18,14 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, LDMPipeline
 
 from halfstep import compress, disk
-from halfstep.bank import Bank, load_denoiser, load_vae
-from halfstep.denoiser import copy_of, predictor
+from halfstep.bank import Bank, load_classes, load_denoiser, load_vae
+from halfstep.classes import listed, numbers_of, write_classes
+from halfstep.denoiser import class_count, copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, search_steps
-from halfstep.job import opened
-from halfstep.judge import check_fit, default_device, measure_plans, to_uint8
+from halfstep.fit import fit, names_of
+from halfstep.job import images_of, opened
+from halfstep.judge import default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import is_measured, judge_for, open_pipeline, require_fit, write_and_tell, write_costs
 from halfstep.pictures import read_picture
@@ -32,7 +34,7 @@ from halfstep.recipe import Recipe
 from halfstep.report import picture, picture_grid
 from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture
 from halfstep.results import Cost
-from halfstep.rundir import encoded, fit_data, images_for, open_run
+from halfstep.rundir import encoded, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
@@ -50,13 +52,16 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     Returns the folder of a stock `DDPMPipeline` (with `model.vae` a `LDMPipeline`), out/pipeline. Resumes when called
     again.
     """
+    torch.manual_seed(recipe.seed)
+    source, recipe = opened(model, recipe)
+    net, _, vae, classes = source
+    images, _ = images_of(source, data, recipe, watch)
+    seen = encoded(images, vae, watch)
+    if net is None:
+        net = new_model(recipe.model, seen, recipe.noise.timesteps)
+        fit(net.config, images, vae, images.classes)
     out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""})
     done = out / "pipeline"
-    images = images_for(recipe, data, watch=watch)
-    torch.manual_seed(recipe.seed)
-    vae = load_vae(model or recipe.model.vae) if model or recipe.model.vae else None
-    seen = encoded(images, vae, watch)
-    net = load_denoiser(model)[0] if model else new_model(recipe.model, seen, recipe.noise.timesteps)
     diffusion = Diffusion(recipe.noise, clip=vae is None)
     if (done / "model_index.json").is_file():
         watch.say(f"{done} is there already")
@@ -74,7 +79,12 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     pipeline: Any = DDPMPipeline(net.cpu(), diffusion.scheduler)
     if vae is not None:
         pipeline = LDMPipeline(vae.cpu(), net.cpu(), diffusion.scheduler)
-    disk.write_atomic(done, lambda folder: pipeline.save_pretrained(folder))
+
+    def write(folder: Path) -> None:
+        pipeline.save_pretrained(folder)
+        write_classes(folder, names_of(net.config, images, classes))
+
+    disk.write_atomic(done, write)
     return done
 
 
@@ -127,13 +137,33 @@ def goal_text(budget: float | None, max_loss: float | None) -> str:
     return f"budget {budget}" if budget is not None else f"max-loss {max_loss}"
 
 
-def sample(source: str, out: Path, *, count: int = 16, seed: int = 0, batch: int = 64, watch: Watch = SILENT) -> Path:
-    """Draw images with a step-aware pipeline: out/000000.png …, and out/grid.png. Returns the grid's path."""
+def sample(
+    source: str,
+    out: Path,
+    *,
+    count: int = 16,
+    seed: int = 0,
+    batch: int = 64,
+    classes: Sequence[str | int] = (),
+    watch: Watch = SILENT,
+) -> Path:
+    """Draw images with a step-aware pipeline: out/000000.png …, and out/grid.png. Returns the grid's path.
+
+    `classes`: what a class-conditional model draws, by name or number, in turn; without any all of its classes.
+    """
     pipe = open_pipeline(source).to(default_device())
+    bank, names = pipe.bank, pipe.bank.classes
+    asked = numbers_of(classes, class_count(bank.config), names) if classes else range(class_count(bank.config))
+    if asked:
+        watch.say(f"classes in turn: {listed(names[k] if names else str(k) for k in asked)}")
+
+    def choose(k: int) -> int:
+        return asked[k % len(asked)]
+
     out, begun, done = disk.require_writable(Path(out)), time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:
-        for images in sample_images(pipe.bank, pipe.plan, count, seed=seed, batch=batch):
+        for images in sample_images(bank, pipe.plan, count, seed=seed, batch=batch, labels=choose):
             pixels = to_uint8(images)
             shown.append(pixels[: max(0, 64 - done)])
             for i, one in enumerate(pixels):
@@ -171,9 +201,9 @@ def optimize(
     Stages that an earlier call finished are not done again.
     """
     goal = goal_text(budget, max_loss)
-    (dense, _, vae), recipe = opened(model, recipe)
-    supernet_of(dense, recipe.slim)  # refuses what cannot work before the first file is written
-    check_fit(dense.config, images_for(recipe, data, watch=watch), vae)
+    source, recipe = opened(model, recipe)
+    supernet_of(source.dense, recipe.slim)  # refuses what cannot work before the first file is written
+    images_of(source, data, recipe, watch)
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
     if is_measured(out):
         return tell(out)
@@ -204,9 +234,7 @@ def spectrum(
     for source in models:
         bank, _, noise = _bank_and_plan(source)
         alphas = DDPMScheduler.from_config(noise).alphas_cumprod
-        pixels = images_for(fit_data(Recipe(), bank.config, bank.vae), data)
-        check_fit(bank.config, pixels, bank.vae)
-        found = encoded(pixels, bank.vae)
+        found = encoded(require_fit(bank, data, Recipe()).images, bank.vae)
         chosen = slice(0, min(images, len(found)))
         clean = found.batch(chosen)
         labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
@@ -247,6 +275,7 @@ def denoise(
     steps: Sequence[int] = (1,),
     noisy: bool = False,
     seed: int = 0,
+    classes: Sequence[str | int] = (),
     watch: Watch = SILENT,
 ) -> list[Restored]:
     """Denoise real pictures with every model (every entry of a step-aware pipeline), each with so many steps.
@@ -254,13 +283,18 @@ def denoise(
     Noise of standard deviation `noise` (on pictures in [0, 1]) is added to them first, and classical denoisers and
     PSNR and SSIM stand beside, unless they are `noisy` already: then they are only restored. Writes
     out/<picture>/<method>.png, out/denoise.json and report.html with the first pictures side by side.
-    Raises DataError for pictures that cannot be read or do not fit.
+    `classes`: what class-conditional models take the pictures for, by name or number; with several every picture is
+    restored as each of them. Raises DataError for pictures that cannot be read or do not fit, PlanError for a class
+    that a model does not know, and for none where it needs one.
     """
     methods: dict[str, Denoiser] = {}
     counts: dict[str, int] = {}
-    for source in models:
+    banks = {source: _bank_and_plan(source) for source in models}
+    if classes and not any(class_count(bank.config) for bank, _, _ in banks.values()):
+        numbers_of(classes, 0)  # refuses them
+    for source, (bank, _, config) in banks.items():
         prefix = f"{Path(source).name} " if len(models) > 1 else ""
-        for entry, call in _restorers(source).items():
+        for entry, call in _restorers(source, bank, config, classes).items():
             for count in steps:
                 name = f"{prefix}{entry}, {count} step{'s' * (count > 1)}"
                 methods[name], counts[name] = partial(call, steps=count), count
@@ -293,16 +327,36 @@ def denoise(
     return records
 
 
-def _restorers(source: str) -> dict[str, Callable[..., torch.Tensor]]:
-    """What every entry of a model's folder restores pictures with, but for the number of steps."""
-    bank, _, config = _bank_and_plan(source)
+def _restorers(
+    source: str, bank: Bank, config: Mapping[str, Any], classes: Sequence[str | int]
+) -> dict[str, Callable[..., torch.Tensor]]:
+    """What every entry of a model's folder restores pictures with, as each class, but for the number of steps."""
     if bank.vae is not None:
         raise ModelError(got="a latent model", expected="one on pixels", where=source, do="bring a pixel model")
     bank.to(default_device())
     size, channels = bank.config["sample_size"], bank.config["in_channels"]
     kinds = {"noise_config": {**config, "prediction_type": bank.prediction_type}, "size": size, "channels": channels}
-    kinds |= {"label": 0 if bank.config.get("num_class_embeds") else None, "device": bank.device}
-    return {entry: partial(restore_picture, predictor(bank[entry]), **kinds) for entry in bank}
+    labels: dict[str, int | None] = {"": None}
+    if class_count(bank.config):
+        labels = {f" as {one}": number for one, number in zip(classes, _numbers(bank, classes, source), strict=True)}
+    return {
+        entry + told: partial(restore_picture, predictor(bank[entry]), label=label, device=bank.device, **kinds)
+        for entry in bank
+        for told, label in labels.items()
+    }
+
+
+def _numbers(bank: Bank, classes: Sequence[str | int], source: str) -> list[int]:
+    """The classes asked for. Raises PlanError for none: a picture restored as any class would be drawn towards it."""
+    count = class_count(bank.config)
+    if not classes:
+        raise PlanError(
+            got="no class",
+            expected=f"the pictures' class: {listed(bank.classes or map(str, range(count)))}",
+            where=source,
+            do="add --class NAME; repeat it to compare several",
+        )
+    return numbers_of(classes, count, bank.classes)
 
 
 def shrink(
@@ -344,7 +398,8 @@ def _bank_and_plan(model: str) -> tuple[Bank, StepPlan | None, Mapping[str, Any]
         pipe = open_pipeline(model)
         return pipe.bank, pipe.plan, pipe.scheduler.config
     dense, noise = load_denoiser(model)
-    return Bank({"full": dense}, "full", noise["prediction_type"], vae=load_vae(model)), None, noise
+    vae, classes = load_vae(model), load_classes(model, dense.config)
+    return Bank({"full": dense}, "full", noise["prediction_type"], vae=vae, classes=classes), None, noise
 
 
 def report(out: Path) -> Path:

@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from halfstep.bank import Bank, load_vae
-from halfstep.denoiser import corrected_as
+from halfstep.classes import numbers_of, read_classes, write_classes
+from halfstep.denoiser import class_count, corrected_as
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import PlanError
 from halfstep.latents import decode
@@ -32,6 +33,10 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
 """(row, sample before the call as the scheduler holds it, prediction) -> None"""
+
+
+Labels = Callable[[int], int]
+"""The number of an image -> its class"""
 
 
 def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, entry_macs: Mapping[str, int]) -> StepPlan:
@@ -181,23 +186,28 @@ def sample_images(
     *,
     seed: int,
     batch: int = 256,
-    labels: Callable[[int], int] | None = None,
+    labels: Labels | None = None,
     first: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Images first … first + count - 1 of a seed, as batches in [-1, 1] (clamped), decoded where they are latents.
 
     `labels`: image number -> class, for class-conditional models (default: the classes in turn).
     """
-    classes = bank.config.get("num_class_embeds") or 0
-    choose = labels or (lambda k: k % classes)
     for begin in range(first, first + count, batch):
         n = min(batch, first + count - begin)
         generators = image_generators(seed, begin, n)
-        chosen = None
-        if classes:
-            chosen = torch.tensor([choose(begin + i) for i in range(n)], device=bank.device)
         noise = start_noise(bank, generators)
-        yield to_images(bank, denoise(bank, plan, noise, generators, chosen))
+        yield to_images(bank, denoise(bank, plan, noise, generators, labels_of(bank, begin, n, labels)))
+
+
+def labels_of(bank: Bank, first: int, count: int, labels: Labels | None = None) -> torch.Tensor | None:
+    """The classes of images first … first + count - 1, int64 [count]: in turn, unless `labels` says which image has
+    which. None for an unconditional bank."""
+    classes = class_count(bank.config)
+    if not classes:
+        return None
+    choose = labels or (lambda k: k % classes)
+    return torch.tensor([choose(k) for k in range(first, first + count)], device=bank.device)
 
 
 def to_images(bank: Bank, sample: torch.Tensor) -> torch.Tensor:
@@ -232,19 +242,18 @@ class StepAwarePipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: Sequence[int] | torch.Tensor | None = None,
+        class_labels: str | int | Sequence[str | int] | torch.Tensor | None = None,
         seed: int = 0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         plan: StepPlan | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Draw `batch_size` images. `generator` (one, or one per image) takes the place of `seed`; `plan` replaces the
-        pipeline's own. `output_type`: "pil", "np" ([B,H,W,C] in [0, 1]) or "pt" ([B,C,H,W] in [0, 1])."""
+        """Draw `batch_size` images. `class_labels`: one class for all of them or one for each, by name or number
+        (default: the classes in turn). `generator` (one, or one per image) takes the place of `seed`; `plan` replaces
+        the pipeline's own. `output_type`: "pil", "np" ([B,H,W,C] in [0, 1]) or "pt" ([B,C,H,W] in [0, 1])."""
         bank, plan = self.bank, plan or self.plan
-        if class_labels is None and bank.config.get("num_class_embeds"):
-            class_labels = [i % bank.config["num_class_embeds"] for i in range(batch_size)]
-        labels = None if class_labels is None else torch.as_tensor(class_labels, device=bank.device)
+        labels = labels_of(bank, 0, batch_size) if class_labels is None else self._asked(class_labels, batch_size)
         if generator is None:
             generator = image_generators(seed, 0, batch_size)
         if isinstance(generator, list):
@@ -271,6 +280,16 @@ class StepAwarePipeline(DiffusionPipeline):
                 images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _asked(self, asked: str | int | Sequence[str | int] | torch.Tensor, count: int) -> torch.Tensor:
+        """The numbers of the classes asked for, int64 [count]. Raises PlanError."""
+        given = asked.tolist() if isinstance(asked, torch.Tensor) else asked
+        each = [given] * count if isinstance(given, str | int) else list(given)
+        if len(each) != count:
+            raise PlanError(
+                got=f"{len(each)} classes", expected=f"one, or {count}", where="class_labels", do="give one per image"
+            )
+        return torch.tensor(numbers_of(each, class_count(self.bank.config), self.bank.classes), device=self.bank.device)
+
     def save_pretrained(self, save_directory: str | Path, **_: object) -> None:
         """Write the pipeline folder, whole or not at all."""
         write_atomic(Path(save_directory), self._write)
@@ -289,6 +308,7 @@ class StepAwarePipeline(DiffusionPipeline):
         if self.bank.vae is not None:
             self.bank.vae.save_pretrained(folder / "vae")
             index["vae"] = ["diffusers", type(self.bank.vae).__name__]
+        write_classes(folder, self.bank.classes)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     @classmethod
@@ -304,5 +324,5 @@ class StepAwarePipeline(DiffusionPipeline):
                 do="load it with diffusers, or make a step-aware one with halfstep optimize",
             )
         bank = Bank.from_pretrained(folder / "bank")
-        bank.vae = load_vae(folder)
+        bank.vae, bank.classes = load_vae(folder), read_classes(folder, class_count(bank.config))
         return cls(bank, StepPlan.load(folder / "plan.json"))

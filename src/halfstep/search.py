@@ -22,7 +22,7 @@ import torch
 from halfstep.bank import Bank
 from halfstep.errors import PlanError
 from halfstep.plan import StepPlan
-from halfstep.sampling import build_scheduler, denoise, image_generators, start_noise
+from halfstep.sampling import Labels, build_scheduler, denoise, image_generators, labels_of, start_noise
 
 Genes = tuple[int, ...]
 """The entry's index of every gene."""
@@ -127,11 +127,20 @@ class ErrorTable:
 
 @torch.inference_mode()
 def error_table(
-    bank: Bank, plan: StepPlan, space: Space, measure: Measure, *, images: int, seed: int, batch: int = 256
+    bank: Bank,
+    plan: StepPlan,
+    space: Space,
+    measure: Measure,
+    *,
+    images: int,
+    seed: int,
+    batch: int = 256,
+    labels: Labels | None = None,
 ) -> Iterator[tuple[int, int, ErrorTable | None]]:
     """Measure the table on `images` trajectories of the plan's own sampler; yields (done, total, None), then the table.
 
     Each gene is swapped alone: the reference runs up to it, the entry inside it, the reference after it.
+    `labels`: as in `sample_images`.
     """
     swaps = [(k, e) for k in range(len(space.rows)) for e in range(len(space.entries)) if e != space.reference]
     starts = np.cumsum([0, *space.rows])
@@ -140,7 +149,7 @@ def error_table(
     finals: dict[tuple[int, int], list[torch.Tensor]] = {swap: [] for swap in [*swaps, (0, space.reference)]}
     for first in range(0, images, batch):
         n = min(batch, images - first)
-        walk = _ReferenceWalk(bank, plan, space, seed, first, n)
+        walk = _ReferenceWalk(bank, plan, space, seed, first, n, labels)
         local += walk.local * n / images
         finals[0, space.reference].append(walk.final)
         for k, e in swaps:
@@ -160,11 +169,10 @@ def error_table(
 class _ReferenceWalk:
     """One batch of reference trajectories, with what is needed to leave them at the start of any gene."""
 
-    def __init__(self, bank: Bank, plan: StepPlan, space: Space, seed: int, first: int, n: int):
+    def __init__(self, bank: Bank, plan: StepPlan, space: Space, seed: int, first: int, n: int, labels: Labels | None):
         self.bank, self.seed, self.first = bank, seed, first
         self.generators = image_generators(seed, first, n)
-        classes = bank.config.get("num_class_embeds")
-        self.labels = torch.arange(first, first + n, device=bank.device) % classes if classes else None
+        self.labels = labels_of(bank, first, n, labels)
         self.kwargs = {} if self.labels is None else {"class_labels": self.labels}
         self.saved: dict[int, tuple[torch.Tensor, Any, list[torch.Tensor]]] = {}
         self.local = np.zeros((len(plan.rows), len(space.entries)))
