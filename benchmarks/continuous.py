@@ -40,7 +40,8 @@ from halfstep.cli import RichWatch
 from halfstep.continuous import with_solver
 from halfstep.data import load_images
 from halfstep.denoiser import predictor
-from halfstep.evaluate import extract
+from halfstep.evaluate import compare
+from halfstep.features import extract
 from halfstep.judge import Judge, measure_plans
 from halfstep.loop import new_model
 from halfstep.measured import judge_for, open_pipeline
@@ -206,7 +207,9 @@ def perturbed_table(judge: Judge, plan: StepPlan, names: Sequence[str], count: i
                 noise = factor * start_noise(judge.bank, generators)
                 drawn.append(to_images(judge.bank, denoise(judge.bank, plan.uniform(name), noise, generators)))
             features[factor] = extract(judge.extractor, iter(drawn))
-        changes = (judge.difference(features[1.0], features[f], 0, bootstrap).to_json() for f in (0.95, 1.05))
+        changes = (
+            compare(features[1.0], features[f], judge.reference, n_boot=bootstrap).to_json() for f in (0.95, 1.05)
+        )
         rows.append((name, f"{judge.fd(features[1.0]):.2f}", *map(story.change_cell, changes)))
     columns = ("net", "as it is", "noise x 0.95", "noise x 1.05")
     note = f"Fréchet distance, n = {count}, 20 DDIM steps; the changes are paired, 95 % intervals."

@@ -105,8 +105,9 @@ def measure_cell(judge: Judge, plans: dict[str, StepPlan], count: int, seed: int
     rows, shown = {}, {}
     for name, plan in plans.items():
         features, shown[name] = judge.features(plan, count, seed + 3, SHOWN)
-        found = judge.quality(features, seed, 2)
-        rows[name] = {metric: found[metric].value for metric in ("fd", "precision", "recall")}
+        fd = judge.distances(features, seed, 2)
+        found = judge.quality(features, fd)
+        rows[name] = {"fd": fd.raw} | {metric: found[metric].value for metric in ("precision", "recall")}
         rows[name]["corrections"] = sorted(set(plan.corrections))
     if pictures is not None:
         disk.write_atomic(pictures, lambda file: save_arrays(file, shown))

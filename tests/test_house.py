@@ -30,6 +30,7 @@ FLOORS = {
         "profiling",
         "features",
         "evaluate",
+        "sanity",
         "judge",
         "restore",
         "kernels",

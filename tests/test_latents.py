@@ -13,10 +13,20 @@ from halfstep import compress, run
 from halfstep.bank import Bank, load_denoiser, load_vae
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
+from halfstep.features import load_features
+from halfstep.judge import Judge
 from halfstep.latents import decode, encode_images, factor
 from halfstep.loop import new_model
 from halfstep.recipe import Recipe
-from halfstep.sampling import StepAwarePipeline, denoise, image_generators, reference_plan, start_noise
+from halfstep.sampling import (
+    StepAwarePipeline,
+    denoise,
+    image_generators,
+    reference_plan,
+    sample_images,
+    start_noise,
+)
+from halfstep.search import Space, error_table
 
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
@@ -109,6 +119,27 @@ def test_training_writes_a_pipeline_that_diffusers_loads(dense):
     assert stock.unet.config.in_channels == 2 and stock.unet.config.sample_size == 4
     assert stock.vqvae.config.scaling_factor == 0.7
     assert not stock.scheduler.config.clip_sample
+
+
+def test_the_error_table_of_latents_is_that_of_their_decoded_images():
+    """Oracle: plain sampling of every swapped plan; latents of a VAE leave [-1, 1] by far."""
+    vae, nets = tiny_vae(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        nets.append(new_model(Recipe().edit(EDITS).model, encode_images(vae, load_images("digits")), 1000).eval())
+    bank = Bank(dict(zip(("full", "other"), nets, strict=True)), "full", "epsilon", vae=vae)
+    noise = DDIMScheduler(clip_sample=False).config
+    plan = reference_plan(bank, noise, Recipe().edit(EDITS).sample, {"full": 2, "other": 1})
+    space = Space.of(plan, bank.names, 2)
+    judge = Judge(bank, load_images("digits"), load_features("digits"), cache=None, batch=3)
+    *_, (_, _, table) = error_table(bank, plan, space, judge.moved, images=5, seed=4, batch=3)
+    drawn = lambda one: torch.cat(list(sample_images(bank, one, 5, seed=4)))  # noqa: E731
+    base = drawn(plan)
+    generators = image_generators(4, 0, 5)
+    assert denoise(bank, plan, start_noise(bank, generators), generators).abs().max() > 1.2, "an oracle that could tell"
+    for k, genes in enumerate([(1, 0), (0, 1)]):
+        wanted = judge.moved(base, drawn(plan.with_entries(space.expand(genes))))
+        assert table.damage[k, 1] == pytest.approx(wanted, rel=1e-4) and wanted > 0
 
 
 def test_optimize_goes_all_the_way_on_latents_and_its_pipeline_decodes(dense, tmp_path):

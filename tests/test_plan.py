@@ -84,7 +84,9 @@ def test_printing_explains_cost_and_stretches(plan):
     text = str(plan)
     assert "MMACs per image" in text and all(entry in text for entry in set(plan.entries))
     assert f"{plan.macs / 1e6:,.1f} MMACs" in text and f"{plan.steps} steps" in text
-    assert f"{len(plan.rows)} network calls" in text and f"{1 - plan.share:.0%} less" in text
+    assert f"{len(plan.rows)} network calls" in text
+    saving = 1 - plan.share
+    assert f"{abs(saving):.0%} {'less' if saving >= 0 else 'more'} than {plan.reference!r} everywhere" in text
 
 
 def test_a_known_plan_prints_its_totals():
@@ -218,3 +220,15 @@ def test_save_and_load(tmp_path_factory, plan):
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     plan.save(file)
     assert StepPlan.load(file) == plan
+
+
+def test_a_plan_is_told_against_what_it_replaced_and_files_of_before_load(tmp_path):
+    ten, fifty = (plan_of(["full"] * n) for n in (10, 50))
+    chosen = ten.replacing(fifty)
+    assert "80% less than 50 DDIM calls of 'full'" in str(chosen).splitlines()[0]
+    assert "0% less than 'full' everywhere" in str(ten)
+    assert StepPlan.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
+    assert "baseline" not in ten.to_json() and StepPlan.from_json(ten.to_json()).baseline is None
+    for wrong in ("50 calls", {"what": 3, "macs": 1}, {"what": "x", "macs": -1}, {"what": "x", "macs": True}):
+        with pytest.raises(PlanError, match="baseline"):
+            StepPlan.from_json(ten.to_json() | {"baseline": wrong})

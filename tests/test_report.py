@@ -27,7 +27,7 @@ from halfstep.report import (
     write_report,
 )
 from halfstep.results import Cost
-from halfstep.story import costs_table, summary
+from halfstep.story import costs_table, plans_table, summary
 
 
 def full_report(rows: int = 20) -> Report:
@@ -149,7 +149,7 @@ def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the
     assert "'r=0.1' in every call, costs what 50 DDPM calls of the reference cost" in said and "held within" in said
     row["share"] = 0.4
     assert "saves 60% of the MACs" in summary(record, plan)
-    for low, said in ((-0.1, "is not shown to hold within"), (0.06, "did not hold within")):
+    for low, said in ((-0.1, "within the tolerance of 5% is not decided"), (0.06, "did not hold within")):
         unlike = row | {"held": False, "difference": change | {"relative_low": low, "relative_high": 0.2}}
         assert said in summary(record | {"plans": record["plans"] | {"plan": unlike}}, plan)
     mixed = plan.with_entries(["r=0", "r=0.1", "r=0"])
@@ -157,3 +157,48 @@ def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the
     row["share"] = 1.0
     corrected = plan.with_corrections([(0.9, 0.0)] * 3)
     assert summary(record, corrected).startswith("The corrections cost nothing; with 50 DDPM calls")
+
+
+def record_of(**changes) -> dict:
+    """A record of `measure_plans` whose plan has these fields."""
+    quality = {"value": 0.1, "low": 0.0, "high": 0.2, "n": 64, "n_reference": 1500, "features": "net"}
+    change = {"value": 0.05, "low": -0.1, "high": 0.2, "share": None, "relative_low": None, "relative_high": None}
+    row = {"macs": 8, "share": 0.4, "wall_ms": 1.0, "wall_share": 0.5, "calls": 50, "held": False, "difference": change}
+    row |= {"quality": dict.fromkeys(("fd", "kid", "precision", "recall"), quality), "verdict": "not decided"}
+    about = {"reference": "reference", "n": 64, "tolerance": 0.05, "scale": 1.5, "warnings": []}
+    about |= {"floor": {"raw": 0.14, "high": 0.08, "fresh": 0.3}, "repeats": 5}
+    about |= dict.fromkeys(("batch", "device", "dtype", "layout"), "x")
+    return {"about": about, "plans": {"reference": row, "plan": row | {"decided_by": 12_345} | changes}}
+
+
+def plan_of_one() -> StepPlan:
+    kind = {"scheduler": "DDIMScheduler", "scheduler_config": {}, "steps": 1}
+    return StepPlan(rows=(Row(1.0, "full"),), **kind, reference="full", entry_macs={"full": 8})
+
+
+def test_a_change_within_the_floor_is_told_without_a_percentage_and_undecided_with_the_images_it_takes():
+    record = record_of()
+    table, said = plans_table(record), summary(record, plan_of_one())
+    assert table.rows[1][6] == "+0.05 [-0.10, +0.20]" and table.rows[1][7] == "not decided"
+    assert "13,000 images would decide it" in said and "hundredth of the data's spread" in said
+    assert "0.14" in table.note and "0.08" in table.note and "0.3" in table.note  # the floor, before and after
+
+
+def test_nothing_is_told_as_held_beside_a_broken_reference_and_the_warning_is_everywhere():
+    record = record_of(verdict="broken reference")
+    record["about"]["warnings"] = ["100% of the reference's pixels are black or white, of the real images' 1%"]
+    said, table = summary(record, plan_of_one()), plans_table(record, brief=True)
+    assert said.startswith("Warning: 100% of the reference's pixels") and "the reference is broken" in said
+    assert "held" not in said and table.rows[1][-1] == "broken reference" and "100% of the reference's" in table.note
+
+
+def test_a_record_of_before_the_correction_is_still_told_and_says_so():
+    record = record_of(held=True, difference={"share": 0.02, "relative_low": -0.1, "relative_high": 0.04})
+    for row in record["plans"].values():
+        row.pop("verdict")
+    for key in ("floor", "scale", "warnings"):
+        record["about"].pop(key)
+    record["plans"]["reference"] = record["plans"]["plan"]
+    assert "quality held within the tolerance of 5%" in summary(record, plan_of_one())
+    table = plans_table(record)
+    assert table.rows[1][7] == "held" and "before distances were corrected" in table.note

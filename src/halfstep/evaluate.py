@@ -3,8 +3,10 @@
 Images become features through an `Extractor`; real images become a `Reference` once; `evaluate` compares the two and
 `compare` says how much worse one set of generated images is than another. Features are float64 numpy [N, F] throughout.
 
-A Fréchet distance is biased upward in small samples (roughly by a constant over n), and its covariance is singular
-below F + 1 images: values compare only at equal n, and n should be several times F. Neither is refused.
+A Fréchet distance is biased upward in small samples (roughly by a constant over n): what is reported is corrected by
+the bootstrap, 2 * value - mean of the resamples, and stands beside its floor, what n perfect draws from the real images
+score. Below four images per feature nothing is decided. The distance is the one to these real images: the bootstrap
+resamples generated ones only, so that no independence of the two sets is supposed (a model has seen its training set).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 METRICS = ("fd", "kid", "precision", "recall", "density", "coverage")
 KEPT_FEATURES = 5000  # real features a Reference keeps for the metrics that need points, not moments
+PER_FEATURE = 4  # images per feature below which a Fréchet distance decides nothing
 CHUNK = 1024  # rows of a distance or kernel matrix held at a time
 
 # ---- distances between two sets of features ------------------------------------------------------------------------
@@ -89,11 +92,11 @@ def _trace_of_root(cov: np.ndarray) -> float:
 
 
 def _fd_of(x: np.ndarray, mu: np.ndarray, cov: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Fréchet distances to N(mu, cov) of resamples of x [n, F]; weights [R, n] are counts, each row sums to n -> [R].
+    """Fréchet distances to N(mu, cov) of resamples of x [N, F]; weights [R, N] are counts, rows sum to one n -> [R].
 
     One matrix product and one eigvalsh per resample: 3 ms at n = 4096, F = 64, but about a second at F = 2048.
     """
-    n, centre, root = len(x), x.mean(0), _root(cov)
+    n, centre, root = float(weights[0].sum()), x.mean(0), _root(cov)
     x = x - centre  # against cancellation in the moments below
     y, norms = x @ root, np.square(x).sum(1)
     distances = np.empty(len(weights))
@@ -173,6 +176,19 @@ class Reference:
     features_name: str
     fingerprint: str
 
+    @property
+    def scale(self) -> float:
+        """A hundredth of the data's spread (trace of cov): what a change is held against where no share can be told.
+
+        One constant picture at the mean scores the whole spread; a good model's distance is about a hundredth of it.
+        """
+        return float(np.trace(self.cov)) / 100
+
+    @property
+    def least(self) -> int:
+        """Images below which nothing is decided: four per feature."""
+        return PER_FEATURE * len(self.mu)
+
 
 def reference_stats(extractor: Extractor, images: Images, *, cache: Path | None, limit: int | None = None) -> Reference:
     """The reference of `images`, from the folder `cache` where the same network has seen the same images before.
@@ -221,6 +237,64 @@ def _open_reference(path: Path, extractor: Extractor, fingerprint: str) -> Refer
 # ---- verdicts ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """The Fréchet distance of n generated images to a reference: as measured (`raw`), and of resamples [R], corrected.
+
+    A resample is to the sample what the sample is to the model, so the mean of the resamples lies as far above `raw` as
+    `raw` above the truth; both are moved down by that much.
+    """
+
+    raw: float
+    resamples: np.ndarray
+    n: int
+    seed: int
+
+    @property
+    def value(self) -> float:
+        """Corrected for bias; of a perfect model about zero, so that it can come out below."""
+        return float(self.resamples.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return _quantiles(self.resamples)
+
+
+def distances(
+    features: np.ndarray, reference: Reference, *, n_boot: int, seed: int, features_name: str | None = None
+) -> Distances:
+    """The distance of images [n, F] with its resamples: the same rows for the same n, n_boot and seed.
+
+    Raises: DataError (NaN, or fewer than 2 images), ModelError (another network).
+    """
+    x = _matching(features, reference, features_name)
+    raw, *resamples = _fd_of(x, reference.mu, reference.cov, _resamples(len(x), n_boot, seed))
+    bias = np.mean(resamples) - raw
+    return Distances(float(raw), np.array(resamples) - 2 * bias, len(x), seed)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What n perfect draws from the real images score, by chance alone.
+
+    `raw`: in the mean, before the correction.  `high`: corrected, 95 of 100 sets of draws stay below.  `fresh`: as
+    `raw`, for fresh real images that are not in the reference, which is a sample too.
+    """
+
+    raw: float
+    high: float
+    fresh: float
+
+
+def floor(reference: Reference, n: int, *, seed: int = 0, n_boot: int = 100) -> Floor:
+    """The floor of n images, by drawing from the reference's kept features."""
+    real = reference.features.astype(np.float64)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(len(real), 1 / len(real)), size=n_boot).astype(float)
+    found = _fd_of(real, real.mean(0), np.atleast_2d(np.cov(real, rowvar=False)), draws)
+    raw = float(found.mean())
+    return Floor(raw, float(np.quantile(found, 0.95)) - raw, raw * (1 + n / reference.n))
+
+
 def evaluate(
     features: np.ndarray,
     reference: Reference,
@@ -230,12 +304,14 @@ def evaluate(
     n_boot: int = 200,
     k: int = 5,
     features_name: str | None = None,
+    fd: Distances | None = None,
 ) -> dict[str, Quality]:
     """Quality of generated images by metric: the value on all of them and a 95 % bootstrap interval.
 
     features: [n, F] of the generated images.  features_name: their network, checked against the reference's if given.
-    Fréchet distance and KID: the images are resampled. A resample has fewer distinct images, which moves the distance
-    itself (upward), so the interval is the value plus the quantiles of (resample - mean of the resamples).
+    fd: their distances, where they are known already.
+    Fréchet distance: corrected for bias (see `Distances`), cut off at zero; `raw` is what was measured. KID: unbiased;
+    a resample has fewer distinct images, so its interval is moved to have the value as its mean.
     Precision, density: what each generated image scored is resampled. Recall, coverage: what each real image scored is,
     since those belong to the generated set as a whole; the interval then tells the noise of the finite reference.
     KID and the neighbour metrics use the reference's kept features only, which is what their n_reference counts.
@@ -251,8 +327,10 @@ def evaluate(
         found = _neighbours(real, x, k)
     results = {}
     for metric in metrics:
+        raw = None
         if metric == "fd":
-            value, low, high = _interval(_fd_of(x, reference.mu, reference.cov, weights))
+            fd = fd or distances(x, reference, n_boot=n_boot, seed=seed)
+            raw, (value, low, high) = fd.raw, (max(0.0, end) for end in (fd.value, *fd.interval))
         elif metric == "kid":
             value, low, high = _interval(_kid_of(x, real, weights))
         else:
@@ -269,50 +347,70 @@ def evaluate(
             features=reference.features_name,
             reference=reference.fingerprint,
             seed=seed,
+            raw=raw,
         )
     return results
 
 
+Verdict = Literal["held", "not held", "not decided", "broken reference"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How much larger (worse) the Fréchet distance of b is than that of a, with a paired 95 % interval."""
+    """How much larger (worse) the Fréchet distance of b is than that of a, both corrected, with a paired 95 % interval.
+
+    `share`, `relative_low`, `relative_high`: the same as a share of a's distance (0.05 is 5 % worse), from the
+    resampled ratios; None where a is within its floor, where a ratio is one of noise. There the change is held against
+    `scale`, a hundredth of the data's spread. `least`: images below which nothing is decided.
+    """
 
     value: float
     low: float
     high: float
+    share: float | None
+    relative_low: float | None
+    relative_high: float | None
     fd_a: float
     fd_b: float
+    scale: float
+    least: int
     n: int
     features: str
     reference: str
     seed: int
 
-    @property
-    def share(self) -> float:
-        """The difference as a share of a's distance: 0.05 is 5 % worse."""
-        return self._share_of(self.value)
-
-    @property
-    def relative_low(self) -> float:
-        return self._share_of(self.low)
-
-    @property
-    def relative_high(self) -> float:
-        return self._share_of(self.high)
+    def verdict(self, tolerance: float) -> Verdict:
+        """ "held": the whole interval lies within a loss of `tolerance` (a share); "not held": all of it above."""
+        _, low, high, limit = self._against(tolerance)
+        if self.n < self.least or low <= limit < high:
+            return "not decided"
+        return "held" if high <= limit else "not held"
 
     def held(self, tolerance: float) -> bool:
-        """Whether the whole interval lies within a loss of `tolerance`, a share of a's distance."""
-        return self.high <= tolerance * self.fd_a
+        """Whether the whole interval lies within a loss of `tolerance`, a share of a's distance or of `scale`."""
+        return self.verdict(tolerance) == "held"
 
-    def _share_of(self, difference: float) -> float:
-        return difference / self.fd_a if self.fd_a > 0 else math.nan  # a is the reference itself
+    def decided_by(self, tolerance: float) -> int | None:
+        """About how many generated images decide it, if the change is what it seems: an interval halves with four
+        times as many. None where a million would not."""
+        value, low, high, limit = self._against(tolerance)
+        reach, gap = (high - value if value <= limit else value - low), abs(limit - value)
+        wanted = self.n * (reach / gap) ** 2 if gap > 0 else (math.inf if reach > 0 else 0)
+        return max(self.least, math.ceil(wanted)) if wanted <= 1_000_000 else None
+
+    def _against(self, tolerance: float) -> tuple[float, float, float, float]:
+        """The change with its interval, and the largest that is tolerated, in the same unit."""
+        if self.share is None or self.relative_low is None or self.relative_high is None:
+            return self.value, self.low, self.high, tolerance * self.scale
+        return self.share, self.relative_low, self.relative_high, tolerance
 
     def __str__(self) -> str:
-        return f"{self.share:+.1%} [{self.relative_low:+.1%}, {self.relative_high:+.1%}]"
+        value, low, high, _ = self._against(0)
+        form = "+.3g" if self.share is None else "+.1%"
+        return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
     def to_json(self) -> dict[str, object]:
-        shares = {"share": self.share, "relative_low": self.relative_low, "relative_high": self.relative_high}
-        return dataclasses.asdict(self) | shares
+        return dataclasses.asdict(self)
 
 
 def compare(
@@ -330,24 +428,45 @@ def compare(
     features_name: network of both, checked against the reference's if given.
     Raises: DataError (unequal n, NaN, fewer than 2), ModelError (another network).
     """
-    a, b = (_matching(features, reference, features_name) for features in (features_a, features_b))
-    if len(a) != len(b):
+    a, b = (
+        distances(features, reference, n_boot=n_boot, seed=seed, features_name=features_name)
+        for features in (features_a, features_b)
+    )
+    return difference(a, b, reference, floor(reference, a.n).high)
+
+
+def difference(a: Distances, b: Distances, reference: Reference, least_told: float) -> Difference:
+    """`compare` of distances with equal resamples; a ratio is told where a's distance lies above `least_told`."""
+    if (a.n, a.seed) != (b.n, b.seed):
         do = "generate both sets from the same seeds"
-        raise DataError(got=f"{len(a)} and {len(b)} images", expected="as many of both", where="compare", do=do)
-    weights = _resamples(len(a), n_boot, seed)
-    of_a, of_b = (_fd_of(x, reference.mu, reference.cov, weights) for x in (a, b))
-    value, low, high = _interval(of_b - of_a)
+        raise DataError(got=f"{a.n} and {b.n} images", expected="as many of both", where="compare", do=do)
+    low, high = _quantiles(b.resamples - a.resamples)
+    share = relative_low = relative_high = None
+    if a.value > least_told and np.quantile(a.resamples, 0.01, method="lower") > 0:
+        share = b.value / a.value - 1
+        ratios = np.divide(b.resamples, a.resamples, out=np.full(len(a.resamples), np.inf), where=a.resamples > 0)
+        relative_low, relative_high = (end - 1 for end in _quantiles(ratios))
     return Difference(
-        value=value,
+        value=b.value - a.value,
         low=low,
         high=high,
-        fd_a=float(of_a[0]),
-        fd_b=float(of_b[0]),
-        n=len(a),
+        share=share,
+        relative_low=relative_low,
+        relative_high=relative_high,
+        fd_a=a.value,
+        fd_b=b.value,
+        scale=reference.scale,
+        least=reference.least,
+        n=a.n,
         features=reference.features_name,
         reference=reference.fingerprint,
-        seed=seed,
+        seed=a.seed,
     )
+
+
+def _quantiles(resamples: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(resamples, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _matching(features: np.ndarray, reference: Reference, features_name: str | None) -> np.ndarray:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,12 @@ from halfstep.watch import SILENT, Watch
 
 @dataclass(frozen=True)
 class Found:
-    """What a search returns: the plan, the modelled frontier and every measured plan. `base`: the reference in every
-    row of the plan's sampler."""
+    """What a search returns: the plan, the error table and every measured plan. `base`: the reference in every row of
+    the plan's sampler."""
 
     plan: StepPlan
     base: StepPlan
     table: searching.ErrorTable
-    frontier: tuple[searching.Point, ...]
     records: tuple[evolving.SearchRecord, ...]
     reference_score: float
     space: searching.Space
@@ -47,7 +47,8 @@ def search_plan(
 ) -> Found:
     """Find a plan for a budget (share of the reference's MACs) or for a tolerated loss (share of its score).
 
-    Writes errors.json, search.jsonl (every measured plan; read again when resumed) and plan.json into `out`.
+    Writes errors.json, search.jsonl (every measured plan; read again when resumed) and plan.json into `out`; the plan
+    is told as the replacement of `plan`, or of what `plan` is told to replace.
     """
     spec, bank = recipe.search, judge.bank
     space = searching.Space.of(plan, bank.names, spec.genes)
@@ -60,7 +61,8 @@ def search_plan(
     if spec.fit and spec.method != "nsga2":
         least = max(points[0].macs, macs - space.full_macs // 4) if budget is not None else points[0].macs
         points = _fitted(log, space, costs, points, spec.fit, (least, macs), recipe.seed, watch)
-    limit = reference * (1 + max_loss) if max_loss is not None else math.inf
+    tolerated = None if max_loss is None else partial(judge.tolerated, max_loss)
+    limit = tolerated(reference, spec.images) if tolerated else math.inf
     if budget is None:
         macs = _cheapest_that_holds(log, space, points, limit, watch)
     if spec.method != "nsga2":
@@ -73,10 +75,11 @@ def search_plan(
     best = _best_measured(log, space, goal, macs)
     if spec.finalists and goal.kind in ("budget", "loss"):
         fresh = _Measured(judge, plan, space, out / "finals.jsonl", spec.final_images, recipe.seed + 5)
-        best = _final_round(log, fresh, space, spec.finalists, macs, max_loss, watch)
+        best = _final_round(log, fresh, space, spec.finalists, macs, tolerated, watch)
     chosen = plan.with_entries(space.expand(best))
+    chosen = chosen if plan.baseline else chosen.replacing(plan)
     chosen.save(out / "plan.json")
-    return Found(chosen, plan, table, tuple(points), tuple(log.records), reference, space)
+    return Found(chosen, plan, table, tuple(log.records), reference, space)
 
 
 def search_steps(
@@ -96,6 +99,9 @@ def search_steps(
     Raises PlanError for a tolerated loss together with either: it is searched for one sampler at a time.
     """
     spec = recipe.search
+    counts = {"search.images": spec.images} | ({"search.final_images": spec.final_images} if spec.finalists else {})
+    for warning in filter(None, (judge.too_few(count, what) for what, count in counts.items())):
+        watch.say(f"warning: {warning}")
     if not spec.step_counts and not spec.shrink:
         return search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     if budget is None:
@@ -117,7 +123,7 @@ def search_steps(
             continue
         watch.say(f"{steps} steps")
         folder.mkdir(exist_ok=True)
-        one = search_plan(judge, base, recipe, folder, budget=share, watch=watch)
+        one = search_plan(judge, base.replacing(plan), recipe, folder, budget=share, watch=watch)
         found[one.plan] = one
         if spec.shrink:
             shrunk = shrink_plan(judge, one.plan, recipe.shrink, folder, seed=recipe.seed, watch=watch)
@@ -157,7 +163,7 @@ def _table(
         judge.bank,
         plan,
         space,
-        judge.measure,
+        judge.moved,
         images=recipe.search.error_images,
         seed=recipe.seed + 1,
         batch=judge.batch,
@@ -233,7 +239,8 @@ def _fitted(
 def _cheapest_that_holds(
     log: _Measured, space: searching.Space, points: Sequence[searching.Point], limit: float, watch: Watch
 ) -> int:
-    """The least MACs at which the frontier's plan keeps the score within `limit`, by bisection on measured plans."""
+    """The least MACs at which the frontier's plan keeps the score within `limit`, by bisection on measured plans; all
+    of the reference's where none does."""
     low, high = 0, len(points) - 1
     with watch.stage("bisect frontier", max(1, high.bit_length())) as told:
         for i in range(max(1, high.bit_length())):
@@ -245,6 +252,8 @@ def _cheapest_that_holds(
             told(i + 1, f"{space.share(points[high].genes):.0%} of the MACs")
             if low == high:
                 break
+        if log("bisect", points[high].genes) > limit:  # the dearest of a fitted model need not be the reference
+            return space.full_macs
     return points[high].macs
 
 
@@ -293,37 +302,44 @@ def _final_round(
     space: searching.Space,
     count: int,
     macs: int,
-    max_loss: float | None,
+    tolerated: Callable[[float, int], float] | None,
     watch: Watch,
 ) -> searching.Genes:
     """The choice among the best measured plans, on fresh seeds: the best of many scores on the same few images is
-    partly luck. A budget's candidates are the `count` best plans and the dearest uniform one; for a tolerated loss, the
-    cheapest plan is taken that holds it again."""
-    if max_loss is None:
+    partly luck. A budget's candidates are the `count` best plans and the dearest uniform one; for a tolerated loss
+    (`tolerated`: the reference's score, images -> the highest that holds), the cheapest plan is taken that holds it
+    again."""
+    if tolerated is None:
         fitting = sorted((r for r in log.records if space.cost(r.genes) <= macs), key=lambda r: r.score)[:count]
         candidates = [r.genes for r in fitting] + space.uniform_within(macs)[:1]
+        limit = -math.inf  # the best of all, not the first that holds
     else:
-        limit = log.known[log.records[0].genes] * (1 + max_loss)
+        reference = (space.reference,) * len(space.rows)
+        limit = tolerated(log("reference", reference), log.count)
         candidates = [r.genes for r in sorted(log.records, key=lambda r: r.share) if r.score <= limit]
-        limit = fresh("final", (space.reference,) * len(space.rows)) * (1 + max_loss)
+        limit = tolerated(fresh("final", reference), fresh.count)
     candidates = list(dict.fromkeys(candidates))
     scores: list[float] = []
     with watch.stage("final round", len(candidates)) as told:
         for genes in candidates:
             scores.append(fresh("final", genes))
             told(len(scores), f"score {scores[-1]:.3g} at {space.share(genes):.0%}")
-            if max_loss is not None and scores[-1] <= limit:
+            if scores[-1] <= limit:
                 return genes
         told(len(candidates), "")
     return candidates[int(np.argmin(scores))]
 
 
 def baselines(plan: StepPlan, found: Found) -> dict[str, StepPlan]:
-    """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference `plan`."""
+    """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference `plan`. One
+    that is the reference or the found plan itself is left out: it would stand beside itself."""
     space, macs, base = found.space, found.plan.macs, found.base
-    uniform = [space.entries[genes[0]] for genes in space.uniform_within(macs)]
-    controls = {f"uniform {name}": base.uniform(name) for name in uniform[:1]}
-    for genes in evolving.random_plans(space, macs, 1, seed=11, slack=0.05):
-        controls["random plan"] = base.with_entries(space.expand(genes))
+    controls = {f"uniform {space.entries[genes[0]]}": genes for genes in space.uniform_within(macs)[:1]}
+    mine = [r.genes for r in found.records if base.with_entries(space.expand(r.genes)).rows == found.plan.rows]
+    others = [genes for genes in evolving.random_plans(space, macs, 2, seed=11, slack=0.05) if genes not in mine]
+    if others:
+        controls["random plan"] = others[0]
     steps = max(1, round(plan.steps * macs / plan.macs))
-    return controls | {f"{steps} steps of the reference": fewer_steps(plan, steps)}
+    plans = {name: base.with_entries(space.expand(genes)) for name, genes in controls.items()}
+    plans[f"{steps} steps of the reference"] = fewer_steps(plan, steps)
+    return {name: one for name, one in plans.items() if one.rows not in (plan.rows, found.plan.rows)}

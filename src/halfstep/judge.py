@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,23 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from halfstep import sanity
 from halfstep.bank import Bank
 from halfstep.classes import spread
 from halfstep.data import Images
 from halfstep.denoiser import class_count
-from halfstep.evaluate import Difference, Reference, compare, evaluate, extract, frechet_distance, reference_stats
+from halfstep.evaluate import (
+    Distances,
+    Floor,
+    Reference,
+    difference,
+    distances,
+    evaluate,
+    extract,
+    floor,
+    frechet_distance,
+    reference_stats,
+)
 from halfstep.features import Extractor, load_features, raw_pixels
 from halfstep.fit import fit
 from halfstep.plan import StepPlan
@@ -40,6 +52,20 @@ class Judge:
             classes = spread(images.labels)
             self.class_of = lambda k: int(classes[k % len(classes)])
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
+        self._floors: dict[int, Floor] = {}
+
+    def floor(self, count: int) -> Floor:
+        """What `count` perfect draws would score by chance."""
+        if count not in self._floors:
+            self._floors[count] = floor(self.reference, count)
+        return self._floors[count]
+
+    def tolerated(self, share: float, score: float, count: int) -> float:
+        """The highest score of `count` images that is within a loss of `share` of another's: a share of its distance
+        without the bias that both have in common, or within the floor, of a hundredth of the data's spread."""
+        least = self.floor(count)
+        distance = score - least.raw
+        return score + share * (distance if distance > least.high else self.reference.scale)
 
     def features(self, plan: StepPlan, count: int, seed: int, keep: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]."""
@@ -56,7 +82,8 @@ class Judge:
         return found, pictures
 
     def fd(self, features: np.ndarray) -> float:
-        """The Fréchet distance to the real images, without interval."""
+        """The Fréchet distance to the real images as measured, without interval: for plans that are compared at equal
+        n on common noise, where the bias is the same for all and its correction would only add noise."""
         return frechet_distance(
             features.mean(axis=0), np.cov(features, rowvar=False), self.reference.mu, self.reference.cov
         )
@@ -65,18 +92,43 @@ class Judge:
         """Fréchet distance of `count` images of a plan."""
         return self.fd(self.features(plan, count, seed)[0])
 
-    def measure(self, samples: torch.Tensor) -> float:
-        """Fréchet distance of what `denoise` gave, [N,C,H,W]."""
-        return self.fd(extract(self.extractor, (to_images(self.bank, part) for part in samples.split(self.batch))))
+    def moved(self, before: torch.Tensor, after: torch.Tensor) -> float:
+        """Mean squared distance of images [N,C,H,W] from their twins of the same noise, in the extractor's features."""
+        twins = (extract(self.extractor, images.split(self.batch)) for images in (before, after))
+        return float(np.square(np.subtract(*twins)).sum(axis=1).mean())
 
-    def quality(self, features: np.ndarray, seed: int, bootstrap: int) -> dict[str, Quality]:
+    def too_few(self, count: int, what: str) -> str | None:
+        """Why Fréchet distances of `count` images decide nothing; None where they may."""
+        if count >= self.reference.least:
+            return None
+        return (
+            f"{what}: {count} images for {len(self.reference.mu)} features make distances of noise; "
+            f"take {self.reference.least} or more"
+        )
+
+    def broken(self, reference: StepPlan, features: np.ndarray, pictures: np.ndarray, seed: int) -> str | None:
+        """Why nothing can be held beside a reference plan with these features [n, F] and first pictures; or None.
+
+        A small control is drawn for it where its sampler is not DDIM.
+        """
+        real = np.asarray(self.images.subset(min(max(1, len(pictures)), len(self.images))).pixels)
+        found = sanity.flat(pictures, real) if len(pictures) else None
+        control = sanity.control_plan(self.bank, reference)
+        if found or control is None:
+            return found
+        count = min(len(features), sanity.CONTROL)
+        distance = self.score(control, count, seed)
+        return sanity.far_from(distance, self.fd(features[:count]), self.reference.scale, len(reference.rows))
+
+    def quality(self, features: np.ndarray, fd: Distances) -> dict[str, Quality]:
         """Every metric, each with its interval."""
-        return evaluate(features, self.reference, seed=seed, n_boot=bootstrap, features_name=self.extractor.name)
+        bootstrap, name = len(fd.resamples), self.extractor.name
+        return evaluate(features, self.reference, seed=fd.seed, n_boot=bootstrap, features_name=name, fd=fd)
 
-    def difference(self, ours: np.ndarray, theirs: np.ndarray, seed: int, bootstrap: int) -> Difference:
-        """How much higher the Fréchet distance of the second features [n, F] is, paired by image."""
+    def distances(self, features: np.ndarray, seed: int, bootstrap: int) -> Distances:
+        """The Fréchet distance to the real images, corrected for bias, with its resamples."""
         name = self.extractor.name
-        return compare(ours, theirs, self.reference, n_boot=bootstrap, seed=seed, features_name=name)
+        return distances(features, self.reference, n_boot=bootstrap, seed=seed, features_name=name)
 
     def wall_ms(self, plans: Mapping[str, StepPlan], *, batch: int = 64, repeats: int = 5) -> dict[str, list[float]]:
         """Milliseconds of whole trajectories at `batch`, several times in turns."""
@@ -113,8 +165,8 @@ def extractor_for(source: str, images: Images, own: Path, device: str) -> Extrac
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Reference and plan side by side."""
+class Measured:
+    """Reference and plans side by side: the record for quality.json, and pictures uint8 by plan."""
 
     record: dict[str, Any]
     pictures: dict[str, Any]
@@ -129,20 +181,30 @@ def measure_plans(
     repeats: int = 5,
     batch: int = 64,
     watch: Watch = SILENT,
-) -> Verdict:
-    """Quality with intervals, paired difference to the first plan, MACs and wall-clock of several plans, same seeds."""
-    seed, count = recipe.seed + 3, recipe.eval.images
-    features, pictures, rows = {}, {}, {}
+) -> Measured:
+    """Quality with intervals, paired change from the first plan with its verdict, MACs and wall-clock of several plans,
+    same seeds. Beside a broken first plan the verdict on all others is "broken reference"; what is wrong is said, and
+    stands in the record as `warnings`."""
+    seed, count, tolerance = recipe.seed + 3, recipe.eval.images, recipe.eval.tolerance
+    features, pictures = {}, {}
+    first = next(iter(plans))
     with watch.stage("evaluate", len(plans) + 1) as told:
         for i, (name, plan) in enumerate(plans.items()):
             features[name], pictures[name] = judge.features(plan, count, seed, keep)
             told(i + 1, name)
+        broken = judge.broken(plans[first], features[first], pictures[first], seed)
         times = judge.wall_ms(plans, batch=batch, repeats=repeats)
         told(len(plans) + 1, "")
-    first = next(iter(plans))
+    warnings = [one for one in (broken, judge.too_few(count, "eval.images")) if one]
+    for one in warnings:
+        watch.say(f"warning: {one}")
+    found = {name: judge.distances(one, seed, recipe.eval.bootstrap) for name, one in features.items()}
+    least = judge.floor(count)
+    rows = {}
     for name, plan in plans.items():
-        quality = judge.quality(features[name], seed, recipe.eval.bootstrap)
-        difference = judge.difference(features[first], features[name], seed, recipe.eval.bootstrap)
+        quality = judge.quality(features[name], found[name])
+        change = difference(found[first], found[name], judge.reference, least.high)
+        verdict = "broken reference" if broken else change.verdict(tolerance)
         median = sorted(times[name])[len(times[name]) // 2]
         ratios = sorted(t / r for t, r in zip(times[name], times[first], strict=True))
         rows[name] = {
@@ -154,8 +216,10 @@ def measure_plans(
             "wall_share_low": ratios[0],
             "wall_share_high": ratios[-1],
             "quality": {key: value.to_json() for key, value in quality.items()},
-            "difference": difference.to_json(),
-            "held": difference.held(recipe.eval.tolerance),
+            "difference": change.to_json(),
+            "held": verdict == "held",
+            "verdict": verdict,
+            "decided_by": change.decided_by(tolerance) if verdict == "not decided" else None,
         }
     about = {
         "reference": first,
@@ -163,11 +227,14 @@ def measure_plans(
         "repeats": repeats,
         "seed": seed,
         "n": count,
-        "tolerance": recipe.eval.tolerance,
+        "tolerance": tolerance,
+        "floor": asdict(least),
+        "scale": judge.reference.scale,
+        "warnings": warnings,
         "data": judge.images.fingerprint,
         "machine": machine(),
         "device": str(judge.bank.device),
         "dtype": str(judge.bank.dtype).removeprefix("torch."),
         "layout": "each entry in its faster layout",
     }
-    return Verdict({"about": about, "plans": rows}, pictures)
+    return Measured({"about": about, "plans": rows}, pictures)

@@ -13,7 +13,7 @@ from halfstep.bank import Bank
 from halfstep.errors import HalfstepError
 from halfstep.features import feature_net_for, train_features
 from halfstep.fit import Fitted, fit
-from halfstep.judge import Judge, Verdict, default_device, extractor_for, measure_plans
+from halfstep.judge import Judge, Measured, default_device, extractor_for, measure_plans
 from halfstep.recipe import Recipe
 from halfstep.rundir import fit_data, images_for
 from halfstep.sampling import StepAwarePipeline, reference_plan
@@ -105,7 +105,7 @@ def is_measured(out: Path) -> bool:
     return (out / "quality.json").is_file()
 
 
-def write_and_tell(judge: Judge, verdict: Verdict, out: Path, begun: float) -> Path:
+def write_and_tell(judge: Judge, verdict: Measured, out: Path, begun: float) -> Path:
     """Write what was measured, with its pictures, and the report on it, whose path is returned."""
     pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
     disk.write_atomic(out / "pictures.npz", lambda path: save_arrays(path, pictures))

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,22 @@ class Row:
         return (self.scale, self.threshold) != (1.0, 0.0)
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What a plan replaced: in words, and its MACs per image."""
+
+    what: str
+    macs: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """The whole recipe of a trajectory: one row per network evaluation, noisiest first, and the scheduler.
 
     `scheduler`: class name of a diffusers scheduler; `scheduler_config`: its config; `steps`: the number that its
     `set_timesteps` takes (a second-order scheduler has more rows than steps).
-    `reference`: the bank's reference entry; `entry_macs`: MACs per image of one call of each entry.
+    `reference`: the bank's reference entry; `entry_macs`: MACs per image of one call of each entry. `baseline`: the
+    plan that a search chose this one instead of; None where there was none.
     Raises PlanError for an entry without MACs and for a plan without rows.
     """
 
@@ -47,6 +56,7 @@ class StepPlan:
     steps: int
     reference: str
     entry_macs: Mapping[str, int]
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -98,6 +108,12 @@ class StepPlan:
         """MACs as a share of the same plan with the reference in every row."""
         return self.macs / (self.entry_macs[self.reference] * len(self.rows))
 
+    def replacing(self, other: StepPlan) -> StepPlan:
+        """The same plan, told as a replacement of another."""
+        net = f"{other.entries[0]!r}" if len(set(other.entries)) == 1 else "several entries"
+        what = f"{len(other.rows)} {other.scheduler.removesuffix('Scheduler')} calls of {net}"
+        return replace(self, baseline=Baseline(what, other.macs))
+
     def with_entries(self, entries: Sequence[str]) -> StepPlan:
         """The same sampler with other entries, one per row, uncorrected: a correction belongs to its entry.
 
@@ -135,10 +151,11 @@ class StepPlan:
         return found
 
     def __str__(self) -> str:
-        saving = 1 - self.share
+        base = self.baseline or Baseline(f"{self.reference!r} everywhere", self.uniform().macs)
+        saving = 1 - self.macs / base.macs
         lines = [
-            f"{self.scheduler}, {self.steps} steps, {len(self.rows)} network calls: "
-            f"{self.macs / 1e6:,.1f} MMACs per image, {saving:.0%} less than {self.reference!r} everywhere"
+            f"{self.scheduler}, {self.steps} steps, {len(self.rows)} network calls: {self.macs / 1e6:,.1f} MMACs per "
+            f"image, {abs(saving):.0%} {'less' if saving >= 0 else 'more'} than {base.what}"
         ]
         for entry, first, last, count in self.runs():
             share = self.entry_macs[entry] / self.entry_macs[self.reference]
@@ -162,6 +179,7 @@ class StepPlan:
             "rows": [
                 [row.timestep, row.entry, *((row.scale, row.threshold) if row.corrected else ())] for row in self.rows
             ],
+            **({"baseline": asdict(self.baseline)} if self.baseline else {}),
         }
 
     @classmethod
@@ -175,6 +193,7 @@ class StepPlan:
                 steps=int(record["steps"]),
                 reference=str(record["reference"]),
                 entry_macs={str(name): int(macs) for name, macs in record["entry_macs"].items()},
+                baseline=_baseline(record.get("baseline"), where),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(
@@ -202,6 +221,17 @@ class StepPlan:
     def __hash__(self) -> int:
         config = json.dumps(dict(self.scheduler_config), sort_keys=True, default=str)  # equal mappings hash alike
         return hash((self.rows, self.scheduler, self.steps, config))
+
+
+def _baseline(record: Any, where: object) -> Baseline | None:
+    """What a plan replaced, of a file that says so. Raises PlanError."""
+    if record is None:
+        return None
+    what, macs = (record.get(key) for key in ("what", "macs")) if isinstance(record, dict) else (None, None)
+    if type(what) is not str or type(macs) is not int or macs <= 0:
+        expected = "a text `what` and whole positive `macs`"
+        raise PlanError(got="an unusable baseline", expected=expected, where=where, do="write it with StepPlan.save")
+    return Baseline(what, macs)
 
 
 def _span(values: set[str]) -> str:

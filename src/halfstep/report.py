@@ -51,12 +51,14 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Pareto:
-    """Quality against cost; `band`: the reference's interval, drawn as a strip."""
+    """Quality against cost; `band`: the reference's interval, drawn as a strip; `floor`: what perfect draws reach by
+    chance, drawn as a line."""
 
     title: str
     metric_label: str
     series: tuple[Series, ...]
     band: tuple[float, float] | None = None
+    floor: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +247,8 @@ def _finish(axes: Axes, place: str, columns: int) -> None:
 def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None:
     if pareto.band:
         axes.axhspan(*pareto.band, color=LINES, linewidth=0, label="reference, 95 % interval")
+    if pareto.floor:
+        axes.axhline(pareto.floor, color=INK, linewidth=1, linestyle=":", label="perfect draws stay below")
     clouds = {s.name for s in pareto.series if s.style == "points" and len(s.points) > 1 and s.name not in colours}
     accents = _with_accents([s.name for s in pareto.series if s.name not in clouds], colours)
     repeats = _repeats(accents)
@@ -334,9 +338,15 @@ def _step_ticks(axes: Axes, timesteps: Sequence[float]) -> None:
 
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    """A log axis, its ticks in plain numbers, where positive values span more than tenfold."""
+    """A log axis, its ticks in plain numbers, where positive values span more than tenfold; linear below the least of
+    them where there are zeros, as corrected distances can be."""
     finite = [value for value in values if np.isfinite(value)]
-    if finite and max(finite) > 10 * min(finite) > 0:
+    positive = [value for value in finite if value > 0]
+    if positive and max(positive) > 10 * min(positive) and min(finite) == 0:
+        axes.set_yscale("symlog", linthresh=min(positive))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
+    elif finite and max(finite) > 10 * min(finite) > 0:
         axes.set_yscale("log")
         axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if max(finite) < 300 * min(finite) else (1,))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

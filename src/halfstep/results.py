@@ -47,6 +47,7 @@ class Quality:
     `n`: generated images; `n_reference`: real images.
     `features`: name of the feature network; two values with different ones must never be compared.
     `reference`: fingerprint of the real images.
+    `raw`: of a Fréchet distance, as measured; `value` is corrected for bias. None elsewhere, and in results of before.
     """
 
     metric: str
@@ -58,6 +59,7 @@ class Quality:
     features: str
     reference: str
     seed: int
+    raw: float | None = None
 
     @property
     def lower_is_better(self) -> bool:

@@ -5,7 +5,8 @@ measured. Rows of a plan are grouped into genes, stretches of neighbouring rows 
 better than many (DDSM's own vector has one per timestep).
 
 Source of the error table: HarmoniCa (arXiv 2410.01723), which weighs a step by what swapping it alone does to the final
-image; here it is what that does to the quality of the final images.
+image; here it is how far that moves the final image, paired by noise: tens of images rank the swaps, where a difference
+of two distances to the data needs thousands (benchmarks/error_table.md).
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ import torch
 from halfstep.bank import Bank
 from halfstep.errors import PlanError
 from halfstep.plan import StepPlan
-from halfstep.sampling import Labels, build_scheduler, denoise, image_generators, labels_of, start_noise
+from halfstep.sampling import Labels, build_scheduler, denoise, image_generators, labels_of, start_noise, to_images
 
 Genes = tuple[int, ...]
 """The entry's index of every gene."""
 Score = Callable[[Genes], float]
 """Measured quality of a plan, lower is better."""
-Measure = Callable[[torch.Tensor], float]
-"""Quality of images [N,C,H,W] in [-1, 1], lower is better."""
+Measure = Callable[[torch.Tensor, torch.Tensor], float]
+"""How far images are from their twins of the same noise, both [N,C,H,W] in [-1, 1] (decoded where the bank works on
+latents): (twins in the reference's run, images) -> 0 or more."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,11 @@ class Space:
 @dataclass(frozen=True)
 class ErrorTable:
     """`local` [T, E]: mean squared distance of each entry's prediction from the reference's, at each row of the
-    reference's own trajectories; `damage` [K, E]: how much the measure rises when one gene alone runs the entry."""
+    reference's own trajectories; `damage` [K, E]: how far the final images move when one gene alone runs the entry.
+
+    A damage is blind to the way: an entry that makes pictures better, or only other ones as good, moves them too. The
+    plans that are measured against the data (`fit_costs`) are there to see that.
+    """
 
     timesteps: tuple[float, ...]
     entries: tuple[str, ...]
@@ -158,10 +164,10 @@ def error_table(
             finals[k, e].append(walk.resume(int(starts[k]), plan.with_entries(row_entries)))
             done += 1
             yield done, total, None
-    base = measure(torch.cat(finals[0, space.reference]))
+    base = torch.cat(finals[0, space.reference])
     damage = np.zeros((len(space.rows), len(space.entries)))
     for k, e in swaps:
-        damage[k, e] = measure(torch.cat(finals[k, e])) - base
+        damage[k, e] = measure(base, torch.cat(finals[k, e]))
     timesteps = tuple(row.timestep for row in plan.rows)
     yield total, total, ErrorTable(timesteps, space.entries, local, damage, images)
 
@@ -192,7 +198,7 @@ class _ReferenceWalk:
 
         reference = plan.uniform()
         final = denoise(bank, reference, sample, self.generators, self.labels, scheduler=scheduler, trace=visit)
-        self.final = final.clamp(-1, 1)
+        self.final = to_images(bank, final)
 
     def resume(self, row: int, plan: StepPlan) -> torch.Tensor:
         """Leave the reference trajectory at `row` and follow `plan` from there."""
@@ -201,7 +207,7 @@ class _ReferenceWalk:
             generator.set_state(state)
         scheduler = copy.deepcopy(scheduler)
         out = denoise(self.bank, plan, sample.clone(), self.generators, self.labels, start=row, scheduler=scheduler)
-        return out.clamp(-1, 1)
+        return to_images(self.bank, out)
 
 
 # --------------------------------------------------------------------------------------------------------- frontier
@@ -303,41 +309,61 @@ def best_within(points: Sequence[Point], macs: int) -> Point:
     return fitting[-1]
 
 
+STRENGTHS = np.geomspace(0.003, 30.0, 13)
+"""How strongly the fitted model is pulled to the table's, in units of the scores' noise: which one, the scores tell."""
+
+
 def fit_costs(
-    costs: np.ndarray,
-    plans: Sequence[Genes],
-    scores: Sequence[float],
-    strength: float = 0.3,
-    draw: np.random.Generator | None = None,
+    costs: np.ndarray, plans: Sequence[Genes], scores: Sequence[float], draw: np.random.Generator | None = None
 ) -> np.ndarray:
     """Rescale an additive error model to measured plans: score = base + sum_k a[k] * costs[k, g_k] + b[k, g_k].
 
-    Non-negative a[k] near one common factor and entry offsets near zero, by ridge-regularised least squares on the
-    differences to the mean; returns the new costs [K, E] (in units of the score, up to a constant). With `draw` they
-    are one sample of the posterior instead of its mean (Thompson sampling): plausible for what was measured so far.
+    Non-negative a[k] near one common factor and entry offsets near zero: ridge regression, whose strength and noise
+    follow from the scores by their marginal likelihood (the noise from what the fit leaves free, not from its
+    residuals: with more coefficients than plans those are nearly zero). Returns the new costs [K, E], in units of the
+    score, up to a constant. With `draw` they are one sample of the posterior over strength, noise and coefficients
+    instead of its mean (Thompson sampling): plausible for what was measured so far.
     """
-    count, entries = costs.shape
-    rows = np.arange(count)
-    scale = max(float(np.abs(costs).max()), 1e-12)
-    unit = costs / scale
-    x = np.zeros((len(plans), count + count * entries))
-    for i, genes in enumerate(plans):
-        x[i, :count] = unit[rows, list(genes)]
-        x[i, count + rows * entries + np.array(genes)] = 1.0
+    genes, entries = costs.shape
+    rows = np.arange(genes)
+    unit = costs / max(float(np.abs(costs).max()), 1e-12)
+    x = np.zeros((len(plans), genes + genes * entries))
+    for i, plan in enumerate(plans):
+        x[i, :genes] = unit[rows, list(plan)]
+        x[i, genes + rows * entries + np.array(plan)] = 1.0
     y = np.asarray(scores, dtype=np.float64)
-    total = x[:, :count].sum(axis=1)
-    centred = total - total.mean()
-    common = max(float(centred @ (y - y.mean())) / max(float(centred @ centred), 1e-12), 1e-6)
-    residual = y - y.mean() - common * centred
-    design = x - x.mean(axis=0)
-    penalty = strength * np.concatenate([np.full(count, 1.0), np.full(count * entries, 4.0)])
-    precision = design.T @ design + np.diag(penalty)
-    solved = np.linalg.solve(precision, design.T @ residual)
+    total = x[:, :genes].sum(axis=1)  # of the common factor, which is not pulled
+    design, y = np.column_stack([total - total.mean(), x - x.mean(axis=0)]), y - y.mean()
+    penalty = np.concatenate([np.full(genes, 1.0), np.full(genes * entries, 4.0)])
+    evidence, noise = np.array([_evidence(design, y, strength * penalty) for strength in STRENGTHS]).T
+    at = int(evidence.argmax())
     if draw is not None:
-        noise = float(np.std(residual - design @ solved))
-        solved = solved + noise * np.linalg.solve(np.linalg.cholesky(precision).T, draw.standard_normal(len(solved)))
-    factors = np.maximum(common + solved[:count], 0.0)
-    return factors[:, None] * unit + solved[count:].reshape(count, entries)
+        likely = np.exp(evidence - evidence.max())
+        at = int(draw.choice(len(likely), p=likely / likely.sum()))
+    precision = design.T @ design + np.diag([1e-9, *STRENGTHS[at] * penalty])
+    solved = np.linalg.solve(precision, design.T @ y)
+    if draw is not None:
+        free = max(1, len(plans) - 2)
+        spread = np.sqrt(noise[at] * free / draw.chisquare(free))
+        solved += spread * np.linalg.solve(np.linalg.cholesky(precision).T, draw.standard_normal(len(solved)))
+    factors = np.maximum(max(solved[0], 1e-6) + solved[1 : genes + 1], 0.0)
+    return factors[:, None] * unit + solved[genes + 1 :].reshape(genes, entries)
+
+
+def _evidence(design: np.ndarray, y: np.ndarray, penalty: np.ndarray) -> tuple[float, float]:
+    """Log marginal likelihood of y [n], up to a constant, and its noise variance, when coefficients [P] of
+    design[:, 1:] have variance noise / penalty; constant and first column are free (restricted likelihood)."""
+    n = len(y)
+    covariance = np.eye(n) + (design[:, 1:] / penalty) @ design[:, 1:].T
+    free = np.column_stack([np.ones(n), design[:, 0]])
+    whitened = np.linalg.solve(np.linalg.cholesky(covariance), np.column_stack([free, y]))
+    free, y = whitened[:, :2], whitened[:, 2]
+    gram = free.T @ free + 1e-12 * np.eye(2)
+    rest = y - free @ np.linalg.solve(gram, free.T @ y)
+    degrees = max(1, n - 2)
+    noise = max(float(rest @ rest) / degrees, 1e-24)
+    determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(gram)[1]
+    return -0.5 * (degrees * np.log(noise) + determinants), noise
 
 
 def promising(

@@ -72,6 +72,8 @@ def corrected_plans(
     parts = min(spec.parts, len(plan.rows))
     scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
     total = 8 + 4 * parts * spec.rounds  # two walks of about four measurements
+    if warning := judge.too_few(spec.images, "shrink.images"):
+        watch.say(f"warning: {warning}")
     with watch.stage("shrink", total) as told:
         log = _Measured(judge, out / "shrink.jsonl", spec.images, seed + 2, told)
 

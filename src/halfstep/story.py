@@ -26,13 +26,38 @@ def quality_cell(record: dict[str, Any]) -> str:
 
 
 def change_cell(difference: dict[str, Any]) -> str:
-    """A relative change with its interval."""
+    """A change with its interval: a share, or the distance itself where the reference is within its floor."""
+    if difference["share"] is None:
+        return f"{difference['value']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
     low, high = _signed(difference["relative_low"]), _signed(difference["relative_high"])
     return f"{_signed(difference['share'])} [{low}, {high}]"
 
 
 def _signed(share: float) -> str:
     return f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
+
+
+def verdict_of(row: dict[str, Any], tolerance: float) -> str:
+    """A plan's verdict; told from its interval where the record is of before there were three."""
+    if "verdict" in row:
+        return str(row["verdict"])
+    if row["held"]:
+        return "held"
+    return "not held" if row["difference"]["relative_low"] > tolerance else "not decided"
+
+
+def decided_text(row: dict[str, Any]) -> str:
+    """How many images would decide what is not decided, as the end of a sentence; nothing in records of before."""
+    if "decided_by" not in row:
+        return ""
+    count = row["decided_by"]
+    return f"; about {_round_up(count):,} images would decide it" if count else "; a million images would not decide it"
+
+
+def _round_up(count: int) -> int:
+    """To two digits."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
 
 
 def plans_table(record: dict[str, Any], title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
@@ -42,8 +67,7 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
     """
     about, rows = record["about"], []
     for name, row in record["plans"].items():
-        difference = row["difference"]
-        change = change_cell(difference)
+        reference = name == about["reference"]
         rows.append(
             (
                 name,
@@ -52,7 +76,8 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
                 f"{row['wall_ms']:,.0f}",
                 f"{row['wall_share']:.0%}",
                 quality_cell(row["quality"]["fd"]),
-                "—" if name == about["reference"] else change,
+                "—" if reference else change_cell(row["difference"]),
+                "—" if reference else verdict_of(row, about["tolerance"]),
                 *(f"{row['quality'][m]['value']:.3g}" for m in ("kid", "precision", "recall")),
             )
         )
@@ -62,16 +87,33 @@ def plans_table(record: dict[str, Any], title: str = "Reference, plan and contro
         f"{about['device']}, {about['dtype']}, {about['layout']}, "
         f"median of {about['repeats']} taken in turns. Fréchet distance (FD, lower is better) on "
         f"{about['n']} images of the same seeds against {first['n_reference']} real ones, features "
-        f"{first['features']}; 95 % bootstrap intervals, the change is paired."
+        f"{first['features']}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
     )
-    columns: tuple[str, ...] = ("", "MMACs", "MACs", "ms", "time", "FD", "change of FD", "KID", "precision", "recall")
+    columns: tuple[str, ...] = ("", "MMACs", "MACs", "ms", "time", "FD", "change of FD")
+    columns += (f"within {about['tolerance']:.0%}", "KID", "precision", "recall")
     if brief:
-        chosen = (0, 2, 4, 5, 6)
+        chosen = (0, 2, 4, 5, 6, 7)
         columns, rows = tuple(columns[i] for i in chosen), [tuple(row[i] for i in chosen) for row in rows]
     names = list(record["plans"])
     return Table(
         title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
     )
+
+
+def _statistics(about: dict[str, Any]) -> str:
+    """What a reader must know of the distances: their correction and floor, what was wrong; of old records, that they
+    have neither."""
+    if "floor" not in about:
+        return (
+            "Measured before distances were corrected for bias: small ones are mostly chance, and so are their shares."
+        )
+    least = about["floor"]
+    said = (
+        f"FD is corrected for bias; perfect draws score {least['raw']:.2g} before that and up to {least['high']:.2g} "
+        f"after it (fresh real images about {least['fresh']:.2g} before). Where the reference scores no more, changes "
+        f"are told as they are and held against {about['scale']:.2g}, a hundredth of the data's spread."
+    )
+    return " ".join([said, *(f"Warning: {one}." for one in about["warnings"])])
 
 
 def costs_table(costs: Mapping[str, Cost], reference: str) -> Table:
@@ -139,18 +181,31 @@ def tell_restored(out: Path, records: Sequence[Restored], shown: Mapping[str, np
 
 
 def summary(record: dict[str, Any], plan: StepPlan) -> str:
-    """One sentence with the claim and its measure."""
+    """One sentence with the claim and its measure, after what is wrong with them."""
     row, about = record["plans"]["plan"], record["about"]
     calls = f"{record['plans'][about['reference']]['calls']} {plan.scheduler.removesuffix('Scheduler')} calls"
     change = f"the Fréchet distance changes by {change_cell(row['difference'])} (95 % interval, n = {about['n']})"
+    wrong = "".join(f"Warning: {one}. " for one in about.get("warnings", ()))
     if plan.corrected and row["share"] == 1:
-        return f"The corrections cost nothing; with {calls} {change}."
+        return f"{wrong}The corrections cost nothing; with {calls} {change}."
     what = f"The plan, {plan.entries[0]!r} in every call," if len(set(plan.entries)) == 1 else "The plan"
     saved = f"saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of {calls}"
-    lost = row["difference"]["relative_low"] > about["tolerance"]  # the whole interval lies above the tolerance
-    held = "held" if row["held"] else "did not hold" if lost else "is not shown to hold"
     cost = saved if row["share"] != 1 else f"costs what {calls} of the reference cost"
-    return f"{what} {cost}; {change}, so quality {held} within the tolerance of {about['tolerance']:.0%}."
+    return f"{wrong}{what} {cost}; {change}, so {_judgement(row, about['tolerance'])}."
+
+
+def _judgement(row: dict[str, Any], tolerance: float) -> str:
+    of = "" if row["difference"]["share"] is not None else " of a hundredth of the data's spread"
+    within = f"within the tolerance of {tolerance:.0%}{of}"
+    match verdict_of(row, tolerance):
+        case "held":
+            return f"quality held {within}"
+        case "not held":
+            return f"quality did not hold {within}"
+        case "broken reference":
+            return "nothing can be said of its quality: the reference is broken"
+        case _:
+            return f"whether quality held {within} is not decided{decided_text(row)}"
 
 
 def _steps_table(out: Path, images: int) -> list[Table]:
@@ -167,7 +222,7 @@ def _steps_table(out: Path, images: int) -> list[Table]:
 def pareto(record: dict[str, Any], searched: list[dict], images: int = 0) -> Pareto:
     """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
     dots = tuple((r["share"], r["score"], None, None) for r in searched if r["stage"] != "reference")
-    label = f"the search, on {images} images\n(fewer images: higher)"
+    label = f"the search, on {images} images\n(uncorrected: higher)"
     series = [Series(name=label, points=dots, style="points")] if dots else []
     for name, row in record["plans"].items():
         fd = row["quality"]["fd"]
@@ -179,6 +234,7 @@ def pareto(record: dict[str, Any], searched: list[dict], images: int = 0) -> Par
         metric_label="Fréchet distance (lower is better)",
         series=tuple(series),
         band=(reference["low"], reference["high"]),
+        floor=record["about"].get("floor", {}).get("high"),
     )
 
 
