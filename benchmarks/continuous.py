@@ -35,7 +35,7 @@ from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
 from halfstep import compress, disk, story
-from halfstep.bank import Bank, load_denoiser
+from halfstep.bank import Bank
 from halfstep.cli import RichWatch
 from halfstep.continuous import with_solver
 from halfstep.data import load_images
@@ -45,6 +45,7 @@ from halfstep.features import extract
 from halfstep.judge import Judge, measure_plans
 from halfstep.loop import new_model
 from halfstep.measured import judge_for, open_pipeline
+from halfstep.models import load_denoiser
 from halfstep.plan import StepPlan
 from halfstep.profiling import call_times, count_macs, interleave, peak_mib
 from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe

@@ -24,12 +24,13 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
 from halfstep import compress, disk, run, story
-from halfstep.bank import Bank, load_denoiser
+from halfstep.bank import Bank
 from halfstep.cli import RichWatch
 from halfstep.data import load_images
 from halfstep.evolve import random_plans
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
+from halfstep.models import load_denoiser
 from halfstep.plan import StepPlan
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe

@@ -28,11 +28,12 @@ from rich.console import Console
 
 from fashion import DATA, MODELS, markdown
 from halfstep import compress, disk
-from halfstep.bank import Bank, load_denoiser
+from halfstep.bank import Bank
 from halfstep.cli import RichWatch
 from halfstep.compress import regular_name
 from halfstep.judge import Judge
 from halfstep.measured import judge_for, open_pipeline, save_arrays
+from halfstep.models import load_denoiser
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named

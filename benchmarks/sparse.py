@@ -24,11 +24,12 @@ import torch
 
 from fashion import DATA, MODELS, file_name, loss_table, show_table
 from halfstep import compress, run, story
-from halfstep.bank import Bank, load_denoiser
+from halfstep.bank import Bank
 from halfstep.cli import RichWatch
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
+from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
 from halfstep.report import Grid, Report, Table, write_report

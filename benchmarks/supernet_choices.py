@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from halfstep.bank import load_denoiser
 from halfstep.data import load_images
 from halfstep.denoiser import predictor
+from halfstep.models import load_denoiser
 from halfstep.recipe import NoiseSpec, SlimSpec, TrainSpec
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of
 from halfstep.train import Batch, Diffusion, TrainState, train

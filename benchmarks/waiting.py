@@ -30,7 +30,7 @@ def work(model: str, batch: int) -> None:
     """The measured process: a call for every line read, its milliseconds on a line of their own."""
     import torch  # here, and not above: the process that counts the turns must not load OpenMP
 
-    from halfstep.bank import load_denoiser
+    from halfstep.models import load_denoiser
     from halfstep.profiling import example_inputs
     from halfstep.recipe import SlimSpec
     from halfstep.slimmable import supernet_of

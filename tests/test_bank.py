@@ -8,11 +8,13 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from halfstep import bank as bank_module
-from halfstep.bank import Bank, Shared, load_denoiser
+from halfstep.bank import Bank, Shared
 from halfstep.errors import HalfstepError, ModelError
 from halfstep.masks import Masking, Pattern
+from halfstep.models import load_denoiser
 from halfstep.recipe import SparseSpec
 from halfstep.slices import cut_all
 from halfstep.slimmable import Supernet, width_name
@@ -324,6 +326,79 @@ def test_saving_over_a_bank_replaces_it_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["bank"]
 
 
+def test_a_half_precision_entry_in_a_float_bank_is_refused():
+    with pytest.raises(ModelError, match=r"float16.*float32"):
+        slim_bank().with_entry("half", net(5).half(), "epsilon")
+
+
+def test_a_compiled_entry_saves_as_what_it_wraps(tmp_path):
+    plain = net(3)
+    Bank({"full": torch.compile(plain)}, "full", "epsilon").save_pretrained(tmp_path / "compiled")
+    Bank({"full": plain}, "full", "epsilon").save_pretrained(tmp_path / "plain")
+    for file in (tmp_path / "plain").rglob("*.*"):
+        assert (tmp_path / "compiled" / file.relative_to(tmp_path / "plain")).read_bytes() == file.read_bytes()
+    assert torch.equal(Bank.from_pretrained(tmp_path / "compiled")["full"].conv_in.weight, plain.conv_in.weight)
+
+
+def test_an_entry_that_takes_anothers_place_brings_its_own_weights(tmp_path):
+    """with_entry kept the old entry's link: the new one was saved as slices of a net it has nothing to do with."""
+    slim_bank().with_entry("w0.50", net(9), "epsilon").save_pretrained(tmp_path / "bank")
+    assert torch.equal(Bank.from_pretrained(tmp_path / "bank")["w0.50"].conv_in.weight, net(9).conv_in.weight)
+
+
+def linked(source):
+    """w0.50 follows from another entry than the widest."""
+    return lambda f: edit_record(f / "w0.50" / "slices.json", lambda r: {**r, "of": source})
+
+
+def with_slices(edit):
+    def change(record):
+        return {**record, "slices": {name: edit(name, dims) for name, dims in record["slices"].items()}}
+
+    return lambda f: edit_record(f / "w0.50" / "slices.json", change)
+
+
+HARMED_LINKS = {
+    "slices of themselves": linked("w0.50"),
+    "slices of slices": linked("w0.25"),
+    "slices of an unknown entry": linked("nobody"),
+    "slices of a path": linked("../w1.00"),
+    "slices of a number": linked(3),
+    "slices of nothing": lambda f: (f / "w0.50" / "slices.json").write_text("{}"),
+    "empty slices": with_slices(lambda _, dims: [[] for _ in dims]),
+    "pieces of no length": with_slices(lambda _, dims: [[[0, 0]] for _ in dims]),
+    "pieces before the start": with_slices(lambda _, dims: [[[-8, 8]] for _ in dims]),
+    "pieces beyond the end": with_slices(lambda _, dims: [[[12, 8]] for _ in dims]),
+    "a piece a million times": with_slices(lambda n, dims: [[[0, 1]] * 10**5] if n == "conv_in.bias" else dims),
+    "one piece twice": with_slices(lambda n, dims: [[[0, 8], [0, 16]]] if n == "conv_in.bias" else dims),
+    "pieces of text": with_slices(lambda _, dims: "all"),
+    "too few dimensions": with_slices(lambda _, dims: dims[:-1]),
+    "a foreign field": lambda f: edit_record(f / "w0.50" / "slices.json", lambda r: {**r, "script": "x"}),
+    "names that are numbers": lambda f: edit_record(f / "bank.json", lambda r: {**r, "entries": [1, 2, 3]}),
+    "one name as a text": lambda f: edit_record(f / "bank.json", lambda r: {**r, "entries": "full"}),
+    "a format of later": lambda f: edit_record(f / "bank.json", lambda r: {**r, "format": 2}),
+    "an empty record": lambda f: (f / "bank.json").write_text("{}"),
+    "a record nested deep": lambda f: (f / "bank.json").write_text("[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("how", HARMED_LINKS)
+def test_what_follows_from_no_stored_weights_is_refused_in_one_line(how, tmp_path):
+    slim_bank().save_pretrained(tmp_path / "bank")
+    HARMED_LINKS[how](tmp_path / "bank")
+    with pytest.raises(ModelError) as error:
+        Bank.from_pretrained(tmp_path / "bank")
+    assert str(tmp_path / "bank") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["w0.50", "nobody", "w0.25"])
+def test_a_bank_in_memory_takes_no_such_links_either(source):
+    bank = slim_bank()
+    entries = dict(zip(bank.names, bank.models, strict=True))
+    with pytest.raises(ModelError, match="weights of its own"):
+        Bank(entries, "full", "epsilon", bank.shared | {"w0.50": Shared(source)})
+
+
 def edit_record(file, edit):
     record = json.loads(file.read_text())
     file.write_text(json.dumps(edit(record)))
@@ -424,7 +499,7 @@ def _macs_of(model, layer: str) -> int:
     return seen[0] * module.weight.numel()
 
 
-@pytest.mark.parametrize("harm", ["cut", "pattern", "names", "missing"])
+@pytest.mark.parametrize("harm", ["cut", "pattern", "names", "missing", "whole numbers", "not finite", "one more"])
 def test_harmed_packed_entries_are_refused_in_one_line(tmp_path, harm):
     masked_bank(shared=False).save_pretrained(tmp_path / "bank")
     folder = tmp_path / "bank" / "2of4"
@@ -433,6 +508,14 @@ def test_harmed_packed_entries_are_refused_in_one_line(tmp_path, harm):
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "missing":
         file.unlink()
+    elif harm == "whole numbers":
+        stored = load_file(file)
+        save_file(stored | {"conv_out.bias": stored["conv_out.bias"].int()}, file)
+    elif harm == "not finite":
+        stored = load_file(file)
+        save_file(stored | {"conv_out.bias": stored["conv_out.bias"] * float("nan")}, file)
+    elif harm == "one more":
+        save_file(load_file(file) | {"more": torch.zeros(2)}, file)
     elif harm == "pattern":
         mask.write_text(mask.read_text().replace("2:4", "1:4"))
     else:
@@ -440,3 +523,32 @@ def test_harmed_packed_entries_are_refused_in_one_line(tmp_path, harm):
     with pytest.raises(HalfstepError) as caught:
         Bank.from_pretrained(tmp_path / "bank")
     assert "2of4" in str(caught.value) and "\n" not in str(caught.value)
+
+
+HARMED_MASKS = {
+    "unknown names": {"pattern": "2:4", "names": ["nothing.weight"]},
+    "a bias": {"pattern": "2:4", "names": ["conv_in.bias"]},
+    "a layer without whole groups": {"pattern": "2:4", "names": ["conv_in.weight"]},
+    "numbers": {"pattern": "2:4", "names": [1, 2]},
+    "a text": {"pattern": "2:4", "names": "mid_block"},
+    "no pattern": {"names": []},
+    "no names": {"pattern": "2:4", "names": []},
+    "no such pattern": {"pattern": "5:4", "names": []},
+    "a pattern of numbers": {"pattern": 2, "names": []},
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("how", HARMED_MASKS)
+def test_a_mask_that_fits_no_weights_is_refused(how, shared, tmp_path):
+    """Over unknown names it was no mask: the entry ran dense under the name of a sparse one."""
+    masked_bank(shared).save_pretrained(tmp_path / "bank")
+    (tmp_path / "bank" / "2of4" / "mask.json").write_text(json.dumps(HARMED_MASKS[how]))
+    with pytest.raises(ModelError) as error:
+        Bank.from_pretrained(tmp_path / "bank")
+    assert "mask.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bank_in_memory_takes_no_such_mask_either():
+    with pytest.raises(ModelError, match=r"nothing\.weight"):
+        Bank({"full": net()}, "full", "epsilon", masking={"full": Masking(Pattern(2, 4), ("nothing.weight",))})

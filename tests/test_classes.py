@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from halfstep import compress, run
-from halfstep.bank import Bank, load_classes
+from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, read_classes, spread
 from halfstep.compress import continuous_net
 from halfstep.data import Images
@@ -23,6 +23,7 @@ from halfstep.features import Extractor
 from halfstep.fit import fit
 from halfstep.judge import Judge
 from halfstep.loop import new_model
+from halfstep.models import load_classes
 from halfstep.recipe import Recipe, SampleSpec
 from halfstep.restore import restore_picture, with_noise
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
     "values": ("errors", "disk", "typed", "recipe", "results", "plan", "watch", "threads"),
-    "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous"),
+    "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
         "sources",
@@ -23,6 +23,7 @@ FLOORS = {
         "fit",
         "latents",
         "train",
+        "models",
         "bank",
         "sampling",
         "search",

@@ -10,13 +10,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
 
 from halfstep import compress, run
-from halfstep.bank import Bank, load_denoiser, load_vae
+from halfstep.bank import Bank
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.features import load_features
 from halfstep.judge import Judge
 from halfstep.latents import decode, encode_images, factor
 from halfstep.loop import new_model
+from halfstep.models import load_denoiser, load_vae
 from halfstep.recipe import Recipe
 from halfstep.sampling import (
     StepAwarePipeline,

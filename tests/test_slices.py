@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfstep.slices import cut, cut_all, pieces_of, slices_from_json, slices_to_json
+from halfstep.slices import Pieces, cut, cut_all, pieces_of, slices_to_json
+from halfstep.typed import typed
 
 unhurried = settings(deadline=None, max_examples=60)
 
@@ -80,7 +81,7 @@ def test_no_indices_are_no_pieces():
 @given(st.dictionaries(st.text(max_size=8), cuts(), max_size=4))
 def test_slices_round_trip_through_json_and_cut_the_same(cases):
     slices = {name: dims for name, (_, dims) in cases.items()}
-    again = slices_from_json(json.loads(json.dumps(slices_to_json(slices))))
+    again = typed(json.loads(json.dumps(slices_to_json(slices))), dict[str, tuple[Pieces, ...]], "slices", "here")
     assert again == slices
     weights = {name: tensor for name, (tensor, _) in cases.items()} | {"not named, not cut": torch.ones(1)}
     found, expected = cut_all(weights, again), cut_all(weights, slices)

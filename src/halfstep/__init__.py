@@ -17,7 +17,7 @@ _HOMES = {
     "StepAwarePipeline": "sampling",
     "Supernet": "slimmable",
     "load_images": "data",
-    "load_denoiser": "bank",
+    "load_denoiser": "models",
     "optimize": "run",
 }
 __all__ = [*_HOMES, "__version__"]

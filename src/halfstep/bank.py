@@ -9,40 +9,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
-import diffusers
 import torch
-from diffusers import ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from halfstep.classes import read_classes
-from halfstep.continuous import ContinuousUNet2DModel
-from halfstep.denoiser import class_count
-from halfstep.disk import read_json, write_atomic
-from halfstep.errors import ModelError, shortened
-from halfstep.masks import Masking, Pattern, mask_all, pack_all, unpack_all
+from halfstep.denoiser import class_count, eager
+from halfstep.disk import read_record, write_atomic
+from halfstep.errors import ModelError, RecipeError
+from halfstep.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
+from halfstep.models import WEIGHTS, empty_model, filled_model, load_model, read_config
 from halfstep.profiling import call_times, count_macs, latency
 from halfstep.results import Cost
-from halfstep.slices import Slices, cut_all, slices_from_json, slices_to_json
-from halfstep.spectral import SpectralUNet2DModel
-from halfstep.uvit import UViT2DModel
-
-DIGITS_MODEL = Path(__file__).parent / "assets" / "digits_model"
-MODEL_CLASSES: dict[str, type[ModelMixin]] = {
-    "UNet2DModel": diffusers.UNet2DModel,
-    "UViT2DModel": UViT2DModel,
-    "SpectralUNet2DModel": SpectralUNet2DModel,
-    "ContinuousUNet2DModel": ContinuousUNet2DModel,
-}
-"""The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
-
-VAE_CLASSES: dict[str, type[ModelMixin]] = {"AutoencoderKL": diffusers.AutoencoderKL}
+from halfstep.slices import Pieces, Slices, cut_all, require_inside, slices_to_json
+from halfstep.typed import Bounds, shown
+from halfstep.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PACKED = "packed.safetensors"
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
@@ -99,6 +83,7 @@ class Bank(torch.nn.Module):
         for name in self.names:
             self._check_stands_in(name)
         class_count(self.config)  # refuses a conditioning that no sampler here can give
+        self._check_links()
         self.eval()
 
     def __getitem__(self, name: str) -> Any:
@@ -164,7 +149,7 @@ class Bank(torch.nn.Module):
     def _stored_bytes(self, name: str) -> int:
         if name in self.shared:
             return 0
-        weights, masking = self[name].state_dict(), self.masking.get(name)
+        weights, masking = eager(self[name]).state_dict(), self.masking.get(name)
         return sum(value.nbytes for value in (pack_all(weights, masking) if masking else weights).values())
 
     def with_entry(
@@ -184,8 +169,8 @@ class Bank(torch.nn.Module):
                 do="train it with the reference's prediction type",
             )
         entries = {**dict(zip(self.names, self.models, strict=True)), name: model}
-        links = {**self.shared, name: shared} if shared else self.shared
-        masks = {**self.masking, name: masking} if masking else self.masking
+        links = {n: link for n, link in self.shared.items() if n != name} | ({name: shared} if shared else {})
+        masks = {n: mask for n, mask in self.masking.items() if n != name} | ({name: masking} if masking else {})
         return Bank(entries, self.reference, prediction_type, links, masks, self.vae, self.classes)
 
     def _check_stands_in(self, name: str) -> None:
@@ -198,6 +183,27 @@ class Bank(torch.nn.Module):
                     where=f"bank entry {name!r}",
                     do="only denoisers of the same input and output can share a bank",
                 )
+        kinds = {p.dtype for p in self[name].parameters()}
+        if not kinds <= {self.dtype}:
+            raise ModelError(
+                got=f"weights in {', '.join(sorted(map(str, kinds)))}",
+                expected=f"{self.dtype}, as the other entries",
+                where=f"bank entry {name!r}",
+                do="convert it with .to(...) first: one bank has one precision",
+            )
+
+    def _check_links(self) -> None:
+        """Weights are shared with an entry that has its own, and masks lie over weights that are there."""
+        for name, link in self.shared.items():
+            if name not in self or link.source not in self or link.source in self.shared:
+                raise ModelError(
+                    got=f"the weights of {shown(link.source)} for {shown(name)}",
+                    expected="an entry with weights of its own, for another entry",
+                    where="bank",
+                    do="share the weights of such an entry",
+                )
+        for name, masking in self.masking.items():
+            masking.require_fits(eager(self[name]), f"bank entry {name!r}")
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
         """Write bank.json and one folder per entry; one that shares weights has slices.json in their place, one that is
@@ -207,7 +213,7 @@ class Bank(torch.nn.Module):
     def _write(self, folder: Path) -> None:
         folder.mkdir()
         for name in self.names:
-            model = self[name]
+            model = eager(self[name])
             place = folder / _folder(name)
             place.mkdir()
             config = {"_class_name": type(model).__name__, **_plain(model.config)}
@@ -223,7 +229,7 @@ class Bank(torch.nn.Module):
             else:
                 tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
                 tensors = pack_all(tensors, masking) if masking else tensors
-                save_file(tensors, place / (_PACKED if masking else _WEIGHTS), metadata={"format": "pt"})
+                save_file(tensors, place / (_PACKED if masking else WEIGHTS), metadata={"format": "pt"})
         record: dict[str, Any] = {
             "format": 1,
             "reference": self.reference,
@@ -234,35 +240,51 @@ class Bank(torch.nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **_: object) -> Bank:
-        """Read a bank. Raises RunError or ModelError for missing, foreign or cut files."""
+        """Read a bank. Raises ModelError for missing, foreign or cut files."""
         folder = Path(folder)
-        record = read_json(folder / "bank.json", what="a bank.json", do="give a folder that Bank.save_pretrained wrote")
-        try:
-            names, reference, kind = list(record["entries"]), record["reference"], record["prediction_type"]
-        except (KeyError, TypeError) as error:
-            raise ModelError(
-                got=f"no {error}",
-                expected="entries, reference, prediction_type",
-                where=folder / "bank.json",
-                do="save it again",
-            ) from error
-        check_names(names, folder / "bank.json")  # before any of them is joined to a path
+        do = "give a folder that Bank.save_pretrained wrote"
+        record = read_record(folder / "bank.json", _Record, what="a bank.json", do=do, error=ModelError)
+        check_names(record.entries, folder / "bank.json")  # before any of them is joined to a path
+        places = {name: folder / _folder(name) for name in record.entries}
+        shared, masking = _links(places), _maskings(places)
         entries: dict[str, torch.nn.Module] = {}
-        shared: dict[str, Shared] = {}
-        masking: dict[str, Masking] = {}
-        for name in sorted(names, key=lambda n: (folder / _folder(n) / "slices.json").is_file()):  # sources come first
-            place = folder / _folder(name)
-            if (place / "mask.json").is_file():
-                masking[name] = _masking(place / "mask.json")
-            if (place / "slices.json").is_file():
-                link = read_json(place / "slices.json", what="slices", do="save the bank again")
-                shared[name] = Shared(link["of"], link["slices"] and slices_from_json(link["slices"]))
-                entries[name] = _cut_model(place, entries[link["of"]], shared[name].slices, masking.get(name))
-            elif name in masking:
-                entries[name] = _unpacked_model(place, masking[name])
+        for name in sorted(places, key=lambda n: n in shared):  # sources come first
+            place, mask = places[name], masking.get(name)
+            if name in shared:
+                entries[name] = _cut_model(place, entries[shared[name].source], shared[name].slices, mask)
             else:
-                entries[name] = load_model(place)
-        return cls({name: entries[name] for name in names}, reference, kind, shared, masking)
+                entries[name] = load_model(place) if mask is None else _unpacked_model(place, mask)
+        ordered = {name: entries[name] for name in record.entries}
+        return cls(ordered, record.reference, record.prediction_type, shared, masking)
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What bank.json says."""
+
+    entries: tuple[str, ...]
+    reference: str
+    prediction_type: str
+    format: Annotated[int, Bounds(1, 1)] = 1
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What slices.json says."""
+
+    of: str
+    slices: dict[str, tuple[Pieces, ...]] | None
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What mask.json says."""
+
+    pattern: str
+    names: tuple[str, ...]
 
 
 def check_names(names: Iterable[object], where: object) -> None:
@@ -281,7 +303,7 @@ def check_names(names: Iterable[object], where: object) -> None:
     for name in names:
         if not (isinstance(name, str) and NAME.fullmatch(name)):
             letters = "up to 80 plain letters, digits, spaces and .,:+@=~_()-, the first a letter or digit"
-            raise refuse(f"an entry named {shortened(name)}", letters)
+            raise refuse(f"an entry named {shown(name)}", letters)
         key = _folder(name).casefold()
         if key in taken:
             raise refuse(f"entries {taken[key]!r} and {name!r}", f"one name for the folder {_folder(name)}")
@@ -293,166 +315,66 @@ def _folder(name: str) -> str:
     return name.replace(":", "of")
 
 
-def _masking(file: Path) -> Masking:
-    record = read_json(file, what="a mask", do="save the bank again")
-    try:
-        return Masking(Pattern.parse(record["pattern"]), tuple(map(str, record["names"])))
-    except (KeyError, TypeError) as error:
-        raise ModelError(
-            got=f"no {error}", expected="pattern and names", where=file, do="save the bank again"
-        ) from error
+def _links(places: Mapping[str, Path]) -> dict[str, Shared]:
+    """Which entries are stored without weights of their own. Raises ModelError for one that follows from no such entry:
+    itself, one that is not in the bank, or one that has none either."""
+    found = {}
+    for name, place in places.items():
+        file = place / "slices.json"
+        if file.exists():
+            link = read_record(file, _Link, what="slices", do="save the bank again", error=ModelError)
+            found[name] = Shared(link.of, link.slices)
+    for name, link in found.items():
+        if link.source not in places or link.source in found:
+            raise ModelError(
+                got=f"a part of {shown(link.source)}",
+                expected="one of an entry with weights of its own",
+                where=places[name] / "slices.json",
+                do="save the bank again",
+            )
+    return found
+
+
+def _maskings(places: Mapping[str, Path]) -> dict[str, Masking]:
+    found = {}
+    for name, place in places.items():
+        file = place / "mask.json"
+        if file.exists():
+            mask = read_record(file, _Mask, what="a mask", do="save the bank again", error=ModelError)
+            try:
+                found[name] = Masking(Pattern.parse(mask.pattern), mask.names)
+            except RecipeError as error:  # which speaks of a recipe
+                raise ModelError(got=error.got, expected=error.expected, where=file, do="save it again") from error
+    return found
 
 
 def _unpacked_model(folder: Path, masking: Masking) -> torch.nn.Module:
-    model, file = build_model(_config(folder), where=folder), folder / _PACKED
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    try:
-        weights = unpack_all(load_file(file), masking, shapes, file)
-        model.load_state_dict({name: value.float() for name, value in weights.items()})
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            got=f"an unreadable file ({str(error).splitlines()[0]})",
-            expected="whole packed weights that fit config.json",
-            where=file,
-            do="save or copy the model again",
-        ) from error
-    return model.eval()
+    empty, file = empty_model(read_config(folder), where=folder), folder / _PACKED
+    masking.require_fits(empty, folder / "mask.json")
+    shapes = {name: value.shape for name, value in empty.state_dict().items()}
+    wanted = packed_shapes(shapes, masking)
+    with open_weights(file, what="whole packed weights") as opened:
+        places = [f"{name}.places" for name in masking.names]
+        require_same_shapes(stored_shapes(opened, places), wanted, file, type(empty).__name__)
+        stored = {name: opened.get_tensor(name) for name in wanted}
+    weights = unpack_all(stored, masking, shapes, file)
+    require_finite(weights, file)
+    return filled_model(empty, {name: value.float() for name, value in weights.items()})
 
 
 def _cut_model(
     folder: Path, source: torch.nn.Module, slices: Slices | None, masking: Masking | None
 ) -> torch.nn.Module:
-    model = build_model(_config(folder), where=folder)
-    try:
-        weights = cut_all(source.state_dict(), slices) if slices else source.state_dict()
-        weights = mask_all(weights, masking.names, masking.pattern) if masking else weights
-        model.load_state_dict({name: value.clone() for name, value in weights.items()})
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise ModelError(
-            got="slices that do not fit the stored weights",
-            expected="matching files",
-            where=folder,
-            do="save the bank again",
-        ) from error
-    return model.eval()
+    empty, weights = empty_model(read_config(folder), where=folder), source.state_dict()
+    if slices is not None:
+        require_inside(slices, shapes_of(weights), folder / "slices.json")
+        weights = cut_all(weights, slices)
+    require_same_shapes(shapes_of(weights), shapes_of(empty.state_dict()), folder, type(empty).__name__)
+    if masking:
+        masking.require_fits(empty, folder / "mask.json")
+        weights = mask_all(weights, masking.names, masking.pattern)
+    return filled_model(empty, {name: value.clone() for name, value in weights.items()})
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            got="no config.json",
-            expected="a diffusers model or pipeline folder",
-            where=folder,
-            do="give the folder that save_pretrained wrote, or 'digits' for the bundled model",
-        ) from None
-    except (json.JSONDecodeError, OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            got=f"an unreadable file ({error})",
-            expected="JSON",
-            where=folder / "config.json",
-            do="save the model again",
-        ) from error
-
-
-def build_model(
-    config: Mapping[str, Any], *, where: object, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES
-) -> ModelMixin:
-    """A model with fresh weights from a diffusers config that names one of `classes`. Raises ModelError."""
-    name = config.get("_class_name") if isinstance(config, Mapping) else None
-    if name not in classes:
-        raise ModelError(
-            got=f"a {name or 'config without a class'}",
-            expected=f"a model of class {' or '.join(classes)}",
-            where=where,
-            do="give a denoiser (or for latents its VAE) in diffusers format",
-        )
-    try:
-        model = classes[str(name)].from_config(dict(config))
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ModelError(
-            got=f"a config that builds nothing ({error})", expected=f"a {name}", where=where, do="mend it"
-        ) from error
-    return model
-
-
-def load_model(folder: Path, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES) -> ModelMixin:
-    """A diffusers model from a folder with config.json and safetensors weights. Raises ModelError."""
-    folder = Path(folder)
-    model = build_model(_config(folder), where=folder, classes=classes)
-    file = folder / _WEIGHTS
-    if not file.is_file():
-        others = [p.name for p in folder.glob("*.bin")]
-        raise ModelError(
-            got=f"only {others[0]}, a pickle" if others else "no weights",
-            expected=_WEIGHTS,
-            where=folder,
-            do="save it again with safe_serialization=True",
-        )
-    try:
-        model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            got=f"an unreadable file ({error})",
-            expected="whole safetensors weights",
-            where=file,
-            do="copy or save it again",
-        ) from error
-    except RuntimeError as error:
-        raise ModelError(
-            got="weights of another network",
-            expected="weights that fit config.json",
-            where=file,
-            do="save the model again",
-        ) from error
-    return model.eval()
-
-
-def _pipeline_folder(source: str | Path) -> Path:
-    folder = DIGITS_MODEL if source == "digits" else Path(source)
-    if not folder.is_dir():
-        raise ModelError(
-            got="no such folder", expected="a diffusers model or pipeline folder", where=folder, do="check --model"
-        )
-    return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
-
-
-def load_vae(source: str | Path) -> Any:
-    """The VAE of a latent diffusion pipeline (or of a folder that is one); None for pixels. Raises ModelError."""
-    folder = _pipeline_folder(source)
-    for place in (folder, folder / "vae", folder / "vqvae"):
-        if (place / "config.json").is_file() and (place != folder or _config(place).get("_class_name") in VAE_CLASSES):
-            return load_model(place, VAE_CLASSES).requires_grad_(False)
-    return None
-
-
-def load_classes(source: str | Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes of a denoiser with this config, by number; () without. Raises ModelError."""
-    folder, count = _pipeline_folder(source), class_count(config)
-    for place in (folder, folder.parent):
-        names = read_classes(place, count) if count else ()
-        if names:
-            return names
-    return ()
-
-
-def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
-    """A denoiser and the config of its noise scheduler.
-
-    `source`: "digits" (bundled), a diffusers pipeline folder (its `unet` and `scheduler`), a run folder of
-    `halfstep train`, or a model folder (then DDPM's linear schedule with epsilon prediction is assumed, unless a
-    folder `scheduler` stands beside or inside it). Raises ModelError.
-    """
-    folder = _pipeline_folder(source)
-    inner = folder / "unet" if (folder / "unet").is_dir() else folder
-    model = load_model(inner)
-    for place in (folder / "scheduler", folder.parent / "scheduler"):
-        if (place / "scheduler_config.json").is_file():
-            record = read_json(place / "scheduler_config.json", what="a scheduler config", do="save the pipeline again")
-            return model, record
-    return model, dict(diffusers.DDPMScheduler().config)

@@ -90,8 +90,14 @@ def corrected_as(
     return prediction + slope * (corrected(noise, scale, threshold) - noise)
 
 
+def eager(model: nn.Module) -> Any:
+    """The model inside the wrapper that torch.compile puts around it; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def copy_of(model: Model) -> Model:
-    """A second model with the same class, config, weights and device."""
+    """A second model with the same class, config, weights and device; of a compiled model, of what it wraps."""
+    model = eager(model)
     kind: Any = type(model)
     copy = kind.from_config(dict(model.config)).to(model.device)  # type: ignore[arg-type]
     copy.load_state_dict(model.state_dict())

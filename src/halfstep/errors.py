@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 
-def shortened(value: object, most: int = 60) -> str:
-    """`repr` of what somebody gave, cut so that a message stays a line."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
-
-
 class HalfstepError(ValueError):
     """Something a user gave does not fit.
 

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from halfstep.bank import Bank, load_classes, load_denoiser, load_vae
+from halfstep.bank import Bank
 from halfstep.denoiser import copy_of
 from halfstep.fit import Fitted, fit, names_of
 from halfstep.judge import default_device
 from halfstep.latents import check_vae
 from halfstep.loop import preview_of, run_loop
+from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.recipe import Recipe
 from halfstep.rundir import encoded, fit_data, images_for, open_run, with_noise
 from halfstep.sampling import StepAwarePipeline, reference_plan

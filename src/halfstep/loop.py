@@ -13,12 +13,13 @@ from accelerate.tracking import get_available_trackers
 from diffusers import UNet2DModel
 
 from halfstep import disk
-from halfstep.bank import Bank, build_model
+from halfstep.bank import Bank
 from halfstep.data import Images
 from halfstep.errors import ModelError, RecipeError
 from halfstep.fit import require_labelled
 from halfstep.judge import to_uint8
 from halfstep.latents import Latents
+from halfstep.models import build_model
 from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
 from halfstep.sampling import reference_plan, sample_images

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from halfstep.errors import ModelError, RecipeError
+from halfstep.typed import shown
 
 
 @dataclass(frozen=True, order=True)
@@ -58,6 +60,27 @@ class Masking:
 
     pattern: Pattern
     names: tuple[str, ...]
+
+    def require_fits(self, model: nn.Module, where: object) -> None:
+        """Raise ModelError, which names it, for a weight that is none of a layer's of `model` or has no whole groups.
+
+        A mask over an unknown name would be no mask, and its entry a dense net under the name of a sparse one.
+        """
+        if not self.names:
+            raise ModelError(
+                got="a mask over nothing", expected="weights of the model's layers", where=where, do="remove the mask"
+            )
+        layers = {f"{name}.weight": module for name, module in model.named_modules() if name}
+        for name in self.names:
+            layer = layers.get(name)
+            known = isinstance(layer, nn.Conv2d | nn.Linear)
+            if not known or not self.pattern.fits(layer.weight.shape):
+                raise ModelError(
+                    got=f"a mask over {shown(name)}" + (f" of shape {tuple(layer.weight.shape)}" if known else ""),
+                    expected=f"weights of the model's layers whose inputs are multiples of {self.pattern.m}",
+                    where=where,
+                    do="save the bank again, or remove the mask",
+                )
 
     def layers(self) -> dict[str, float]:
         """The share of MACs that stays, by layer."""
@@ -128,8 +151,7 @@ def unpack(
 ) -> torch.Tensor:
     """The dense weight again, bit for bit. Raises ModelError for parts that do not belong together."""
     width, groups = _bits(pattern), shape.numel() // pattern.m
-    wanted = -(-groups * pattern.n * width // 8)
-    if not pattern.fits(shape) or tuple(values.shape) != (groups, pattern.n) or tuple(places.shape) != (wanted,):
+    if not pattern.fits(shape) or (tuple(values.shape), tuple(places.shape)) != _packed_shapes(shape, pattern):
         raise _torn(f"{tuple(values.shape)} values and {tuple(places.shape)} bytes of places", pattern, shape, where)
     bits = np.unpackbits(places.cpu().numpy())[: groups * pattern.n * width].reshape(groups, pattern.n, width)
     index = torch.from_numpy((bits.astype(np.int64) << np.arange(width)).sum(-1))
@@ -148,6 +170,22 @@ def pack_all(weights: Mapping[str, torch.Tensor], masking: Masking) -> dict[str,
         else:
             found[name] = value
     return found
+
+
+def packed_shapes(shapes: Mapping[str, Sequence[int]], masking: Masking) -> dict[str, tuple[int, ...]]:
+    """The shapes of what `pack_all` stores of weights of these shapes."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name in masking.names:
+            found[f"{name}.values"], found[f"{name}.places"] = _packed_shapes(shape, masking.pattern)
+        else:
+            found[name] = tuple(shape)
+    return found
+
+
+def _packed_shapes(shape: Sequence[int], pattern: Pattern) -> tuple[tuple[int, int], tuple[int]]:
+    groups = math.prod(shape) // pattern.m
+    return (groups, pattern.n), (-(-groups * pattern.n * _bits(pattern) // 8),)
 
 
 def unpack_all(

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from halfstep import compress, disk
-from halfstep.bank import Bank, load_denoiser
+from halfstep.bank import Bank
 from halfstep.compress import regular_name
 from halfstep.job import images_of, opened
 from halfstep.judge import measure_plans
 from halfstep.measured import is_measured, judge_for, measured, open_pipeline, write_and_tell, write_costs
+from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe
 from halfstep.rundir import open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from halfstep.denoiser import eager
 from halfstep.errors import HalfstepError, ModelError
 from halfstep.results import Cost
 
@@ -38,7 +39,7 @@ def example_inputs(
     class_embed_type "identity". `device` and `dtype` are the model's own where not given.
     Raises ModelError where the config lacks the shape, or the model needs other inputs.
     """
-    model = _eager(model)
+    model = eager(model)
     where = type(model).__name__
     config: Any = getattr(model, "config", None)
     size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
@@ -86,7 +87,7 @@ def count_macs(
     Nothing is computed and no weight is copied: a twin of the model is counted on the meta device. Where a forward
     needs real numbers, the model itself runs once, with its eval mode restored. Raises ModelError as `example_inputs`.
     """
-    counts, batch = _count(_eager(model), inputs)
+    counts, batch = _count(eager(model), inputs)
     left_out = sum((1 - share) * sum(counts[name].values()) for name, share in (densities or {}).items())
     return round((sum(counts[""].values()) - left_out) / 2 / batch)
 
@@ -97,7 +98,7 @@ def macs_by_kind(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = None
     The kind of a product comes from the module it ran in, for torch runs a linear layer as mm, addmm or bmm, whichever
     fits the memory layout. Inputs and errors as in `count_macs`.
     """
-    model = _eager(model)
+    model = eager(model)
     counts, batch = _count(model, inputs)
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     total = sum(counts[""].values())
@@ -114,7 +115,7 @@ def macs_by_module(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = No
     members stand for it. What the model's forward multiplies outside of any part is `(own)`. Parts without MACs are
     left out. Inputs and errors as in `count_macs`.
     """
-    model = _eager(model)
+    model = eager(model)
     counts, batch = _count(model, inputs)
     parts: dict[str, int] = {}
     for name, _ in model.named_modules():
@@ -349,17 +350,12 @@ def _moved(model: nn.Module, device: torch.device | str | None, dtype: torch.dty
         return model
     if _is_compiled(model):
         got, expected = f"a compiled model, {own_dtype} on {own_device}", f"{dtype} on {wanted}"
-        raise ModelError(got=got, expected=expected, where=type(_eager(model)).__name__, do="move it, then compile it")
+        raise ModelError(got=got, expected=expected, where=type(eager(model)).__name__, do="move it, then compile it")
     return copy.deepcopy(model).to(wanted, dtype)
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return _eager(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def _eager(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper that torch.compile puts around it."""
-    return getattr(model, "_orig_mod", model)
+    return eager(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, LDMPipeline
 
 from halfstep import compress, disk
-from halfstep.bank import Bank, load_classes, load_denoiser, load_vae
+from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, write_classes
 from halfstep.denoiser import class_count, copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
@@ -28,6 +28,7 @@ from halfstep.job import images_of, opened
 from halfstep.judge import default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import is_measured, judge_for, open_pipeline, require_fit, write_and_tell, write_costs
+from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.pictures import read_picture
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe

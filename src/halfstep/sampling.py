@@ -13,12 +13,13 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from halfstep.bank import Bank, load_vae
+from halfstep.bank import Bank
 from halfstep.classes import numbers_of, read_classes, write_classes
 from halfstep.denoiser import class_count, corrected_as
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import PlanError
 from halfstep.latents import decode
+from halfstep.models import load_vae
 from halfstep.plan import Row, StepPlan
 from halfstep.recipe import SampleSpec
 

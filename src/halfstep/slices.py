@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from halfstep.errors import ModelError
+from halfstep.typed import shown
+
 Pieces = tuple[tuple[int, int], ...]
 Slices = Mapping[str, tuple[Pieces, ...]]
 
@@ -60,8 +63,20 @@ def slices_to_json(slices: Slices) -> dict[str, list]:
     return {name: [[list(piece) for piece in pieces] for pieces in dims] for name, dims in slices.items()}
 
 
-def slices_from_json(record: Mapping[str, list]) -> dict[str, tuple[Pieces, ...]]:
-    return {
-        name: tuple(tuple((int(start), int(length)) for start, length in pieces) for pieces in dims)
-        for name, dims in record.items()
-    }
+def require_inside(slices: Slices, shapes: Mapping[str, Sequence[int]], where: object) -> None:
+    """Raise ModelError, which names a tensor, unless every piece lies inside a tensor of `shapes` and no slice is
+    longer than what it is cut from: what is cut takes no more memory than what is there."""
+    for name, dims in slices.items():
+        shape = shapes.get(name, ())
+        fits = len(dims) == len(shape) and all(
+            all(start >= 0 and 0 < length <= full - start for start, length in pieces)
+            and 0 < sum(length for _, length in pieces) <= full
+            for pieces, full in zip(dims, shape, strict=True)
+        )
+        if not fits:
+            raise ModelError(
+                got=f"a slice of {shown(name)}",
+                expected=f"pieces inside its shape, {tuple(shape)}" if shape else "a tensor of the stored weights",
+                where=where,
+                do="save the bank again",
+            )
