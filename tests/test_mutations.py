@@ -18,15 +18,11 @@ import json
 import os
 import random
 import re
-import resource
-import select
 import shutil
-import signal
 import struct
 import tarfile
 import time
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +35,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel
 from PIL import Image
 
+from caged import Hung, caged, limits
 from halfstep import compress, run
 from halfstep.bank import Bank, Shared, load_denoiser, load_vae
 from halfstep.data import load_images
@@ -61,7 +58,6 @@ train.warmup=0 train.save_every=1 train.log_every=1 slim.widths=0.5 sample.steps
 search.error_images=4 search.fit=2 search.population=4 search.generations=1 search.genes=2 search.finalists=1
 search.final_images=8 eval.images=8 eval.features=digits eval.bootstrap=4
 """.split()  # noqa: SIM905 (a list of thirty strings reads worse)
-CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 30, 3 << 30
 
 
 def tiny() -> Recipe:
@@ -481,12 +477,8 @@ class Outcome:
         return self.kind not in ("refused", "same", "other")
 
 
-class Hung(BaseException):
-    pass
-
-
-def case(name: str, seed: int, pristine: Path, room: Path, meaning: str) -> Iterator[Outcome]:
-    """One damaged copy of a subject, opened: first what is about to happen, then how it ended."""
+def case(name: str, seed: int, pristine: Path, room: Path, meaning: str) -> Outcome:
+    """One damaged copy of a subject, opened, and how it ended."""
     subject, rng = SUBJECTS[name], random.Random(f"{name}:{seed}")
     top = room / "case"
     folder = top / "a" / "b" / "c" / "it"
@@ -495,7 +487,6 @@ def case(name: str, seed: int, pristine: Path, room: Path, meaning: str) -> Iter
     shutil.copytree(pristine, folder)
     only = [str(f.relative_to(folder)) for pattern in subject.files for f in sorted(folder.glob(pattern))]
     change = damage(rng, folder, only or None)
-    yield Outcome("killed", seed, change)
     sealed = subject.sealed and not change.startswith(subject.unsealed or ("\0",))
     try:
         with limits():
@@ -514,82 +505,14 @@ def case(name: str, seed: int, pristine: Path, room: Path, meaning: str) -> Iter
     for level in (room, top, top / "a", top / "a" / "b"):
         if stray := sorted(set(os.listdir(level)) - {"case", "a", "b", "c", "cache", "pristine"}):
             kind, told = "escaped", f"{stray} in {level}"
-    yield Outcome(kind, seed, change, told)
-
-
-@contextlib.contextmanager
-def limits() -> Iterator[None]:
-    """Raise Hung after seconds of computing or of waiting."""
-
-    def ring(*_: object) -> None:
-        raise Hung
-
-    for kind, which, seconds in (
-        (signal.SIGPROF, signal.ITIMER_PROF, CPU_SECONDS),
-        (signal.SIGALRM, signal.ITIMER_REAL, WALL_SECONDS),
-    ):
-        signal.signal(kind, ring)
-        signal.setitimer(which, seconds, 1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    return Outcome(kind, seed, change, told)
 
 
 def run_cases(name: str, seeds: Sequence[int], pristine: Path, room: Path, meaning: str) -> list[Outcome]:
-    """All cases in a forked child, for some damage would take the process along; it goes on after a death."""
-    outcomes: list[Outcome] = []
-    while len(outcomes) < len(seeds):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with contextlib.suppress(BaseException):
-                os.close(reader)
-                _child(name, seeds[len(outcomes) :], pristine, room, meaning, writer)
-            os._exit(0)
-        os.close(writer)
-        begun, ended = _listen(reader, child)
-        outcomes += ended
-        if begun is not None and len(outcomes) < len(seeds):
-            outcomes.append(begun)
-        elif not ended:
-            raise RuntimeError(f"the child of {name} died before its first case")
-    return outcomes
-
-
-def _child(name: str, seeds: Sequence[int], pristine: Path, room: Path, meaning: str, writer: int) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not live through a fork
-    warnings.simplefilter("ignore")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    with os.fdopen(writer, "w") as out:
-        for seed in seeds:
-            for outcome in case(name, seed, pristine, room, meaning):
-                out.write(json.dumps(vars(outcome)) + "\n")
-                out.flush()
-
-
-def _listen(reader: int, child: int) -> tuple[Outcome | None, list[Outcome]]:
-    """What a child told until it ended, or was killed for its silence: (a case without an end, those with one)."""
-    begun, ended = None, []
-    with os.fdopen(reader) as lines:
-        while True:
-            if not select.select([reader], [], [], 2 * WALL_SECONDS)[0]:
-                os.kill(child, signal.SIGKILL)
-            line = lines.readline()
-            if not line:
-                break
-            outcome = Outcome(**json.loads(line))
-            if begun is None:
-                begun = outcome
-            else:
-                begun, _ = None, ended.append(outcome)
-    os.waitpid(child, 0)
-    return begun, ended
+    """All cases in a child, which goes on after a death."""
+    found = caged(seeds, lambda seed: vars(case(name, seed, pristine, room, meaning)))
+    killed = [Outcome("killed", seed, "HALFSTEP_CASE tells") for seed in seeds]
+    return [Outcome(**one) if one else died for one, died in zip(found, killed, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
