@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 
+def _on_a_line(value: object, most: int = 400) -> str:
+    """As a message shows it: no line breaks, nothing that a terminal would obey, long ones without their middle."""
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        return "a number of thousands of digits"
+    text = text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class HalfstepError(ValueError):
     """Something a user gave does not fit.
 
-    The message is one line. Subclasses name the door at which it was noticed; the command line prints the message
-    without a traceback and exits with code 2.
+    The message is one printable line of bounded length, whatever it quotes. Subclasses name the door at which it was
+    noticed; the command line prints the message without a traceback and exits with code 2.
     """
 
     def __init__(self, *, got: object, expected: object, where: object, do: str):
         self.got, self.expected, self.where, self.do = got, expected, where, do
-        text = f"{where}: got {got}, expected {expected}; {do}"
-        super().__init__(" ".join(text.split()))
+        where, got, expected, do = map(_on_a_line, (where, got, expected, do))
+        super().__init__(f"{where}: got {got}, expected {expected}; {do}")
 
 
 class RecipeError(HalfstepError):
