@@ -36,7 +36,6 @@ from rich.console import Console
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
 from halfstep import compress, disk, story
 from halfstep.bank import Bank
-from halfstep.cli import RichWatch
 from halfstep.continuous import with_solver
 from halfstep.data import load_images
 from halfstep.denoiser import predictor
@@ -54,6 +53,7 @@ from halfstep.report import Curve, Report, Table, picture_grid, rich_table, writ
 from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
 from halfstep.run import train
 from halfstep.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
+from halfstep.terminal import RichWatch
 from halfstep.typed import build
 
 STEPS = (5, 10, 20, 50)

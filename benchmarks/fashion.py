@@ -25,7 +25,6 @@ from rich.console import Console
 
 from halfstep import compress, disk, run, story
 from halfstep.bank import Bank
-from halfstep.cli import RichWatch
 from halfstep.data import load_images
 from halfstep.evolve import random_plans
 from halfstep.find import search_plan
@@ -37,6 +36,7 @@ from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.report import Curve, Grid, Report, Table, rich_table, write_report
 from halfstep.sampling import fewer_steps, reference_plan
+from halfstep.terminal import RichWatch
 
 DATA = "idx:/usr/share/datasets/fashion-mnist"
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))

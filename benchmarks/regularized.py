@@ -29,7 +29,6 @@ from rich.console import Console
 from fashion import DATA, MODELS, markdown
 from halfstep import compress, disk
 from halfstep.bank import Bank
-from halfstep.cli import RichWatch
 from halfstep.compress import regular_name
 from halfstep.judge import Judge
 from halfstep.measured import judge_for, open_pipeline, save_arrays
@@ -40,6 +39,7 @@ from halfstep.recipes import named
 from halfstep.report import Curve, Grid, Report, Table, picture_grid, rich_table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.shrink import corrected_plans
+from halfstep.terminal import RichWatch
 
 CALLS, REFERENCE = (10, 20, 50, 200), 1000
 ALL_NETS, BY_STRETCH = 50, 20

@@ -25,7 +25,6 @@ import torch
 from fashion import DATA, MODELS, file_name, loss_table, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank
-from halfstep.cli import RichWatch
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
@@ -35,6 +34,7 @@ from halfstep.recipes import named
 from halfstep.report import Grid, Report, Table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.sparse import STAGES
+from halfstep.terminal import RichWatch
 
 VARIANTS = {
     "2:4 frozen masks (ASP)": SparseSpec(frozen=True, teacher=0.0),

@@ -24,7 +24,6 @@ from rich.console import Console
 from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank
-from halfstep.cli import RichWatch
 from halfstep.find import search_plan
 from halfstep.judge import measure_plans
 from halfstep.models import load_denoiser
@@ -33,6 +32,7 @@ from halfstep.recipes import named
 from halfstep.report import Grid, Report, Table, rich_table, write_report
 from halfstep.sampling import fewer_steps, reference_plan
 from halfstep.spectral import power_spectrum, radial_mean
+from halfstep.terminal import RichWatch
 
 STUDENTS = {
     "plain": SpectralSpec(wavelet=False, spatial=0.0, freq=0.0),

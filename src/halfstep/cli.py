@@ -5,24 +5,37 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import typer.core
 
 import halfstep.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
 from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe
 from halfstep.recipes import RECIPES, named
-from halfstep.watch import Told, Watch
+from halfstep.terminal import RichWatch, accept_any_text, console, line, notes
 
-console = Console()
-notes = Console(stderr=True)
+RESUMED = ("demo", "train", "compress", "optimize", "search", "shrink")
+"""The verbs that go on from where they were when the command is repeated; the others begin anew."""
+
+
+class Verbs(typer.core.TyperGroup):
+    """The root of the command line; Ctrl-C says how to go on, which typer would swallow."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            do = "; repeat the command to go on from there" if ctx.invoked_subcommand in RESUMED else ""
+            line(f"stopped{do}", to=notes, style="yellow")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -60,35 +73,6 @@ Classes = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
-class RichWatch(Watch):
-    """Progress bars with rates and remaining time on standard error."""
-
-    def say(self, text: str) -> None:
-        notes.print(f"[dim]{text}[/dim]")
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Told]:
-        columns = (
-            TextColumn("{task.description:<18}"),
-            BarColumn(),
-            MofNCompleteColumn() if total > 1 else TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=notes) as progress:
-            task = progress.add_task(name, total=total, note="", rate="")
-
-            def told(done: float, note: str = "") -> None:
-                speed = progress.tasks[0].speed
-                rate = f"{speed:.1f}/s" if speed and total > 1 else ""
-                progress.update(task, completed=done, note=note, rate=rate)
-
-            yield told
-
-
 def recipe_for(name: str, data: str, edits: list[str] | None, *, dense: bool = False) -> Recipe:
     """The named recipe with its edits; without a name, the bundled data's own recipe or the default."""
     if not name:
@@ -114,8 +98,8 @@ def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
     console.print(rich_table(story.plans_table(record, brief=True)))
     if plan:
         chosen = StepPlan.load(out / "plan.json")
-        console.print(f"{chosen}\n{story.summary(record, chosen)}", highlight=False)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        line(f"{chosen}\n{story.summary(record, chosen)}")
+    line(f"report: {page}")
 
 
 @app.command()
@@ -150,7 +134,7 @@ def train(
     from halfstep import run
 
     done = run.train(data, out, recipe_for(recipe, data, edits, dense=True), model=model, watch=RichWatch())
-    console.print(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
+    line(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
 
 
 @compress_app.command()
@@ -162,7 +146,7 @@ def slimmable(model: Model, data: Data, out: Out, recipe: RecipeName = "", edits
     from halfstep import compress
 
     done = compress.slimmable(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
-    console.print(f"pipeline: {done}\nsamples (a row for each entry, the dense net first): {out / 'samples.png'}")
+    line(f"pipeline: {done}\nsamples (a row for each entry, the dense net first): {out / 'samples.png'}")
 
 
 @compress_app.command()
@@ -319,7 +303,7 @@ def sample(
     from halfstep import run
 
     grid = run.sample(model, out, count=count, seed=seed, batch=batch, classes=classes or (), watch=RichWatch())
-    console.print(f"images: {out}\ngrid:   {grid}")
+    line(f"images: {out}\ngrid:   {grid}")
 
 
 @app.command()
@@ -376,7 +360,7 @@ def spectrum(
     from halfstep import run
 
     page = run.spectrum(models, data, out, timesteps=timesteps or (20, 100, 300, 600), images=images)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    line(f"report: {page}")
 
 
 @app.command()
@@ -418,7 +402,7 @@ def denoise(
     if found:
         show([record.to_json() for record in found], as_json, lambda: rich_table(restored_table(found)))
     if not as_json:
-        console.print(f"pictures: {out}, side by side in {out / 'report.html'}", highlight=False, soft_wrap=True)
+        line(f"pictures: {out}, side by side in {out / 'report.html'}")
 
 
 @app.command()
@@ -454,7 +438,7 @@ def report(out: Annotated[Path, typer.Option("--out", help="The folder of a fini
     """
     from halfstep import run
 
-    console.print(f"report: {run.report(out)}", soft_wrap=True)
+    line(f"report: {run.report(out)}")
 
 
 @app.command()
@@ -465,20 +449,18 @@ def features(data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None)
     """
     from halfstep import measured
 
-    console.print(f"features: {measured.features(data, out, recipe_for(recipe, data, edits), watch=RichWatch())}")
+    line(f"features: {measured.features(data, out, recipe_for(recipe, data, edits), watch=RichWatch())}")
 
 
 def main() -> None:
-    """Run the command line; a user's error becomes one line on standard error and exit code 2."""
+    """Run the command line; a user's error becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    accept_any_text()
     try:
         app()
     except HalfstepError as error:
-        notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        line(f"error: {error}", to=notes, style="red")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        notes.print("stopped; repeat the command to resume", style="yellow")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

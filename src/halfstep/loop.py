@@ -146,20 +146,16 @@ def run_loop(
     main = accelerator.is_main_process
     with watch.stage(f"train {tag}", spec.steps) as told:
         told(state.step, "")
-        try:
-            for record in records:
-                if main:
-                    disk.append_record(log, {"tag": tag, **vars(record)})
-                    told(record.step, f"loss {record.loss:.4f}")
-                accelerator.log({"loss": record.loss, "lr": record.lr}, step=record.step)
-                last = record.step == spec.steps
-                if main and (_passed(record.step, spec.save_every, spec.log_every) or last):
-                    state.save(file, ours)
-                if main and (_passed(record.step, spec.sample_every, spec.log_every) or last):
-                    disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
-        except KeyboardInterrupt:
-            watch.say(f"stopped; {out} can be resumed with the same command")
-            raise
+        for record in records:
+            if main:
+                disk.append_record(log, {"tag": tag, **vars(record)})
+                told(record.step, f"loss {record.loss:.4f}")
+            accelerator.log({"loss": record.loss, "lr": record.lr}, step=record.step)
+            last = record.step == spec.steps
+            if main and (_passed(record.step, spec.save_every, spec.log_every) or last):
+                state.save(file, ours)
+            if main and (_passed(record.step, spec.sample_every, spec.log_every) or last):
+                disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
     accelerator.end_training()
 
 
