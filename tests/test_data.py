@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import pickle
 import struct
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,11 +146,77 @@ def test_folder_is_lossless_and_names_classes(tmp_path: Path) -> None:
     assert images.labels.tolist() == [0, 0, 1, 1] and images.classes == ("cat", "dog")
 
 
-def test_folder_with_an_image_at_the_top_has_no_classes(tmp_path: Path) -> None:
-    class_folder(tmp_path / "pets")
-    save(pictures(1, 6, 6, 3)[0], tmp_path / "pets" / "stray.png")
-    images = load_images(f"folder:{tmp_path / 'pets'}")
-    assert len(images) == 5 and images.labels is None and images.classes == ()
+def test_what_a_folder_and_its_tar_leave_out_is_said_also_from_the_cache(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    arrays = class_folder(root)
+    save(pictures(1, 6, 6, 3)[0], root / "stray.png")
+    for name in ("@eaDir", "cat/@eaDir", "__MACOSX"):
+        save(pictures(1, 6, 6, 3)[0], root / name / "thumb.png")
+    for name in ("cat/.DS_Store", "dog/._0.png", "dog/Thumbs.db", "notes.txt", "more.txt", "LICENSE"):
+        (root / name).write_text("no picture")
+    with tarfile.open(tmp_path / "pets.tar", "w") as tar:
+        tar.add(root, "pets")
+    for source in (f"folder:{root}", f"tar:{tmp_path / 'pets.tar'}"):
+        for _ in range(2):
+            images = load_images(source)
+            assert images.classes == ("cat", "dog") and images.counts == (2, 2)
+            assert {x.tobytes() for x in images.pixels.transpose(0, 2, 3, 1)} == {x.tobytes() for x in arrays.values()}
+            assert images.left_out[0] == "1 picture beside the class folders"
+            assert set(images.left_out[1:]) == {
+                "2 @eaDir",
+                "1 __MACOSX",
+                "2 names beginning with a dot",
+                "2 files .txt",
+                "1 file .db",
+                "1 file without a suffix",
+            }
+
+
+def test_folders_of_numbers_are_classes_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+    for k in range(12):
+        save(pictures(1, 6, 6)[0], tmp_path / "numbers" / str(k) / "0.png")
+    images = load_images(f"folder:{tmp_path / 'numbers'}")
+    assert images.classes == tuple(map(str, range(12))) and sorted(images.labels) == list(range(12))
+    assert np.array_equal(
+        images.pixels[images.labels == 10][0, 0], np.asarray(Image.open(tmp_path / "numbers/10/0.png"))
+    )
+
+
+def test_class_numbers_that_start_at_one_or_have_gaps_are_the_classes_that_are_there(tmp_path: Path) -> None:
+    for numbers in ([1, 2, 3], [3, 500, 60000], [0, 1, 10**12]):
+        labels = np.array(numbers)[[2, 0, 1, 0]]
+        np.savez(tmp_path / "a.npz", images=pictures(4, 5, 5), labels=labels)
+        images = load_images(f"npz:{tmp_path / 'a.npz'}")
+        assert images.classes == tuple(map(str, numbers)) and images.labels.tolist() == [2, 0, 1, 0]
+
+
+def test_a_class_that_one_split_lacks_has_its_number_all_the_same(tmp_path: Path) -> None:
+    x = pictures(2, 5, 5)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.array([0, 4]), x_test=x, y_test=np.array([[2], [4]], np.uint8))
+    found = {split: load_images(f"npz:{tmp_path / 'a.npz'}", split=split) for split in ("train", "test")}
+    root = idx_folder(tmp_path / "idx", x, np.array([0, 4], np.uint8))
+    idx_folder(root, x, np.array([2, 4], np.uint8), "t10k")
+    for images in (found, {split: load_images(f"idx:{root}", split=split) for split in ("train", "test")}):
+        assert images["train"].classes == images["test"].classes == ("0", "2", "4")
+        assert images["train"].labels.tolist() == [0, 2] and images["test"].labels.tolist() == [1, 2]
+
+
+def test_names_that_are_no_utf8_are_read_and_escaped_where_a_person_reads(tmp_path: Path) -> None:
+    root = os.fsencode(tmp_path) + b"/caf\xe9"
+    for place in (b"/chat\xe9", b"/chien"):
+        os.makedirs(root + place)
+        save(pictures(1, 6, 6)[0], Path(os.fsdecode(root + place + b"/\xe9.png")))
+    with tarfile.open(tmp_path / "latin.tar", "w") as tar:
+        tar.add(os.fsdecode(root), "pets")
+    for source in (f"folder:{os.fsdecode(root)}", f"tar:{tmp_path / 'latin.tar'}"):
+        for _ in range(2):
+            images = load_images(source)
+            assert images.classes == ("chat\\udce9", "chien") and len(images) == 2
+            "".join(images.classes).encode()
+    Path(os.fsdecode(root + b"/chien/\xe9.png")).write_bytes(b"no picture")
+    with pytest.raises(DataError) as caught:
+        load_images(f"folder:{os.fsdecode(root)}")
+    assert "\\udce9.png" in str(caught.value) and str(caught.value).encode()
 
 
 def test_folder_splits_number_classes_alike(tmp_path: Path) -> None:
@@ -521,6 +590,8 @@ def test_idx_refuses(tmp_path: Path) -> None:
     file, good = root / "train-images-idx3-ubyte", idx(pictures(5, 4, 4))
     (root / "t10k-labels-idx1-ubyte").write_bytes(b"")
     refused(f"idx:{root}", "t10k-images", split="test")
+    refused(f"idx:{root}", "t10k-labels")  # whose numbers are classes too
+    (root / "t10k-labels-idx1-ubyte").unlink()
     huge = struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 2**31, 2**31) + bytes(80)
     for bad in (b"", good[:9], good[:-1], good + b"\0", b"\0\0\x0d\x03" + good[4:], b"\0\0\x08\x01" + good[4:], huge):
         file.write_bytes(bad)
@@ -558,7 +629,8 @@ def test_npz_refuses(tmp_path: Path) -> None:
         ({"images": good, "labels": np.arange(4)}, "labels"),
         ({"images": good, "labels": np.array([0.5, 1, 2])}, "float64"),
         ({"images": good, "labels": np.array([-1, 0, 1])}, "-1 to 1"),
-        ({"images": good, "labels": np.array([0, 1, 10**9])}, "1000000000"),
+        ({"images": good, "labels": np.array([0, 1, 2**63], np.uint64)}, "9223372036854775808"),
+        ({"x_train": good, "y_train": np.arange(3), "y_test": np.arange(1 << 17)}, "131072 numbers"),
     ]
     for arrays, word in cases:
         np.savez(file, **arrays)
@@ -609,6 +681,97 @@ def test_a_damaged_tar_header_is_refused(tmp_path: Path) -> None:
     content[1024 + 3] ^= 0xFF  # the second member's name: its checksum fails, and tarfile takes that for the end
     file.write_bytes(content)
     refused(f"tar:{file}", "a.tar", "damaged")
+
+
+@pytest.fixture
+def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FREE_BYTES", 1 << 21)
+    monkeypatch.setattr(sources, "PADDING_BYTES", 1 << 19)
+
+
+def declared(shape: tuple, dtype: str = "|u1") -> bytes:
+    """The header of an .npy of this shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def test_what_claims_a_hundred_gigabytes_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
+    for member in ("images", "labels"):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in ("images", "labels"):
+                shape = (10**5, 1000, 1000) if name == member else (2, 5, 5)[: 3 if name == "images" else 1]
+                archive.writestr(f"{name}.npy", declared(shape) + bytes(10**6))
+        refused(f"npz:{tmp_path / 'a.npz'}", f"a.npz: {member}", "100000000000 bytes")
+    root = idx_folder(tmp_path / "idx", pictures(1, 4, 4), None)
+    (root / "train-images-idx3-ubyte").unlink()
+    header = struct.pack(">4B3I", 0, 0, 8, 3, 10**5, 1000, 1000)
+    (root / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + bytes(10**7)))
+    refused(f"idx:{root}", "100000000000 bytes")
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, lzma.compress, bz2.compress], ids=["gz", "xz", "bz2"])
+def test_a_tar_of_packed_zeros_is_refused_after_few_of_them(tmp_path: Path, packed: object, small_bounds: None) -> None:
+    file, zeros = tmp_path / "a.tar", bytes(1 << 23)
+    header = tarfile.TarInfo("cat/a.png")
+    header.size = len(zeros)
+    long = tarfile.TarInfo("a")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, len(zeros)
+    whole = tarred(tmp_path / "b.tar", {"cat/a.png": png(pictures(1, 6, 6)[0])}).read_bytes()
+    member, name = header.tobuf() + zeros, long.tobuf() + zeros
+    for content, word in ((zeros, "no end"), (member, "packed"), (name, "packed"), (whole + zeros, "no end")):
+        file.write_bytes(packed(content))
+        refused(f"tar:{file}", "a.tar", word)
+    huge = tarfile.TarInfo("a")
+    huge.type, huge.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
+    with file.open("wb") as sparse:
+        sparse.write(huge.tobuf())
+        sparse.truncate(2 << 30)
+    refused(f"tar:{file}", "a header of 1073741824 bytes")
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    for name in ("a.png", "notes.txt"):
+        class_folder(tmp_path / "pets")
+        os.mkfifo(tmp_path / "pets" / name)
+        for scheme in ("folder", "hub", "idx"):
+            refused(f"{scheme}:{tmp_path / 'pets'}", name, "a pipe")
+        (tmp_path / "pets" / name).unlink()
+        (tmp_path / "pets" / name).symlink_to(tmp_path / "pets" / name)
+        refused(f"folder:{tmp_path / 'pets'}", name, "leads nowhere")
+        (tmp_path / "pets" / name).unlink()
+    os.mkfifo(tmp_path / "pets" / ".pipe")  # a system's, left alone
+    os.mkfifo(tmp_path / "pipe")
+    assert load_images(f"folder:{tmp_path / 'pets'}").left_out == ("1 name beginning with a dot",)
+    for scheme in ("folder", "hub", "idx", "npz", "tar"):
+        with pytest.raises(DataError, match="pipe"):
+            load_images(f"{scheme}:{tmp_path / 'pipe'}")
+
+
+@pytest.mark.parametrize("scheme", ["folder", "idx", "npz", "tar", "hub"])
+def test_impossible_names_are_refused_in_one_short_line(scheme: str, offline: None) -> None:
+    for place in ("x" * 5000, "a/" * 3000, "nul\0", "~nobody-of-this-name/x", "line\nbreak", "\x1b[31m"):
+        with pytest.raises(DataError) as caught:
+            load_images(f"{scheme}:{place}")
+        assert len(str(caught.value)) < 1500 and str(caught.value).isprintable()
+
+
+def test_without_a_home_directory_the_cache_is_a_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HALFSTEP_CACHE", "~/kept")
+    assert data.cache_root() == home / "kept"
+    monkeypatch.delenv("HALFSTEP_CACHE")
+    assert data.cache_root() == home / ".cache" / "halfstep"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # no account
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert data.cache_root().parent == tmp_path
+    monkeypatch.setenv("HALFSTEP_CACHE", "~/kept")
+    with pytest.raises(DataError, match="without ~"):
+        data.cache_root()
 
 
 def test_hub_refuses(tmp_path: Path, offline: None) -> None:

@@ -16,6 +16,7 @@ FLOORS = {
     "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
+        "layout",
         "sources",
         "pictures",
         "data",

@@ -25,7 +25,7 @@ from halfstep.pictures import decode, is_grey, opened
 from halfstep.sources import READERS, Source, bad, file_stats
 from halfstep.watch import SILENT, Told, Watch
 
-CACHE_FORMAT = 3  # part of the cache key: raise it when the decoding below changes what it gives
+CACHE_FORMAT = 4  # part of the cache key: raise it when the decoding below changes what it gives
 VERIFY_BYTES = 1 << 28  # a cache up to this size is re-hashed when opened (0.2 s); a larger one only measured
 STALE_SECONDS = 24 * 3600  # a temporary folder older than this belongs to a decode that was killed
 
@@ -131,8 +131,15 @@ def load_images(
 
 
 def cache_root() -> Path:
-    """Where decoded and encoded images are kept: $HALFSTEP_CACHE, else ~/.cache/halfstep."""
-    return Path(os.environ.get("HALFSTEP_CACHE") or Path.home() / ".cache" / "halfstep")
+    """Where decoded and encoded images are kept: $HALFSTEP_CACHE, else ~/.cache/halfstep; without a home directory, a
+    folder of the user's among the temporary files."""
+    given = os.environ.get("HALFSTEP_CACHE")
+    try:
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "halfstep"
+    except RuntimeError as error:
+        if given:
+            raise bad("HALFSTEP_CACHE", given, "a folder", "write it without ~") from error
+        return Path(tempfile.gettempdir(), f"halfstep-{os.getuid()}")
 
 
 # ---- what every scheme shares --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def _on_a_line(value: object, most: int = 400) -> str:
+def printable(value: object, most: int = 400) -> str:
     """As a message shows it: no line breaks, nothing that a terminal would obey, long ones without their middle."""
     try:
         text = " ".join(str(value).split())
@@ -22,7 +22,7 @@ class HalfstepError(ValueError):
 
     def __init__(self, *, got: object, expected: object, where: object, do: str):
         self.got, self.expected, self.where, self.do = got, expected, where, do
-        where, got, expected, do = map(_on_a_line, (where, got, expected, do))
+        where, got, expected, do = map(printable, (where, got, expected, do))
         super().__init__(f"{where}: got {got}, expected {expected}; {do}")
 
 

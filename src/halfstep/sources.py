@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import math
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from halfstep.errors import DataError
+from halfstep.layout import arrange, is_system, sift
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# Files that commonly lie beside images. Any other non-image is refused, so that no picture is left out unnoticed.
-SIDECARS = ("", ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".db", ".ini")
-SPLITS = ("train", "test", "val", "validation")
 MAX_CLASSES = 1 << 16
 MAX_FILE_BYTES = 1 << 28  # of one image file: an archive member that claims more is not read into memory
+FREE_BYTES = 1 << 30  # what a packed file may become whatever its size
+MAX_RATIO = 100  # above, how many times larger than packed; pictures shrink by 2 to 20, a bomb by 1,000
+PADDING_BYTES = 1 << 26  # of zeros behind the end of a tar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +61,33 @@ def reading(where: object, expected: str) -> Iterator[None]:
         raise bad(where, f"what cannot be read ({reason})", expected, "repair or replace it") from error
 
 
-def _files(root: Path) -> list[Path]:
-    """Every file below a folder, sorted; links are followed, a loop or a closed folder is refused."""
-    files, seen = [], set()
+def _names(root: Path) -> list[PurePosixPath]:
+    """Every file below a folder, relative and sorted; a system's folders by their own name, without looking inside.
+
+    Links are followed; a loop, a closed folder and what is no file (a pipe, a device) are refused.
+    """
+    names, seen = [], set()
     with reading(root, "folders that can be listed"):
-        for folder, _, names in os.walk(root, followlinks=True, onerror=_raise):  # by default walk skips in silence
+        for folder, inner, files in os.walk(root, followlinks=True, onerror=_raise):  # by default it skips in silence
             real = os.path.realpath(folder)
             if real in seen:
                 raise bad(folder, "a folder that was met before", "links without loops", "remove the link")
             seen.add(real)
-            files += [Path(folder, name) for name in names]
-    return sorted(files)
+            names += [Path(folder, name) for name in inner if is_system(name)]
+            inner[:] = [name for name in inner if not is_system(name)]
+            for name in files:
+                _require_file(Path(folder, name))
+            names += [Path(folder, name) for name in files]
+    return sorted(PurePosixPath(name.relative_to(root).as_posix()) for name in names)
+
+
+def _require_file(path: Path) -> None:
+    if is_system(path.name):
+        return
+    if not path.exists():
+        raise bad(path, "a link that leads nowhere", "a file", "remove the link")
+    if not path.is_file():
+        raise bad(path, "a pipe, a socket or a device", "a file", "remove it")
 
 
 def _raise(error: OSError) -> None:
@@ -76,15 +96,17 @@ def _raise(error: OSError) -> None:
 
 def file_stats(scheme: str, place: str) -> list:
     """What identifies the source's present content: its absolute path and each file's name, size and time."""
-    path = Path(place).expanduser()
-    if scheme == "digits" or (scheme == "hub" and not path.exists()):
-        return [place]
-    for schemes, right, kind in (("idx", "folder"), path.is_dir, "folder"), (("npz", "tar"), path.is_file, "file"):
-        if scheme in schemes and not right():
-            got = f"no {kind}" if path.exists() else "nothing there"
-            raise bad(path, got, f"a {kind} for {scheme}:", "check the path")
-    stats = [(file, file.stat()) for file in ([path] if path.is_file() else _files(path))]
-    return [str(path.resolve()), [(str(file.relative_to(path)), s.st_size, s.st_mtime_ns) for file, s in stats]]
+    with reading(place, "a path"):
+        path = Path(place).expanduser()
+        if scheme == "digits" or (scheme == "hub" and not path.exists()):
+            return [place]
+        for schemes, right, kind in (("idx", "folder"), path.is_dir, "folder"), (("npz", "tar"), path.is_file, "file"):
+            if scheme in schemes and not right():
+                got = f"no {kind}" if path.exists() else "nothing there"
+                raise bad(path, got, f"a {kind} for {scheme}:", "check the path")
+        names = [""] if path.is_file() else [str(name) for name in _names(path) if not is_system(name.name)]
+        stats = [(name, (path / name).stat()) for name in names]
+        return [str(path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
 
 
 def _known_split(split: str, known: tuple[str, ...], where: object) -> None:
@@ -92,8 +114,11 @@ def _known_split(split: str, known: tuple[str, ...], where: object) -> None:
         raise bad(where, f"split {split!r}", f"one of: {', '.join(known)}", "name a split that it has")
 
 
-def _arrays(images: np.ndarray, labels: np.ndarray | None, where: object) -> Source:
-    """A source of uint8 images [N, H, W] or [N, H, W, C] and labels, integers [N] or [N, 1]."""
+def _arrays(images: np.ndarray, labels: np.ndarray | None, where: object, others: Iterable[np.ndarray] = ()) -> Source:
+    """A source of uint8 images [N, H, W] or [N, H, W, C] and labels, integers [N] or [N, 1].
+
+    The classes are the distinct numbers among the labels and `others`, those of the other splits.
+    """
     if images.size == 0:
         raise bad(where, f"images of shape {list(images.shape)}", "at least one image", "give another file")
     source = Source(items=lambda: ((f"{where}: image {i}", x) for i, x in enumerate(images)), count=len(images))
@@ -103,10 +128,24 @@ def _arrays(images: np.ndarray, labels: np.ndarray | None, where: object) -> Sou
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         got, expected = f"labels {labels.dtype} {list(labels.shape)}", f"integers [{len(images)}]"
         raise bad(where, got, expected, "give one class number per image, or no labels")
-    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-        got, expected = f"labels {labels.min()} to {labels.max()}", f"0 to at most {MAX_CLASSES - 1}"
-        raise bad(where, got, expected, "number the classes from 0")
-    return replace(source, labels=labels, classes=tuple(str(label) for label in range(int(labels.max()) + 1)))
+    numbers = np.unique(labels)
+    for other in others:
+        if other.dtype.kind in "iu":
+            numbers = np.union1d(numbers, other)
+    if numbers[0] < 0 or numbers[-1] >= 1 << 63 or len(numbers) > MAX_CLASSES:
+        got, expected = (
+            f"labels {numbers[0]} to {numbers[-1]}, {len(numbers)} numbers",
+            f"0 or more, {MAX_CLASSES} at most",
+        )
+        raise bad(where, got, expected, "number the classes, or give no labels")
+    return replace(source, labels=np.searchsorted(numbers, labels), classes=tuple(str(number) for number in numbers))
+
+
+def _require_size(where: object, size: int, packed: int) -> None:
+    """Refuse, before memory is asked for, what claims to be far larger than its packed bytes."""
+    if size > max(FREE_BYTES, MAX_RATIO * packed):
+        got, expected = f"{size} bytes packed into {packed}", f"at most {MAX_RATIO} times as many"
+        raise bad(where, got, expected, "keep it unpacked, or in smaller files")
 
 
 def _digits(place: str, split: str) -> Source:
@@ -130,7 +169,8 @@ def _idx(place: str, split: str) -> Source:
     if images is None:
         expected = f"{stem}-images-idx3-ubyte, plain or .gz"
         raise bad(folder, "no such file", expected, "check the folder and the split")
-    return _arrays(images, _idx_file(folder, f"{stem}-labels", 1), folder)
+    labels = {stem: _idx_file(folder, f"{stem}-labels", 1) for stem in ("train", "t10k")}
+    return _arrays(images, labels[stem], folder, [other for other in labels.values() if other is not None])
 
 
 def _idx_file(folder: Path, stem: str, ndim: int) -> np.ndarray | None:
@@ -147,9 +187,10 @@ def _idx_file(folder: Path, stem: str, ndim: int) -> np.ndarray | None:
             raise bad(path, f"a header {head.hex()}", expected, "give an IDX file of unsigned bytes")
         shape = np.frombuffer(head, dtype=">u4")[1:].tolist()
         count = math.prod(shape)
-        # gzip cannot shrink more than 1032 to 1: a header that claims more lies, and is not given memory.
-        fits = count <= path.stat().st_size * (1032 if zipped else 1)
-        body = file.read(count + 1) if fits else b""
+        stored = path.stat().st_size
+        if zipped:
+            _require_size(path, count, stored)
+        body = file.read(count + 1) if zipped or count <= stored else b""
     if len(body) != count:
         got = "more values" if len(body) > count else "fewer values"
         raise bad(path, got, f"{count} for sizes {shape}", "fetch the file again")
@@ -174,8 +215,22 @@ def _npz(place: str, split: str) -> Source:
                 raise bad(path, got, f"one of {known} for split {split!r}", "rename the images' array")
             name, targets = found[0]
             target = next((target for target in targets if target in file.files), None)
-            images, labels = file[name], None if target is None else file[target]
-    return _arrays(_channels_last(_bytes(images, f"{path}: {name}"), f"{path}: {name}"), labels, path)
+            images, labels = _member(file, name, path), None if target is None else _member(file, target, path)
+            splits = [other for other in file.files if re.fullmatch(r"y_\w+|\w+_labels", other)] if target else []
+            others = [_member(file, other, path) for other in splits if other != target]
+    return _arrays(_channels_last(_bytes(images, f"{path}: {name}"), f"{path}: {name}"), labels, path, others)
+
+
+def _member(file: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
+    """One array of an .npz, whose header says how much memory it wants."""
+    assert file.zip is not None, "an open .npz has its archive"
+    stored = f"{name}.npy" if f"{name}.npy" in file.zip.namelist() else name
+    with file.zip.open(stored) as head:
+        version = np.lib.format.read_magic(head)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(head)
+    _require_size(f"{path}: {name}", math.prod(shape) * dtype.itemsize, file.zip.getinfo(stored).compress_size)
+    return file[name]
 
 
 def _bytes(images: np.ndarray, where: str) -> np.ndarray:
@@ -206,88 +261,103 @@ def _channels_last(images: np.ndarray, where: str) -> np.ndarray:
     return images[..., 0] if images.shape[3] == 1 else images
 
 
-def _is_image(path: PurePosixPath, where: object) -> bool:
-    if any(part.startswith(".") for part in path.parts) or path.suffix.lower() in SIDECARS:
-        return False
-    if path.suffix.lower() not in SUFFIXES:
-        raise bad(f"{where}/{path}", f"a {path.suffix} file", f"images ({' '.join(SUFFIXES)})", "convert or remove it")
-    return True
-
-
-def _layout(paths: list[PurePosixPath], split: str, where: object) -> tuple[list[int], list[int] | None, tuple]:
-    """Which paths belong to the split, their labels or None, and the classes."""
-    if not paths:
-        raise bad(where, "no images", f"image files ({' '.join(SUFFIXES)})", "check the path")
-    parts = [path.parts for path in paths]
-    tops = {part[0] if len(part) > 1 else "" for part in parts}
-    chosen = list(range(len(paths)))
-    # A lone `train` may be a class (CIFAR-100 has one): splits are `train` and `test` together, or nothing but splits.
-    if tops >= {"train", "test"} or tops <= set(SPLITS):
-        _known_split(split, tuple(sorted(tops & set(SPLITS))), where)
-        chosen = [i for i in chosen if parts[i][0] == split]
-        parts = [part[1:] if part[0] in SPLITS else () for part in parts]
-    else:
-        _known_split(split, ("train",), where)
-    if any(len(parts[i]) < 2 for i in chosen):
-        return chosen, None, ()
-    classes = sorted({part[0] for part in parts if len(part) > 1})  # of all splits, so that they number them alike
-    number = {name: label for label, name in enumerate(classes)}
-    return chosen, [number[parts[i][0]] for i in chosen], tuple(classes)
-
-
 def _folder(place: str, split: str) -> Source:
-    """Image files at any depth; `train/` and `test/` are splits; the first sub-folder is the class."""
+    """Image files at any depth; folders by the names of splits are splits; the first sub-folder is the class."""
     root = Path(place).expanduser()
-    every = [PurePosixPath(file.relative_to(root).as_posix()) for file in _files(root)]
-    paths = [path for path in every if _is_image(path, root)]
-    chosen, labels, classes = _layout(paths, split, root)
-    files = [(str(root / paths[i]), root / paths[i]) for i in chosen]
-    return Source(items=lambda: files, count=len(files), labels=labels, classes=classes)
+    names = _names(root)
+    pictures, left_out = sift(names, root)
+    found = arrange([names[i] for i in pictures], split, root)
+    files = [(str(root / names[pictures[i]]), root / names[pictures[i]]) for i in found.chosen]
+    return Source(
+        items=lambda: files,
+        count=len(files),
+        labels=found.labels,
+        classes=found.classes,
+        left_out=found.left_out + left_out,
+    )
 
 
 def _tar(place: str, split: str) -> Source:
-    """A tar, .tar.gz or .tar.xz laid out like a folder, inside one folder or not; read as a stream, in its order."""
+    """A tar, .tar.gz, .tar.xz or .tar.bz2 laid out like a folder; read as a stream, in its order."""
     archive = Path(place).expanduser()
-    names = [name for name, _ in _members(archive, None)]
+    every = [name for name, _ in _members(archive, None)]
+    pictures, left_out = sift([PurePosixPath(name) for name in every], archive)
+    names = [every[i] for i in pictures]
     for name, count in Counter(names).most_common(1):
         if count > 1:
-            raise bad(
-                f"{archive}:{name}", f"a name that comes {count} times", "distinct names", "write the archive anew"
-            )
-    paths = [PurePosixPath(name) for name in names]
-    tops = {path.parts[0] for path in paths}
-    while len(tops) == 1 and not tops & set(SPLITS) and all(len(path.parts) > 2 for path in paths):
-        paths = [PurePosixPath(*path.parts[1:]) for path in paths]  # all lie in the folder that was packed
-        tops = {path.parts[0] for path in paths}
-    chosen, labels, classes = _layout(paths, split, archive)
-    keep = {names[i] for i in chosen}
-    return Source(items=lambda: _members(archive, keep), count=len(chosen), labels=labels, classes=classes)
+            got, expected = f"a name that comes {count} times", "distinct names"
+            raise bad(f"{archive}:{name}", got, expected, "write the archive anew")
+    found = arrange([PurePosixPath(name) for name in names], split, archive)
+    keep = {names[i] for i in found.chosen}
+    return Source(
+        items=lambda: _members(archive, keep),
+        count=len(keep),
+        labels=found.labels,
+        classes=found.classes,
+        left_out=found.left_out + left_out,
+    )
 
 
 def _members(path: Path, keep: set[str] | None) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the image members in `keep`; None lists the names of all, with no content."""
-    with reading(path, "a whole tar, .tar.gz or .tar.xz"), tarfile.open(path, "r:*") as tar:
+    """(where, content) of the members in `keep`; None lists the names of all that are no folders, with no content."""
+    with (
+        reading(path, "a whole tar, plain or packed by gzip, xz or bzip2"),
+        _Unpacked(path) as stream,
+        tarfile.open(fileobj=stream, mode="r:") as tar,  # type: ignore[call-overload]
+    ):
         for member in tar:
-            if member.isdir() or not _is_image(PurePosixPath(member.name), path):
-                continue
-            if not member.isfile() or member.size > MAX_FILE_BYTES:
-                got, expected = "a link or a device, or too large a file", f"files up to {MAX_FILE_BYTES >> 20} MiB"
-                raise bad(f"{path}:{member.name}", got, expected, "write the archive anew")
-            if keep is None:
+            if keep is None and not member.isdir():
                 yield member.name, b""
-            elif member.name in keep:
+            elif keep is not None and member.name in keep:
+                if not member.isfile() or member.size > MAX_FILE_BYTES:
+                    got, expected = "a link or a device, or too large a file", f"files up to {MAX_FILE_BYTES >> 20} MiB"
+                    raise bad(f"{path}:{member.name}", got, expected, "write the archive anew")
                 file = tar.extractfile(member)
                 assert file is not None, "a regular member has content"
                 yield f"{path}:{member.name}", file.read()
         # tarfile takes a cut or damaged header for the end. The real end is a block of zeros; behind it, gzip and xz
         # keep the checksum of everything, which they compare only when all is read.
-        stream = tar.fileobj
-        assert stream is not None, "an open archive has its file"
         stream.seek(tar.offset)
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise bad(path, "an archive that is cut short or damaged", "a whole tar", "fetch the file again")
         while stream.read(1 << 20):
-            pass
+            if stream.tell() > tar.offset + PADDING_BYTES:
+                raise bad(path, "an archive with no end", "a tar that ends in a few zeros", "write it anew")
+
+
+class _Unpacked:
+    """The plain bytes of a file, packed or not, for tarfile: bounded in all, and in what one read may ask for."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            magic = file.read(3)
+        packed: Any = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}.get(magic[:2])
+        self.path, self.size, self.packed = path, path.stat().st_size, packed is not None
+        self.file: Any = (packed or open)(path, "rb")
+
+    def __enter__(self) -> _Unpacked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, place: int) -> int:
+        self._require(place)
+        return self.file.seek(place)
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes."""
+        if count > MAX_FILE_BYTES:  # of a name: tarfile would hold it all
+            raise bad(self.path, f"a header of {count} bytes", "an archive of pictures", "write it anew")
+        self._require(self.tell() + count)
+        return self.file.read(count)
+
+    def _require(self, place: int) -> None:
+        if self.packed:
+            _require_size(self.path, place, self.size)
 
 
 def _hub(place: str, split: str) -> Source:
