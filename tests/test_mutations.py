@@ -37,13 +37,14 @@ from PIL import Image
 
 from caged import Hung, caged, limits
 from halfstep import compress, run
-from halfstep.bank import Bank, Shared, load_denoiser, load_vae
+from halfstep.bank import Bank, Shared
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.evaluate import reference_stats
 from halfstep.features import FeatureNet, raw_pixels
 from halfstep.latents import encode_images
-from halfstep.masks import Masking, Pattern
+from halfstep.masks import Masking, Pattern, mask_all
+from halfstep.models import load_denoiser, load_vae
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, TrainSpec
 from halfstep.sampling import StepAwarePipeline, build_scheduler, plan_for, reference_plan
@@ -200,8 +201,6 @@ def build_bank(folder: Path) -> None:
 
 
 def masked_weights(model: torch.nn.Module, masking: Masking) -> dict[str, torch.Tensor]:
-    from halfstep.masks import mask_all
-
     return mask_all(model.state_dict(), masking.names, masking.pattern)
 
 
