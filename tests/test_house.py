@@ -43,6 +43,7 @@ FLOORS = {
         "loop",
         "rundir",
         "job",
+        "reading",
         "compress",
         "find",
         "shrink",

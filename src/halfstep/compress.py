@@ -21,7 +21,7 @@ from halfstep.loop import new_classes, new_model
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
-from halfstep.regularized import regular_objective
+from halfstep.regularized import coordinates, regular_objective
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of, width_name
 from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
 from halfstep.spectral import Pupil, SpectralUNet2DModel, spectral_objective, student_configs
@@ -169,14 +169,21 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     of a `StepAwarePipeline` whose bank holds one entry, "r=0.1"."""
     source, recipe = opened(model, recipe)
     job = Job("regularized", model, data, out, recipe, source, watch)
-    torch.manual_seed(recipe.seed)
-    net = copy_of(source.dense) if model else new_model(recipe.model, job.images, recipe.noise.timesteps)
+    net = regular_net(source.dense, job.images, recipe)
     if not job.begun():
         return job.done
     levels, kind = job.diffusion.scheduler.alphas_cumprod, recipe.noise.prediction
     objective = regular_objective(net, job.diffusion.draw, recipe.regular, levels, kind)
     name = regular_name(recipe.regular.r)
     return job.run("regularized", TrainState.new(net, recipe.train), objective, lambda n: Bank({name: n}, name, kind))
+
+
+def regular_net(dense: Any, images: Images | Latents, recipe: Recipe) -> Any:
+    """The net to train, a copy of the dense one where there is one. Raises for what the recipe cannot be trained on."""
+    blank = torch.zeros(1, images.channels, images.size, images.size)
+    coordinates(blank, blank, torch.tensor(0.5), recipe.regular)  # refuses odd sizes for wavelets
+    torch.manual_seed(recipe.seed)
+    return new_model(recipe.model, images, recipe.noise.timesteps) if dense is None else copy_of(dense)
 
 
 def regular_name(r: float) -> str:

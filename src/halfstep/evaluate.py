@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 METRICS = ("fd", "kid", "precision", "recall", "density", "coverage")
 KEPT_FEATURES = 5000  # real features a Reference keeps for the metrics that need points, not moments
 PER_FEATURE = 4  # images per feature below which a Fréchet distance decides nothing
+NEIGHBOURS = 5  # around an image, for precision, recall, density and coverage
 CHUNK = 1024  # rows of a distance or kernel matrix held at a time
 
 # ---- distances between two sets of features ------------------------------------------------------------------------
@@ -57,13 +58,13 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
     return float(_kid_of(_features(x), _features(y), np.ones((1, len(x))))[0])
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Share of fakes inside the reals' k-nearest-neighbour balls, and of reals inside the fakes' (arXiv 1904.06991)."""
     found = _neighbours(real, fake, k)
     return float(found["precision"].mean()), float(found["recall"].mean())
 
 
-def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
+def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Mean number of real balls around a fake, over k, and share of real balls that hold a fake (arXiv 2002.09797).
 
     The balls are closed, as in precision_recall; the authors' code has open ones, which differs in exact ties only.
@@ -302,7 +303,7 @@ def evaluate(
     seed: int,
     metrics: Sequence[str] = METRICS,
     n_boot: int = 200,
-    k: int = 5,
+    k: int = NEIGHBOURS,
     features_name: str | None = None,
     fd: Distances | None = None,
 ) -> dict[str, Quality]:

@@ -20,12 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from halfstep.disk import write_atomic, write_json
-from halfstep.errors import DataError, ModelError
+from halfstep.errors import DataError, ModelError, shortened
+from halfstep.typed import nearest
 
 if TYPE_CHECKING:
     from halfstep.data import Images
 
+KINDS = ("own", "pixels", "digits", "file:", "inception:", "dinov2")
+"""How features are named in a recipe; the first two rest on the data at hand."""
+
 BUNDLED = Path(__file__).parent / "assets" / "digits_features"
+
+SMALLEST = 8  # the side of the smallest images that a feature network takes
 
 # ---- a feature network of our own ----------------------------------------------------------------------------------
 
@@ -48,7 +54,7 @@ class FeatureNet(nn.Module):
             "n_classes": n_classes,
             "n_features": n_features,
         }
-        least = {"channels": 1, "size": 8, "width": 1, "n_classes": 2, "n_features": 1}
+        least = {"channels": 1, "size": SMALLEST, "width": 1, "n_classes": 2, "n_features": 1}
         for key, value in self.config.items():
             if type(value) is not int or not least[key] <= value <= 1 << 16:
                 expected = f"a whole number from {least[key]}"
@@ -115,7 +121,17 @@ class FeatureNet(nn.Module):
 
 
 def feature_net_for(images: Images, *, width: int = 32, n_features: int = 64, seed: int = 0) -> FeatureNet:
-    """An untrained net that fits the images: one class per label, or four rotations where there are no labels."""
+    """An untrained net that fits the images: one class per label, or four rotations where there are no labels.
+
+    Raises ModelError for images that are too small.
+    """
+    if images.size < SMALLEST:
+        raise ModelError(
+            got=f"images of {images.size}x{images.size}",
+            expected=f"{SMALLEST}x{SMALLEST} or larger, for a feature network",
+            where=images.name,
+            do=f"write --set eval.features=pixels, or --set data.size={SMALLEST} where the model's size is free",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         n_classes = 4 if _by_rotation(images) else len(images.classes)
@@ -286,8 +302,9 @@ def load_features(source: str, *, bundled: Path | None = None, device: str = "cp
         return extractor_of(FeatureNet.load(bundled or BUNDLED).to(device))
     folder = Path(place if kind == "file" and place else str(source)).expanduser()
     if not folder.is_dir():
-        expected = "digits, file:DIR, inception:FILE, dinov2 or a folder"
-        raise ModelError(got=repr(str(source)), expected=expected, where="features", do="name one of these")
+        expected = "own, pixels, digits, file:DIR, inception:FILE or dinov2"
+        do = f"give the folder that `halfstep features` wrote, or did you mean {nearest(kind, KINDS)}?"
+        raise ModelError(got=shortened(str(source)), expected=expected, where="eval.features", do=do)
     return extractor_of(FeatureNet.load(folder).to(device))
 
 

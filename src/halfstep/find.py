@@ -82,6 +82,25 @@ def search_plan(
     return Found(chosen, plan, table, tuple(log.records), reference, space)
 
 
+def require_goal(
+    plan: StepPlan, entries: Sequence[str], recipe: Recipe, *, budget: float | None, max_loss: float | None
+) -> None:
+    """Raise PlanError, before anything is trained, for a budget below the cheapest plan, numbers of steps that the
+    sampler does not have, and a tolerated loss together with other numbers of steps or corrections."""
+    spec = recipe.search
+    if budget is not None:
+        searching.Space.of(plan, entries, spec.genes).require_budget(budget)
+    elif spec.step_counts or spec.shrink:
+        raise PlanError(
+            got="--max-loss with search.step_counts or search.shrink",
+            expected="--budget",
+            where="search",
+            do="give a budget, or correct the plan that was found with halfstep shrink",
+        )
+    for steps in spec.step_counts:
+        fewer_steps(plan, steps)
+
+
 def search_steps(
     judge: Judge,
     plan: StepPlan,
@@ -104,13 +123,8 @@ def search_steps(
         watch.say(f"warning: {warning}")
     if not spec.step_counts and not spec.shrink:
         return search_plan(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
-    if budget is None:
-        raise PlanError(
-            got="--max-loss with search.step_counts or search.shrink",
-            expected="--budget",
-            where="search",
-            do="give a budget, or correct the plan that was found with halfstep shrink",
-        )
+    require_goal(plan, judge.bank.names, recipe, budget=budget, max_loss=max_loss)
+    assert budget is not None, "require_goal asked for one"
     found: dict[StepPlan, Found] = {}
     full = plan.uniform().macs
     bases = {steps: fewer_steps(plan, steps) for steps in (plan.steps, *spec.step_counts)}  # refused before the search

@@ -10,8 +10,10 @@ import numpy as np
 
 from halfstep import disk
 from halfstep.bank import Bank
-from halfstep.errors import HalfstepError
-from halfstep.features import feature_net_for, train_features
+from halfstep.data import Images
+from halfstep.errors import DataError, HalfstepError
+from halfstep.evaluate import NEIGHBOURS
+from halfstep.features import extract, extractor_of, feature_net_for, train_features
 from halfstep.fit import Fitted, fit
 from halfstep.judge import Judge, Measured, default_device, extractor_for, measure_plans
 from halfstep.recipe import Recipe
@@ -55,6 +57,22 @@ def require_fit(bank: Bank, data: str, recipe: Recipe, watch: Watch = SILENT) ->
     """The images as the bank takes them. Raises, before a run folder is made, for what does not fit."""
     images = images_for(fit_data(recipe, bank.config, bank.vae), data, watch=watch)
     return fit(bank.config, images, bank.vae, bank.classes)
+
+
+def require_measurable(images: Images, recipe: Recipe) -> None:
+    """Raise, before anything is trained, for what no measurement could end well with: features that cannot be had or do
+    not take these images, too few images."""
+    if recipe.eval.features == "own":
+        extractor = extractor_of(feature_net_for(images).eval())
+    else:
+        extractor = extractor_for(recipe.eval.features, images, Path(), "cpu")
+    extract(extractor, [images.batch(slice(0, 2))])
+    least = NEIGHBOURS + 1  # an image needs as many others around it, for recall and coverage
+    for count, where in ((len(images), images.name), (recipe.eval.images, "eval.images")):
+        if count < least:
+            raise DataError(
+                got=f"{count} images", expected=f"at least {least}, to measure with", where=where, do="take more"
+            )
 
 
 def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:

@@ -9,12 +9,21 @@ from pathlib import Path
 from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
-from halfstep.job import images_of, opened
+from halfstep.data import Images
+from halfstep.job import Source, images_of, opened
 from halfstep.judge import measure_plans
-from halfstep.measured import is_measured, judge_for, measured, open_pipeline, write_and_tell, write_costs
+from halfstep.measured import (
+    is_measured,
+    judge_for,
+    measured,
+    open_pipeline,
+    require_measurable,
+    write_and_tell,
+    write_costs,
+)
 from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe
-from halfstep.rundir import open_run
+from halfstep.rundir import encoded, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
@@ -22,10 +31,20 @@ from halfstep.story import tell
 from halfstep.watch import SILENT, Watch
 
 
+def _ready(model: str | None, data: str, recipe: Recipe, watch: Watch) -> tuple[Source, Images]:
+    """What a method starts from. Raises, before anything is written or trained, for what the report at the end could
+    not be made of."""
+    source, fitted = opened(model, recipe)
+    images = images_of(source, data, fitted, watch).images
+    require_measurable(images, fitted)
+    return source, images
+
+
 def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """SparseDM from a dense denoiser to a report: fine-tune under masks, measure every pattern beside the reference
     and beside one-shot masking of the same weights. Returns report.html; resumes."""
     begun = time.time()
+    _ready(model, data, recipe, watch)
     pipe = open_pipeline(str(compress.sparse(model, data, out, recipe, watch=watch)))
     one_shot = compress.sparse_net(load_denoiser(model)[0], replace(recipe.sparse, frozen=False))
     bank, patterns = pipe.bank, [str(pattern) for pattern in one_shot.patterns]
@@ -42,6 +61,7 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
     Returns report.html; resumes. The bank of `out` is what `search` mixes step by step.
     """
     begun = time.time()
+    _ready(model, data, recipe, watch)
     pipe = open_pipeline(str(compress.spectral(model, data, out, recipe, watch=watch)))
     return measured(pipe, pipe.bank, "spectral", data, out, recipe, begun, watch)
 
@@ -50,6 +70,7 @@ def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = No
     """The Missing U from images to a report: train the continuous net, measure every number of solver steps beside the
     teacher, or where there is none beside the most steps. Returns report.html; resumes."""
     begun = time.time()
+    _ready(teacher, data, recipe, watch)
     pipe = open_pipeline(str(compress.continuous(data, out, recipe, teacher=teacher, watch=watch)))
     main = f"continuous@{min(recipe.continuous.steps)}"
     return measured(pipe, pipe.bank, main, data, out, recipe, begun, watch)
@@ -63,8 +84,8 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     `model`: train on from this denoiser, every weight for the same number of steps; None: from scratch.
     """
     begun = time.time()
-    source, fitted = opened(model, recipe)
-    images_of(source, data, fitted, watch)
+    source, images = _ready(model, data, recipe, watch)
+    compress.regular_net(source.dense, encoded(images, source.vae, watch), recipe)
     out = open_run(out, recipe, {"verb": "compress regularized grid", "data": data, "model": model or ""})
     if is_measured(out):
         return tell(out)

@@ -458,8 +458,9 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             got=recipe.slim.sandwich, expected="2 or more", where="slim.sandwich", do="use 3, as the paper"
         )
-    if recipe.eval.images < 2 or recipe.search.images < 2:
-        raise RecipeError(got=1, expected="2 images or more", where="eval.images", do="change it with --set")
+    for name in ("eval.images", "search.images", "search.final_images", "shrink.images", "shrink.final_images"):
+        if values[name] < 2:
+            raise RecipeError(got=values[name], expected="2 images or more", where=name, do="change it with --set")
     if not recipe.model.channels or min(recipe.model.channels) < 1:
         raise RecipeError(
             got=recipe.model.channels,

@@ -22,12 +22,20 @@ from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, write_classes
 from halfstep.denoiser import class_count, copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
-from halfstep.find import Found, baselines, search_steps
+from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
 from halfstep.job import images_of, opened
 from halfstep.judge import default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
-from halfstep.measured import is_measured, judge_for, open_pipeline, require_fit, write_and_tell, write_costs
+from halfstep.measured import (
+    is_measured,
+    judge_for,
+    open_pipeline,
+    require_fit,
+    require_measurable,
+    write_and_tell,
+    write_costs,
+)
 from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.pictures import read_picture
 from halfstep.plan import StepPlan
@@ -113,10 +121,11 @@ def search(
 ) -> Found:
     """Search a plan for an existing step-aware pipeline (what `compress` wrote); writes pipeline/ and plan.json."""
     pipe, goal = open_pipeline(model), goal_text(budget, max_loss)
-    require_fit(pipe.bank, data, recipe, watch)
+    require_measurable(require_fit(pipe.bank, data, recipe, watch).images, recipe)
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
+    require_goal(plan, pipe.bank.names, recipe, budget=budget, max_loss=max_loss)
     out = open_run(out, recipe, {"verb": "search", "model": str(model), "data": data, "goal": goal})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
     found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
     return found
@@ -179,7 +188,7 @@ def sample(
 def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> dict[str, Any]:
     """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it."""
     pipe = open_pipeline(source)
-    require_fit(pipe.bank, data, recipe, watch)
+    require_measurable(require_fit(pipe.bank, data, recipe, watch).images, recipe)
     out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     verdict = measure_plans(judge, {"reference": pipe.plan.uniform(), "plan": pipe.plan}, recipe, watch=watch)
@@ -203,8 +212,13 @@ def optimize(
     """
     goal = goal_text(budget, max_loss)
     source, recipe = opened(model, recipe)
-    supernet_of(source.dense, recipe.slim)  # refuses what cannot work before the first file is written
-    images_of(source, data, recipe, watch)
+    require_measurable(images_of(source, data, recipe, watch).images, recipe)
+    supernet = supernet_of(source.dense, recipe.slim)
+    untrained = compress.slim_bank(
+        source.dense, supernet, recipe.noise.prediction, compress.slim_maskings(supernet, recipe)
+    )
+    plan = reference_plan(untrained, source.noise, recipe.sample, untrained.macs())
+    require_goal(plan, untrained.names, recipe, budget=budget, max_loss=max_loss)
     out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
     if is_measured(out):
         return tell(out)
@@ -371,12 +385,12 @@ def shrink(
     begun = time.time()
     bank, own, noise = _bank_and_plan(model)
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
-    require_fit(bank, data, recipe, watch)
+    require_measurable(require_fit(bank, data, recipe, watch).images, recipe)
+    plan = own if own and not steps else reference_plan(bank, noise, recipe.sample, bank.macs())
     out = open_run(out, recipe, {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)})
     if is_measured(out):
         return tell(out)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
-    plan = own if own and not steps else reference_plan(bank, noise, recipe.sample, bank.macs())
     if not (out / "cost.json").is_file():
         write_costs(bank, out)
     found = shrink_plan(judge, plan, recipe.shrink, out, seed=recipe.seed, watch=watch)
