@@ -112,7 +112,7 @@ def test_a_judge_draws_the_classes_of_its_images_and_the_error_table_too():
     plan = reference_plan(twin, DDPMScheduler().config, SampleSpec(steps=2), {"full": 2, "other": 1})
     seen = []
     space = Space.of(plan, twin.names, 1)
-    list(error_table(twin, plan, space, lambda x: seen.append(x) or 0.0, images=8, seed=4, labels=judge.class_of))
+    list(error_table(twin, plan, space, lambda x, y: seen.append(x) or 0.0, images=8, seed=4, labels=judge.class_of))
     assert torch.allclose(
         seen[0], torch.cat(list(sample_images(twin, plan, 8, seed=4, labels=judge.class_of))), atol=1e-5
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from halfstep.disk import read_json, write_json
 from halfstep.errors import ModelError, PlanError
-from halfstep.typed import nearest
+from halfstep.typed import nearest, shown
 
 FILE = "classes.json"
 
@@ -60,7 +60,7 @@ def _number(asked: str | int, count: int, names: Sequence[str]) -> int:
         return number
     close = f"did you mean {nearest(str(asked), names)!r}?" if names else "its folder does not name its classes"
     expected = f"{listed(names)}, or a number from 0 to {count - 1}" if names else f"a number from 0 to {count - 1}"
-    raise PlanError(got=repr(asked)[:80], expected=expected, where="class", do=close)
+    raise PlanError(got=shown(asked), expected=expected, where="class", do=close)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

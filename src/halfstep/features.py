@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from halfstep.disk import write_atomic, write_json
-from halfstep.errors import DataError, ModelError, shortened
-from halfstep.typed import nearest
+from halfstep.errors import DataError, ModelError
+from halfstep.typed import nearest, shown
 
 if TYPE_CHECKING:
     from halfstep.data import Images
@@ -304,7 +304,7 @@ def load_features(source: str, *, bundled: Path | None = None, device: str = "cp
     if not folder.is_dir():
         expected = "own, pixels, digits, file:DIR, inception:FILE or dinov2"
         do = f"give the folder that `halfstep features` wrote, or did you mean {nearest(kind, KINDS)}?"
-        raise ModelError(got=shortened(str(source)), expected=expected, where="eval.features", do=do)
+        raise ModelError(got=shown(str(source)), expected=expected, where="eval.features", do=do)
     return extractor_of(FeatureNet.load(folder).to(device))
 
 
