@@ -187,12 +187,13 @@ def random_plans(space: Space, macs: int, count: int, seed: int, slack: float = 
     """Different random plans of between `macs` minus a slack (share of the full MACs) and `macs`: the control."""
     draw = np.random.default_rng(seed)
     found: list[Genes] = []
-    for _ in range(20_000):
-        if len(found) >= count:
-            break
+    misses = 0
+    while len(found) < count and misses < 2000:
+        misses += 1
         genes = tuple(
             int(g) for g in _cheapen(space, list(draw.integers(len(space.entries), size=len(space.rows))), macs, draw)
         )
         if macs - slack * space.full_macs <= space.cost(genes) <= macs and genes not in found:
             found.append(genes)
+            misses = 0
     return found

@@ -347,13 +347,13 @@ def _final_round(
 def baselines(plan: StepPlan, found: Found) -> dict[str, StepPlan]:
     """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference `plan`. One
     that is the reference or the found plan itself is left out: it would stand beside itself."""
-    space, macs, base = found.space, found.plan.macs, found.base
-    controls = {f"uniform {space.entries[genes[0]]}": genes for genes in space.uniform_within(macs)[:1]}
-    mine = [r.genes for r in found.records if base.with_entries(space.expand(r.genes)).rows == found.plan.rows]
-    others = [genes for genes in evolving.random_plans(space, macs, 2, seed=11, slack=0.05) if genes not in mine]
-    if others:
-        controls["random plan"] = others[0]
+    space, macs, base, known = found.space, found.plan.macs, found.base, (plan.rows, found.plan.rows)
+    plans = {f"uniform {space.entries[genes[0]]}": genes for genes in space.uniform_within(macs)[:1]}
+    controls = {name: base.with_entries(space.expand(genes)) for name, genes in plans.items()}
+    for genes in evolving.random_plans(space, macs, 2, seed=11, slack=0.05):
+        one = base.with_entries(space.expand(genes))
+        if one.rows not in known:
+            controls.setdefault("random plan", one)
     steps = max(1, round(plan.steps * macs / plan.macs))
-    plans = {name: base.with_entries(space.expand(genes)) for name, genes in controls.items()}
-    plans[f"{steps} steps of the reference"] = fewer_steps(plan, steps)
-    return {name: one for name, one in plans.items() if one.rows not in (plan.rows, found.plan.rows)}
+    controls[f"{steps} steps of the reference"] = fewer_steps(plan, steps)
+    return {name: one for name, one in controls.items() if one.rows not in known}

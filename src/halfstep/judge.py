@@ -113,6 +113,7 @@ class Judge:
         """
         real = np.asarray(self.images.subset(min(max(1, len(pictures)), len(self.images))).pixels)
         found = sanity.flat(pictures, real) if len(pictures) else None
+        found = found or sanity.lost(self.fd(features) - self.floor(len(features)).raw, 100 * self.reference.scale)
         control = sanity.control_plan(self.bank, reference)
         if found or control is None:
             return found

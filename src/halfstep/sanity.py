@@ -33,6 +33,16 @@ def flat(pictures: np.ndarray, real: np.ndarray) -> str | None:
     return f"{share:.0%} of the reference's pixels are black or white, of the real images' {true:.0%}"
 
 
+def lost(distance: float, spread: float) -> str | None:
+    """What is wrong with a reference as far from the data as one constant picture at its mean, which scores the data's
+    whole spread; or None."""
+    if distance <= spread:
+        return None
+    return (
+        f"the reference has distance {distance:.3g}, one constant picture {spread:.3g}: its pictures are not the data's"
+    )
+
+
 def control_plan(bank: Bank, reference: StepPlan) -> StepPlan | None:
     """DDIM with the same net and number of calls; None for plans of several nets, for DDIM itself, and for forward
     processes that DDIM cannot run."""
