@@ -183,7 +183,7 @@ def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, 
     """How well noisy test pictures are restored: the nets, and classical methods."""
     images = load_images(DATA, size=bank.config["sample_size"], channels=bank.config["in_channels"], split="test")
     pictures = list((images.batch(slice(0, count)) / 2 + 0.5).unbind(0))
-    kind = {"noise_config": noise, "size": images.size, "channels": images.channels, "steps": steps}
+    kind = {"process": noise, "size": images.size, "channels": images.channels, "steps": steps}
     methods = {name: partial(restore_picture, predictor(bank[name]), **kind) for name in bank}
     records = compare_denoisers(methods | CLASSICAL, pictures, sigma, 0)
     first = torch.tensor(records[0].psnrs_db)

@@ -140,7 +140,7 @@ def main() -> None:
     recipe = named(f"fashion{args.size}").edit(args.set)
     judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
     macs = pipe.bank.macs()
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, macs)
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, macs)
     found = searches(judge, plan, recipe, work, args.budget, watch, not args.one_search)
     if "small" in folders:
         judge.bank = with_small(pipe.bank, folders["small"])

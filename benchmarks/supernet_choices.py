@@ -23,7 +23,8 @@ from rich.table import Table
 from halfstep.data import load_images
 from halfstep.denoiser import predictor
 from halfstep.models import load_denoiser
-from halfstep.recipe import NoiseSpec, SlimSpec, TrainSpec
+from halfstep.process import Process
+from halfstep.recipe import SlimSpec, TrainSpec
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of
 from halfstep.train import Batch, Diffusion, TrainState, train
 
@@ -67,7 +68,7 @@ def main() -> None:
     images = load_images(args.data, size=size, channels=channels)
     test = load_images(args.data, size=size, channels=channels, split="test")
     clean = test.subset(min(2048, len(test))).batch(slice(0, 2048))
-    diffusion = Diffusion(NoiseSpec(timesteps=noise["num_train_timesteps"], prediction=noise["prediction_type"]))
+    diffusion = Diffusion(Process.of(noise))
     spec = TrainSpec(steps=args.steps, batch=args.batch, lr=args.lr, warmup=50, ema_decay=0.99, log_every=100)
     rows = {}
     for name, slim in VARIANTS.items():

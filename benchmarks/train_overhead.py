@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from halfstep.data import Images
-from halfstep.recipe import NoiseSpec, RegularSpec, TrainSpec
+from halfstep.process import Process
+from halfstep.recipe import RegularSpec, TrainSpec
 from halfstep.regularized import regular_objective
 from halfstep.train import Diffusion, TrainState, train, use_bf16
 
@@ -57,7 +58,7 @@ def halfstep_loop(
     model: UNet2DModel, images: Images, spec: TrainSpec, accelerator: Accelerator, r: float = 0.0
 ) -> Iterator[float]:
     """Yields the mean loss of every `spec.log_every` steps; r: weight of the penalty, 0 for the plain objective."""
-    diffusion = Diffusion(NoiseSpec())
+    diffusion = Diffusion(Process())
     levels = diffusion.scheduler.alphas_cumprod
     objective = regular_objective(model, diffusion.draw, RegularSpec(r=r), levels, "epsilon")
     for record in train(TrainState.new(model, spec), images, spec, objective, accelerator):

@@ -29,8 +29,8 @@ from halfstep.continuous import (
 )
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
+from halfstep.process import Process
 from halfstep.profiling import count_params, macs_by_kind
-from halfstep.recipe import NoiseSpec
 from halfstep.train import Batch, Diffusion
 
 RELEASED = {"mode": "released"}
@@ -460,7 +460,7 @@ class Spy(torch.nn.Module):
 
 
 def test_every_step_count_is_drawn_and_the_noise_does_not_depend_on_it():
-    draw, labels = Diffusion(NoiseSpec()).draw, torch.tensor([1, 0])
+    draw, labels = Diffusion(Process()).draw, torch.tensor([1, 0])
     batch, spies = Batch(torch.randn(2, 1, 8, 8), labels), (Spy(), Spy())
     for spy, steps in zip(spies, ((1, 2, 4), (1,)), strict=True):
         objective = continuous_objective(spy, draw, steps)
@@ -475,7 +475,7 @@ def test_every_step_count_is_drawn_and_the_noise_does_not_depend_on_it():
 
 
 def test_the_loss_is_the_noise_loss_plus_the_weighted_distance_to_the_teacher():
-    model, teacher, diffusion = make(), make(seed=3, order=2), Diffusion(NoiseSpec())
+    model, teacher, diffusion = make(), make(seed=3, order=2), Diffusion(Process())
     batch = Batch(torch.randn(2, 1, 8, 8), None)
     found = []
     for args in ((), (predictor(teacher), 0.0), (predictor(teacher), 0.5)):
@@ -493,7 +493,7 @@ def test_the_loss_is_the_noise_loss_plus_the_weighted_distance_to_the_teacher():
 @pytest.mark.parametrize("steps", [(), (1, 0)])
 def test_step_counts_that_mean_nothing_are_refused(steps):
     with pytest.raises(ModelError, match="step"):
-        continuous_objective(make(), Diffusion(NoiseSpec()).draw, steps)
+        continuous_objective(make(), Diffusion(Process()).draw, steps)
 
 
 def two_classes(count: int, seed: int) -> Batch:
@@ -510,7 +510,7 @@ def two_classes(count: int, seed: int) -> Batch:
 @pytest.mark.parametrize("order", [1, 2])
 def test_it_learns_and_needs_to_know_the_timestep(order):
     model = make(order=order, sample_size=16, attention_levels=(), zero_head=True, num_class_embeds=2).train()
-    diffusion = Diffusion(NoiseSpec())
+    diffusion = Diffusion(Process())
     objective = continuous_objective(model, diffusion.draw, (1,))
     adam, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
     for step in range(80):

@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
-    "values": ("errors", "disk", "typed", "recipe", "results", "plan", "watch", "threads"),
+    "values": ("errors", "disk", "typed", "process", "recipe", "results", "plan", "watch", "threads"),
     "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
@@ -26,6 +26,7 @@ FLOORS = {
         "train",
         "models",
         "bank",
+        "samplers",
         "sampling",
         "search",
         "evolve",

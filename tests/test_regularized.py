@@ -18,7 +18,8 @@ from torch import nn
 from halfstep import regularized
 from halfstep.denoiser import clean_and_noise, corrected, soft
 from halfstep.errors import DataError, HalfstepError
-from halfstep.recipe import NoiseSpec, RegularSpec
+from halfstep.process import Process
+from halfstep.recipe import RegularSpec
 from halfstep.regularized import (
     coordinates,
     exact_scale,
@@ -84,7 +85,7 @@ def descended(loss, *start: torch.Tensor, steps: int = 1500, lr: float = 0.05) -
 @pytest.mark.parametrize("name", PENALTIES)
 def test_without_weight_it_is_the_plain_objective_bit_for_bit_and_no_penalty_is_evaluated(name, kind, monkeypatch):
     monkeypatch.setattr(regularized, "penalty", lambda *_: pytest.fail("evaluated"))
-    diffusion, batch, found = Diffusion(NoiseSpec(prediction=kind)), Batch(pictures(), None), []
+    diffusion, batch, found = Diffusion(Process(prediction=kind)), Batch(pictures(), None), []
     levels = diffusion.scheduler.alphas_cumprod
     for regular in (False, True):
         model, spec = unet(), RegularSpec(penalty=name, r=0.0)
@@ -99,7 +100,7 @@ def test_without_weight_it_is_the_plain_objective_bit_for_bit_and_no_penalty_is_
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_loss_is_the_plain_one_and_r_times_the_size_of_the_predicted_noise(kind):
-    model, diffusion = unet(), Diffusion(NoiseSpec(prediction=kind))
+    model, diffusion = unet(), Diffusion(Process(prediction=kind))
     levels = diffusion.scheduler.alphas_cumprod
     torch.manual_seed(3)
     (loss,) = regular_objective(model, diffusion.draw, RegularSpec(r=0.3), levels, kind)(Batch(pictures(), None))
@@ -127,7 +128,7 @@ def test_the_target_of_every_prediction_type_stands_for_the_same_parts(kind):
 @pytest.mark.parametrize(("name", "basis", "center"), list(product(PENALTIES, ("pixel", "wavelet"), (False, True))))
 def test_every_variant_has_finite_gradients_at_every_timestep(name, basis, center):
     model, spec = unet(), RegularSpec(penalty=name, basis=basis, center=center)
-    levels = Diffusion(NoiseSpec()).scheduler.alphas_cumprod
+    levels = Diffusion(Process()).scheduler.alphas_cumprod
 
     def draw(clean):
         timestep = torch.tensor([0, 1, 500, 999])
@@ -402,8 +403,8 @@ def test_the_law_is_that_of_the_sampler(rule, scale):
 
 
 def test_the_rules_are_those_of_the_samplers():
-    levels = Diffusion(NoiseSpec()).scheduler.alphas_cumprod
-    scheduler = Diffusion(NoiseSpec()).scheduler
+    levels = Diffusion(Process()).scheduler.alphas_cumprod
+    scheduler = Diffusion(Process()).scheduler
     alpha, posterior = reverse_steps(levels, "posterior")
     assert torch.allclose(1 - alpha, scheduler.betas, atol=1e-6)
     assert torch.allclose(posterior[[1, 400, 999]], torch.stack([scheduler._get_variance(t) for t in (1, 400, 999)]))
@@ -427,7 +428,7 @@ def test_the_posterior_rule_is_too_narrow_and_a_scale_below_one_mends_it_exactly
 
 def test_a_constant_beta_in_the_recipe_is_the_theory_s_schedule():
     beta = 4 * math.log(1000) / 1000
-    scheduler = Diffusion(NoiseSpec(beta_start=beta, beta_end=beta)).scheduler
+    scheduler = Diffusion(Process(beta_start=beta, beta_end=beta)).scheduler
     assert torch.allclose(scheduler.alphas_cumprod.double(), theory_levels(1000), rtol=1e-3, atol=1e-6)
 
 

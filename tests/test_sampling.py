@@ -15,9 +15,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from halfstep.bank import Bank
 from halfstep.errors import HalfstepError, PlanError
 from halfstep.plan import Row
+from halfstep.process import BETA_SCHEDULERS
 from halfstep.recipe import SampleSpec
+from halfstep.samplers import REFUSED, SCHEDULERS
 from halfstep.sampling import (
-    SCHEDULERS,
     StepAwarePipeline,
     fewer_steps,
     image_generators,
@@ -44,8 +45,8 @@ def net(seed: int, width: int, **changes) -> UNet2DModel:
     ).eval()
 
 
-def bank_of(**changes) -> Bank:
-    return Bank({"full": net(0, 16, **changes), "slim": net(1, 8, **changes)}, "full", "epsilon")
+def bank_of(prediction="epsilon", **changes) -> Bank:
+    return Bank({"full": net(0, 16, **changes), "slim": net(1, 8, **changes)}, "full", prediction)
 
 
 def plan_of(bank, scheduler="ddim", steps=5):
@@ -70,7 +71,7 @@ def test_the_reference_everywhere_equals_the_stock_pipeline(kind, options, gener
     def fresh():
         return image_generators(4, 0, 3) if generators == "one per image" else torch.Generator().manual_seed(4)
 
-    bank = bank_of()
+    bank = bank_of(options.get("prediction_type", "epsilon"))
     noise = DDPMScheduler(**options).config
     plan = reference_plan(bank, noise, SampleSpec(scheduler=kind, steps=7), {"full": 4, "slim": 1})
     mine = pipeline(bank, plan)(3, generator=fresh(), output_type="np").images
@@ -102,28 +103,92 @@ def test_any_sampler_of_a_recipe_equals_a_straight_loop_over_its_scheduler(kind)
     assert torch.equal(mine, straight_loop(bank["full"], scheduler, 6, image_generators(1, 0, 2)))
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", use_karras_sigmas=True),
-        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
-        diffusers.EulerAncestralDiscreteScheduler(),
-        diffusers.KDPM2DiscreteScheduler(),
-        diffusers.LMSDiscreteScheduler(),
-        diffusers.PNDMScheduler(),
-        diffusers.UniPCMultistepScheduler(),
-        diffusers.DEISMultistepScheduler(),
-        diffusers.DDIMScheduler(timestep_spacing="trailing", rescale_betas_zero_snr=True),
-    ],
-    ids=lambda s: type(s).__name__,
-)
+MULTISTEP, SINGLESTEP = diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler
+ANY = {
+    "DDPM": DDPMScheduler(),
+    "DDPM, large variance": DDPMScheduler(variance_type="fixed_large"),
+    "DDPM in parallel": diffusers.DDPMParallelScheduler(),
+    "DDIM, trailing": DDIMScheduler(timestep_spacing="trailing", rescale_betas_zero_snr=True),
+    "DDIM in parallel": diffusers.DDIMParallelScheduler(),
+    "PNDM": diffusers.PNDMScheduler(),
+    "PNDM without Runge-Kutta": diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+    "DEIS": diffusers.DEISMultistepScheduler(),
+    "UniPC": diffusers.UniPCMultistepScheduler(),
+    "UniPC 3": diffusers.UniPCMultistepScheduler(solver_order=3),
+    "DPM-Solver++ 1": MULTISTEP(solver_order=1),
+    "DPM-Solver++ 2, Karras": MULTISTEP(use_karras_sigmas=True),
+    "DPM-Solver++ 3": MULTISTEP(solver_order=3),
+    "DPM-Solver++ 2, thresholding": MULTISTEP(thresholding=True),
+    "DPM-Solver++ SDE": MULTISTEP(algorithm_type="sde-dpmsolver++"),
+    "DPM-Solver++ singlestep 1": SINGLESTEP(solver_order=1),
+    "DPM-Solver++ singlestep 2": SINGLESTEP(solver_order=2),
+    "DPM-Solver++ singlestep 3": SINGLESTEP(solver_order=3),
+    "DPM-Solver++ singlestep SDE": SINGLESTEP(algorithm_type="sde-dpmsolver++"),
+    "SA-Solver": diffusers.SASolverScheduler(),
+    "Heun": diffusers.HeunDiscreteScheduler(),
+    "Heun, exponential": diffusers.HeunDiscreteScheduler(use_exponential_sigmas=True),
+    "Euler": diffusers.EulerDiscreteScheduler(),
+    "Euler, beta sigmas": diffusers.EulerDiscreteScheduler(use_beta_sigmas=True),
+    "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler(),
+    "LMS": diffusers.LMSDiscreteScheduler(),
+    "KDPM2": diffusers.KDPM2DiscreteScheduler(),
+    "KDPM2 ancestral": diffusers.KDPM2AncestralDiscreteScheduler(),
+    "LCM": diffusers.LCMScheduler(),
+    "TCD": diffusers.TCDScheduler(),
+}
+
+
+@pytest.mark.parametrize("scheduler", ANY.values(), ids=ANY)
 @torch.no_grad()
 def test_a_scheduler_of_the_users_own_equals_a_straight_loop_over_it(scheduler):
+    """With the noise of every image from its own generator; and no image hangs on the batch it is drawn in."""
     bank = bank_of()
-    plan = plan_for(bank, scheduler, 6, {"full": 4})
+    plan = plan_for(bank, scheduler, 5, {"full": 4})
     mine = pipeline(bank, plan)(2, generator=image_generators(1, 0, 2), output_type="pt").images
     own = type(scheduler).from_config(scheduler.config)
-    assert torch.equal(mine, straight_loop(bank["full"], own, 6, image_generators(1, 0, 2)))
+    assert torch.equal(mine, straight_loop(bank["full"], own, 5, image_generators(1, 0, 2)))
+    double = bank.double()
+    both, second = (
+        pipeline(double, plan)(n, generator=image_generators(1, 2 - n, n), output_type="pt").images for n in (2, 1)
+    )
+    assert torch.allclose(both[1:], second, atol=1e-5)
+
+
+def test_every_scheduler_of_a_process_of_betas_is_in_the_test_above_or_refused():
+    tested = {type(scheduler).__name__ for scheduler in ANY.values()}
+    assert tested | set(REFUSED) == set(BETA_SCHEDULERS)
+
+
+OTHERS = {
+    "flow matching": diffusers.FlowMatchEulerDiscreteScheduler(),
+    "flow matching by Heun": diffusers.FlowMatchHeunDiscreteScheduler(),
+    "flow matching by UniPC": diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction"
+    ),
+    "EDM": diffusers.EDMEulerScheduler(),
+    "EDM by DPM-Solver++": diffusers.EDMDPMSolverMultistepScheduler(),
+    "EDM's timesteps": diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+    "consistency": diffusers.CMStochasticIterativeScheduler(),
+    "variance exploding": diffusers.ScoreSdeVeScheduler(),
+    "tokens": diffusers.VQDiffusionScheduler(num_vec_classes=8),
+    "inverse": diffusers.DDIMInverseScheduler(),
+    "IPNDM": diffusers.IPNDMScheduler(),
+    "RePaint": diffusers.RePaintScheduler(),
+    "UnCLIP": diffusers.UnCLIPScheduler(),
+    "learned variance": DDPMScheduler(variance_type="learned_range"),
+    "another prediction": DDIMScheduler(prediction_type="v_prediction"),
+    "UniPC's other kernel, infinite at the last step": diffusers.UniPCMultistepScheduler(solver_type="bh1"),
+    "a prediction that it does not take": diffusers.KDPM2DiscreteScheduler(prediction_type="sample"),
+    "more steps than its own training had": diffusers.LCMScheduler(original_inference_steps=4),
+}
+
+
+@pytest.mark.parametrize("scheduler", OTHERS.values(), ids=OTHERS)
+def test_schedulers_that_no_plan_can_carry_are_refused_by_name(scheduler):
+    bank = bank_of("sample" if getattr(scheduler.config, "prediction_type", "") == "sample" else "epsilon")
+    with pytest.raises(PlanError) as error:
+        plan_for(bank, scheduler, 5, {"full": 1, "slim": 1})
+    assert type(scheduler).__name__ in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -361,6 +426,24 @@ def test_a_net_that_predicts_something_else_is_corrected_in_its_noise(kind, pred
     config = {**corrected.scheduler_config, "prediction_type": prediction}
     found = torch.cat(list(sample_images(twin, replace(corrected, scheduler_config=config), 2, seed=1)))
     assert (found - wanted).abs().max() < 2e-3
+
+
+def test_settings_that_diffusers_trips_over_are_refused_in_one_line():
+    bank = bank_of()
+    with pytest.raises(PlanError, match="PNDMScheduler refuses"):
+        plan_for(bank, diffusers.PNDMScheduler(), 3, {"full": 1, "slim": 1})
+    plan = plan_of(bank, "euler")
+    for wrong in (
+        {"use_karras_sigmas": True, "use_beta_sigmas": True},
+        {"beta_start": float("nan")},
+        {"foreign": 1},
+        {"num_train_timesteps": 10**9},
+        {"trained_betas": ["a"]},
+        {"interpolation_type": "cubic"},
+    ):
+        with pytest.raises(PlanError) as error:
+            pipeline(bank, replace(plan, scheduler_config={**plan.scheduler_config, **wrong}))
+        assert "\n" not in str(error.value)
 
 
 def test_plans_that_do_not_fit_are_refused():

@@ -14,8 +14,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from scipy.stats import chisquare
 
 from halfstep.errors import ModelError
+from halfstep.process import Process
 from halfstep.profiling import count_macs, macs_by_kind
-from halfstep.recipe import NoiseSpec, SlimSpec
+from halfstep.recipe import SlimSpec
 from halfstep.slices import cut
 from halfstep.slimmable import (
     Supernet,
@@ -459,7 +460,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("changes", [{}, {"num_class_embeds": 10}], ids=["plain", "class-conditional"])
 def test_a_sandwich_step_is_the_sum_of_three_independent_gradients(changes):
-    model, diffusion = make(**changes), Diffusion(NoiseSpec())
+    model, diffusion = make(**changes), Diffusion(Process())
     supernet = Supernet(model, WIDTHS)
     labels = torch.tensor([1, 2, 3, 4]) if changes else None
     batch = Batch(torch.randn(4, 1, 8, 8), labels)
@@ -498,7 +499,7 @@ class Spy(Supernet):
 
 def test_the_middle_width_is_uniform_and_both_ends_are_in_every_step():
     spy = Spy(make(), WIDTHS)
-    objective = sandwich_objective(spy, Diffusion(NoiseSpec()).draw, SlimSpec(distill="none"))
+    objective = sandwich_objective(spy, Diffusion(Process()).draw, SlimSpec(distill="none"))
     torch.manual_seed(0)
     for _ in range(2000):
         list(objective(Batch(torch.zeros(1, 1, 8, 8), None)))
@@ -510,7 +511,7 @@ def test_the_middle_width_is_uniform_and_both_ends_are_in_every_step():
 
 def test_shared_noise_is_one_draw_and_own_noise_three():
     draws = []
-    diffusion = Diffusion(NoiseSpec())
+    diffusion = Diffusion(Process())
 
     def draw(clean):
         draws.append(diffusion.draw(clean))
@@ -525,7 +526,7 @@ def test_shared_noise_is_one_draw_and_own_noise_three():
 
 def test_more_middle_widths_are_drawn_for_a_thicker_sandwich():
     spy = Spy(make(), WIDTHS)
-    objective = sandwich_objective(spy, Diffusion(NoiseSpec()).draw, SlimSpec(distill="none", sandwich=6))
+    objective = sandwich_objective(spy, Diffusion(Process()).draw, SlimSpec(distill="none", sandwich=6))
     losses = list(objective(Batch(torch.zeros(1, 1, 8, 8), None)))
     assert len(losses) == 6 and spy.asked[:2] == [1.0, 0.25] and set(spy.asked[2:]) <= {0.75, 0.5}
 
@@ -533,7 +534,7 @@ def test_more_middle_widths_are_drawn_for_a_thicker_sandwich():
 @pytest.mark.parametrize(("widths", "asked"), [((1.0,), [1.0]), ((0.5, 1.0), [1.0, 0.5])])
 def test_a_sandwich_without_middle_widths_has_its_ends_only(widths, asked):
     spy = Spy(make(), widths)
-    objective = sandwich_objective(spy, Diffusion(NoiseSpec()).draw, SlimSpec(widths=widths, distill="none"))
+    objective = sandwich_objective(spy, Diffusion(Process()).draw, SlimSpec(widths=widths, distill="none"))
     assert len(list(objective(Batch(torch.zeros(1, 1, 8, 8), None)))) == len(asked)
     assert spy.asked == asked
 
@@ -541,7 +542,7 @@ def test_a_sandwich_without_middle_widths_has_its_ends_only(widths, asked):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("distill", ["none", "widest", "dense"])
 def test_the_dense_teacher_teaches_all_widths_and_the_widest_net_the_others(distill, shared):
-    model, teacher_net, diffusion = make(), make(9), Diffusion(NoiseSpec())
+    model, teacher_net, diffusion = make(), make(9), Diffusion(Process())
     supernet = Supernet(model, (1.0, 0.5))
     batch = Batch(torch.randn(4, 1, 8, 8), None)
     spec = SlimSpec(widths=(1.0, 0.5), distill=distill, shared_noise=shared)
@@ -585,7 +586,7 @@ def test_a_supernet_without_width_one_is_the_same_net_cut_to_its_widest(concat):
 def test_a_supernet_of_one_width_trains_that_width():
     supernet = supernet_of(make(), SlimSpec(widths=(0.5,)))
     losses = list(
-        sandwich_objective(supernet, Diffusion(NoiseSpec()).draw, SlimSpec(widths=(0.5,), distill="none"))(
+        sandwich_objective(supernet, Diffusion(Process()).draw, SlimSpec(widths=(0.5,), distill="none"))(
             Batch(torch.zeros(1, 1, 8, 8), None)
         )
     )
@@ -593,7 +594,7 @@ def test_a_supernet_of_one_width_trains_that_width():
 
 
 def test_after_a_short_training_the_whole_net_is_no_worse_than_the_narrowest_at_any_noise():
-    model, diffusion = make(block_out_channels=(16, 16)), Diffusion(NoiseSpec())
+    model, diffusion = make(block_out_channels=(16, 16)), Diffusion(Process())
     supernet = Supernet(model, WIDTHS)
     objective = sandwich_objective(supernet, diffusion.draw, SlimSpec(distill="none"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -12,8 +12,9 @@ from diffusers import UNet2DModel
 from halfstep.denoiser import predictor
 from halfstep.errors import ModelError
 from halfstep.masks import Pattern, groups_of, keep_mask
+from halfstep.process import Process
 from halfstep.profiling import macs_by_kind
-from halfstep.recipe import NoiseSpec, SparseSpec, TrainSpec
+from halfstep.recipe import SparseSpec, TrainSpec
 from halfstep.sparse import (
     STAGES,
     Frozen,
@@ -129,7 +130,7 @@ def test_filters_that_leave_nothing_are_refused(spec, patterns, text):
 
 @pytest.mark.parametrize("decay", [0.0, 2e-4, 0.3])
 def test_the_gradient_is_that_of_the_masked_weights_and_the_pull(model, decay):
-    net, diffusion = sparsify(model, "2:4", ALL), Diffusion(NoiseSpec())
+    net, diffusion = sparsify(model, "2:4", ALL), Diffusion(Process())
     objective = sparse_objective(net, diffusion.draw, replace(ALL, decay=decay), 10)
     torch.manual_seed(5)
     for loss in objective(Batch(torch.ones(2, 1, 8, 8), None)):
@@ -162,12 +163,12 @@ def test_the_decoupled_pull_acts_after_the_step():
     for name, weight in net.model.named_parameters():
         factor = 1 - 0.05 * ~keep_mask(before[name], TWO_FOUR) if name in net.names else 1.0
         assert torch.allclose(weight, before[name] * factor)
-    losses = list(sparse_objective(net, Diffusion(NoiseSpec()).draw, spec, 10)(Batch(torch.zeros(2, 1, 8, 8), None)))
+    losses = list(sparse_objective(net, Diffusion(Process()).draw, spec, 10)(Batch(torch.zeros(2, 1, 8, 8), None)))
     assert len(losses) == 1
 
 
 def test_the_teacher_is_dense_gets_no_gradient_and_counts_by_its_weight():
-    model, teacher, diffusion = unet(), unet(7).eval(), Diffusion(NoiseSpec())
+    model, teacher, diffusion = unet(), unet(7).eval(), Diffusion(Process())
     net, batch = sparsify(model, "2:4", ALL), Batch(torch.zeros(2, 1, 8, 8), None)
 
     def losses(eta, given):
@@ -207,7 +208,7 @@ def test_the_moving_average_starts_again_with_every_pattern():
     net = Masked(model, [Pattern(2, 4), Pattern(3, 4), Pattern(7, 8), Pattern(15, 16), Pattern(31, 32)], ALL)
     seen = []
     spec = replace(ALL, schedule="s31", final_share=0.2)
-    objective = sparse_objective(net, Diffusion(NoiseSpec()).draw, spec, 10, None, state.restart_average)
+    objective = sparse_objective(net, Diffusion(Process()).draw, spec, 10, None, state.restart_average)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
@@ -235,7 +236,7 @@ def test_a_switchable_training_draws_every_pattern_and_leaves_the_pull_out():
     predict = net.predict
     net.predict = lambda pattern: asked.append(pattern) or predict(pattern)
     spec = replace(ALL, schedule="switch", also=("3:4", "dense"))
-    objective = sparse_objective(net, Diffusion(NoiseSpec()).draw, spec, 10)
+    objective = sparse_objective(net, Diffusion(Process()).draw, spec, 10)
     torch.manual_seed(0)
     assert all(len(list(objective(Batch(torch.zeros(1, 1, 8, 8), None, i)))) == 1 for i in range(40))
     assert set(asked) == {TWO_FOUR, Pattern(3, 4), None} and min(map(asked.count, set(asked))) > 4
@@ -247,7 +248,7 @@ def test_frozen_masks_never_change():
     net = Frozen(model, TWO_FOUR, spec)
     masks = copy.deepcopy(net.masks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    objective = sparse_objective(net, Diffusion(NoiseSpec()).draw, spec, 10)
+    objective = sparse_objective(net, Diffusion(Process()).draw, spec, 10)
     for step in range(5):
         for loss in objective(Batch(torch.randn(2, 1, 8, 8), None, step)):
             loss.backward()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from halfstep.errors import DataError, ModelError
+from halfstep.process import Process
 from halfstep.profiling import count_params, macs_by_kind
-from halfstep.recipe import NoiseSpec, SpectralSpec
+from halfstep.recipe import SpectralSpec
 from halfstep.spectral import (
     Gates,
     Levels,
@@ -291,7 +292,7 @@ def test_levels_of_teacher_and_student_have_the_same_sizes():
 
 @pytest.mark.parametrize(("spatial", "freq"), [(0.1, 0.1), (0.3, 0.0), (0.0, 0.2), (0.0, 0.0)])
 def test_the_loss_is_noise_plus_both_terms_and_the_teacher_sees_the_same(spatial, freq):
-    student, teacher, diffusion = make(), make(3, block_out_channels=(32, 64)).net, Diffusion(NoiseSpec())
+    student, teacher, diffusion = make(), make(3, block_out_channels=(32, 64)).net, Diffusion(Process())
     pupil, seen = Pupil(student, teacher), []
     handles = [m.register_forward_pre_hook(lambda _m, given: seen.append(given[:2])) for m in (student, teacher)]
     spec = SpectralSpec(spatial=spatial, freq=freq, ramp=0.0)
@@ -318,7 +319,7 @@ def test_the_loss_is_noise_plus_both_terms_and_the_teacher_sees_the_same(spatial
 
 
 def test_a_student_that_is_its_teacher_differs_in_no_term_and_the_ramp_grows_from_nothing():
-    student, teacher, diffusion = make(5), make(5), Diffusion(NoiseSpec())
+    student, teacher, diffusion = make(5), make(5), Diffusion(Process())
     pupil, batch = Pupil(student, teacher), Batch(torch.randn(2, 1, 8, 8), None)
     for align in pupil.align:
         torch.nn.init.dirac_(align.weight)

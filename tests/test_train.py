@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from halfstep.data import Images, load_images
 from halfstep.denoiser import predictor
 from halfstep.errors import RunError
-from halfstep.recipe import NoiseSpec, TrainSpec
+from halfstep.process import Process
+from halfstep.recipe import TrainSpec
 from halfstep.train import (
     Batch,
     Diffusion,
@@ -74,7 +75,7 @@ def train_to_be_killed(file: Path) -> TrainState:
     state, images = TrainState.new(model, KILLED), load_images("digits")
     if file.is_file():
         state.load(file, "killed")
-    objective = dense_objective(model, Diffusion(NoiseSpec()))
+    objective = dense_objective(model, Diffusion(Process()))
     for record in train(state, images, KILLED, objective, Accelerator(cpu=True), seed=3, flip=True):
         state.save(file, "killed")
         print(record.step, flush=True)
@@ -131,7 +132,7 @@ def started(digits: Images) -> TrainState:
     """A state after four steps."""
     model = tiny()
     state = TrainState.new(model, SPEC)
-    run(state, digits, SPEC, dense_objective(model, Diffusion(NoiseSpec())))
+    run(state, digits, SPEC, dense_objective(model, Diffusion(Process())))
     return state
 
 
@@ -228,14 +229,14 @@ def test_a_full_disk_is_a_run_error_and_keeps_the_old_state(started: TrainState,
 
 
 def test_stamps_are_equal_exactly_when_the_settings_are():
-    assert stamp(SPEC, NoiseSpec(), 1) == stamp(replace(SPEC), NoiseSpec(), 1)
+    assert stamp(SPEC, Process(), 1) == stamp(replace(SPEC), Process(), 1)
     assert len({stamp(SPEC, 1), stamp(replace(SPEC, lr=2e-3), 1), stamp(SPEC, 2), stamp(SPEC, 1, "tag")}) == 4
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------
 
 
-def alphas_cumprod(noise: NoiseSpec) -> torch.Tensor:
+def alphas_cumprod(noise: Process) -> torch.Tensor:
     """DDPM's product of 1 - beta, in float64; the cosine one is eq. 17 of arXiv 2102.09672."""
     steps, start, end = noise.timesteps, noise.beta_start, noise.beta_end
     if noise.beta_schedule == "linear":
@@ -252,7 +253,7 @@ def alphas_cumprod(noise: NoiseSpec) -> torch.Tensor:
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_dense_loss_is_the_hand_written_one(digits: Images, prediction: str, schedule: str):
-    noise = NoiseSpec(prediction=prediction, beta_schedule=schedule, timesteps=200, beta_end=0.05)
+    noise = Process(prediction=prediction, beta_schedule=schedule, timesteps=200, beta_end=0.05)
     model, clean, seen = tiny(classes=10), digits.batch(slice(0, 64)), {}
 
     def spy(_: torch.nn.Module, args: tuple, named: dict, output: object) -> None:
@@ -273,7 +274,7 @@ def test_the_dense_loss_is_the_hand_written_one(digits: Images, prediction: str,
 
 def test_timesteps_are_drawn_evenly_from_the_first_to_the_last():
     torch.manual_seed(0)
-    _, timestep, _ = Diffusion(NoiseSpec(timesteps=10)).draw(torch.zeros(20_000, 1, 1, 1))
+    _, timestep, _ = Diffusion(Process(timesteps=10)).draw(torch.zeros(20_000, 1, 1, 1))
     counts = timestep.bincount(minlength=10)
     assert len(counts) == 10 and (counts - 2000).abs().max() < 5 * math.sqrt(20_000 * 0.1 * 0.9)
 
@@ -340,7 +341,7 @@ def test_optimizer_and_average_move_once_a_step_however_many_losses_it_has(digit
 def test_records_come_at_every_log_step_and_at_the_last_with_the_mean_loss_between(digits: Images):
     def losses(log_every: int) -> dict[int, float]:
         model, spec = tiny(), replace(SPEC, steps=7, log_every=log_every)
-        records = run(TrainState.new(model, spec), digits, spec, dense_objective(model, Diffusion(NoiseSpec())))
+        records = run(TrainState.new(model, spec), digits, spec, dense_objective(model, Diffusion(Process())))
         return {r.step: r.loss for r in records}
 
     each = losses(1)
@@ -353,7 +354,7 @@ def test_the_average_is_the_recursion_with_diffusers_warm_up(digits: Images):
     state = TrainState.new(model, spec)
     shadow = {name: value.double() for name, value in model.named_parameters()}
     decays = []
-    for record in train(state, digits, spec, dense_objective(model, Diffusion(NoiseSpec())), Accelerator(cpu=True)):
+    for record in train(state, digits, spec, dense_objective(model, Diffusion(Process())), Accelerator(cpu=True)):
         done = record.step - 1
         decays.append(min(0.3, (1 + done) / (10 + done)) if done else 0.0)
         shadow = {n: decays[-1] * shadow[n] + (1 - decays[-1]) * w.detach() for n, w in model.named_parameters()}
@@ -411,7 +412,7 @@ def test_epochs_and_seeds_shuffle_differently():
 
 def test_a_short_training_on_digits_lowers_the_loss(digits: Images):
     model, spec = tiny(), replace(SPEC, steps=150, batch=64, lr=4e-3, warmup=10, log_every=1)
-    records = run(TrainState.new(model, spec), digits, spec, dense_objective(model, Diffusion(NoiseSpec())))
+    records = run(TrainState.new(model, spec), digits, spec, dense_objective(model, Diffusion(Process())))
     assert records[0].loss > 0.9
     assert sum(r.loss for r in records[-30:]) / 30 < 0.35
 
@@ -421,7 +422,7 @@ def test_bf16_trains_finite_weights_that_stay_float32_and_differ_from_those_of_f
     for precision in ("no", "bf16"):
         model, spec = tiny(), replace(SPEC, steps=6, precision=precision)
         trained[precision] = TrainState.new(model, spec)
-        records = run(trained[precision], digits, spec, dense_objective(model, Diffusion(NoiseSpec())))
+        records = run(trained[precision], digits, spec, dense_objective(model, Diffusion(Process())))
         assert all(math.isfinite(r.loss) and math.isfinite(r.grad_norm) for r in records)
     exact, coarse = (trained[precision].tensors() for precision in ("no", "bf16"))
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in coarse.values())

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from halfstep.errors import ModelError
+from halfstep.process import Process
 from halfstep.profiling import count_macs, macs_by_kind
-from halfstep.recipe import NoiseSpec, SlimSpec
+from halfstep.recipe import SlimSpec
 from halfstep.slimmable import Supernet, sandwich_objective, sort_channels, supernet_of
 from halfstep.train import Batch, Diffusion
 from halfstep.uvit import UViT2DModel
@@ -142,7 +143,7 @@ def test_sorting_keeps_the_function_and_puts_large_units_first(config):
 
 def test_the_sandwich_trains_it():
     supernet = supernet_of(make(), SlimSpec(widths=(1.0, 0.5)))
-    objective = sandwich_objective(supernet, Diffusion(NoiseSpec()).draw, SlimSpec(widths=(1.0, 0.5), distill="none"))
+    objective = sandwich_objective(supernet, Diffusion(Process()).draw, SlimSpec(widths=(1.0, 0.5), distill="none"))
     for loss in objective(Batch(torch.zeros(2, 1, 8, 8), None)):
         loss.backward()
     assert all(p.grad is not None and F.relu(p.grad).isfinite().all() for p in supernet.model.parameters())

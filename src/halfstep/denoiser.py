@@ -80,10 +80,13 @@ def corrected_as(
 ) -> torch.Tensor:
     """The prediction of any type whose noise is the corrected one, for the same sample.
 
-    sample = sqrt(level) clean + sqrt(1 - level) noise.  level: alphas_cumprod, a number.  Raises ModelError.
+    sample = sqrt(level) clean + sqrt(1 - level) noise.  level: alphas_cumprod, a number; at 0 (zero terminal SNR) the
+    sample is the noise, and nothing that is predicted corrects it.  Raises ModelError.
     """
     if prediction_type == "epsilon":
         return corrected(prediction, scale, threshold)
+    if level == 0:
+        return prediction
     noise = clean_and_noise(prediction, sample, level, prediction_type)[1]
     signal, rest = level.to(sample).sqrt(), (1 - level.to(sample)).sqrt()
     slope = 1 / signal if prediction_type == "v_prediction" else -rest / signal  # of the prediction by the noise
@@ -124,6 +127,19 @@ def require_config(holds: bool, got: str, expected: str, where: str) -> None:
     """Raise ModelError for a config that builds no model."""
     if not holds:
         raise ModelError(got=got, expected=expected, where=where, do="change the model's config")
+
+
+def require_same_shape(config: Mapping[str, Any], where: object) -> None:
+    """Raise ModelError unless a denoiser puts out what it takes in: its prediction and nothing beside it."""
+    given, wanted = config.get("out_channels"), config.get("in_channels")
+    if given != wanted:
+        beside = " (a learned variance beside the prediction)" if given == 2 * (wanted or 0) else ""
+        raise ModelError(
+            got=f"{given} channels out{beside}",
+            expected=f"{wanted}, as it takes in",
+            where=where,
+            do="bring a model that predicts one picture from one picture",
+        )
 
 
 def require_labels(labels: torch.Tensor | None, config: Any, where: str) -> None:

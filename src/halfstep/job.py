@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from halfstep.bank import Bank
-from halfstep.denoiser import copy_of
+from halfstep.denoiser import copy_of, require_same_shape
 from halfstep.fit import Fitted, fit, names_of
 from halfstep.judge import default_device
 from halfstep.latents import check_vae
 from halfstep.loop import preview_of, run_loop
 from halfstep.models import load_classes, load_denoiser, load_vae
+from halfstep.process import Process
 from halfstep.recipe import Recipe
-from halfstep.rundir import encoded, fit_data, images_for, open_run, with_noise
+from halfstep.rundir import encoded, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.train import Diffusion, Objective, TrainState
 from halfstep.watch import Watch
 
 
 class Source(NamedTuple):
-    """What a method starts from: the dense denoiser (None: images alone), the config of its noise scheduler, for
-    latents its VAE, and the names of its classes, where they are known."""
+    """What a method starts from: the dense denoiser (None: images alone), the process it was trained under, for latents
+    its VAE, and the names of its classes, where they are known."""
 
     dense: Any
-    noise: dict[str, Any]
+    noise: Process
     vae: Any
     classes: tuple[str, ...] = ()
 
 
 def opened(model: str | None, recipe: Recipe) -> tuple[Source, Recipe]:
-    """The dense denoiser of a folder, and the recipe with what follows from it; without one, the recipe's noise."""
+    """The dense denoiser of a folder, and the recipe with what follows from it: its forward process, the size of the
+    data. Without one, the recipe's process. Raises ModelError for a process that cannot be carried whole."""
     if model is None:
         vae = load_vae(recipe.model.vae) if recipe.model.vae else None
-        return Source(None, dict(Diffusion(recipe.noise, clip=vae is None).scheduler.config), vae), recipe
-    dense, noise = load_denoiser(model)
-    source = Source(dense, noise, load_vae(model), load_classes(model, dense.config))
+        process = recipe.noise if vae is None else replace(recipe.noise, clip_sample=False)  # latents are no pixels
+        process.scheduler()  # refuses betas that leave no signal
+        return Source(None, process, vae), replace(recipe, noise=process)
+    dense, config = load_denoiser(model)
+    vae = load_vae(model)
+    source = Source(dense, process_of(model, dense, config, vae), vae, load_classes(model, dense.config))
     if source.vae is not None:
         check_vae(source.vae, source.dense.config, model)
-    return source, with_noise(fit_data(recipe, source.dense.config, source.vae), source.noise)
+    return source, replace(fit_data(recipe, source.dense.config, source.vae), noise=source.noise)
+
+
+def process_of(source: str, dense: Any, config: Mapping[str, Any], vae: Any) -> Process:
+    """The process of a denoiser by its scheduler's config. Raises ModelError for one that is not carried whole, and for
+    a denoiser that predicts more than that process asks of it."""
+    require_same_shape(dense.config, source)
+    process = Process.of(config, where=source, latent=vae is not None)
+    process.scheduler()
+    return process
 
 
 def images_of(source: Source, data: str, recipe: Recipe, watch: Watch) -> Fitted:

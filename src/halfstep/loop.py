@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +19,7 @@ from halfstep.fit import require_labelled
 from halfstep.judge import to_uint8
 from halfstep.latents import Latents
 from halfstep.models import build_model
+from halfstep.process import Process
 from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
 from halfstep.sampling import reference_plan, sample_images
@@ -159,8 +159,8 @@ def run_loop(
     accelerator.end_training()
 
 
-def preview_of(bank: Bank, noise: Mapping[str, Any], recipe: Recipe, count: int = 32) -> torch.Tensor:
-    """A few images of every entry of a bank by 20 DDIM steps, [entries * count, C, S, S]; `noise` as in the plan."""
+def preview_of(bank: Bank, noise: Process, recipe: Recipe, count: int = 32) -> torch.Tensor:
+    """A few images of every entry of a bank by 20 DDIM steps, [entries * count, C, S, S]."""
     sample = replace(recipe.sample, scheduler="ddim", steps=20)
     plan = reference_plan(bank, noise, sample, dict.fromkeys(bank, 1))
     rows = [plan.uniform(name) for name in bank]

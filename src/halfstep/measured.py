@@ -110,8 +110,8 @@ def measured(
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
-    reference = reference_plan(bank, pipe.scheduler.config, recipe.sample, bank.macs())
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs()).uniform(main)
+    reference = reference_plan(bank, pipe.process, recipe.sample, bank.macs())
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs()).uniform(main)
     rows = {name: reference.uniform(name) for name in bank if name not in (bank.reference, main)}
     verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
     plan.save(out / "plan.json")

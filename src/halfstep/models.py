@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from halfstep.continuous import ContinuousUNet2DModel
 from halfstep.denoiser import class_count
 from halfstep.disk import read_json
 from halfstep.errors import ModelError
+from halfstep.process import Process
 from halfstep.spectral import SpectralUNet2DModel
 from halfstep.typed import shown
 from halfstep.uvit import UViT2DModel
@@ -293,14 +295,17 @@ def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
     """A denoiser and the config of its noise scheduler.
 
     `source`: "digits" (bundled), a diffusers pipeline folder (its `unet` and `scheduler`), a run folder of
-    `halfstep train`, or a model folder (then DDPM's linear schedule with epsilon prediction is assumed, unless a
-    folder `scheduler` stands beside or inside it). Raises ModelError.
+    `halfstep train`, or a model folder with a `scheduler_config.json`, or with a folder `scheduler` inside or beside
+    it. Without any of these a warning says that the process of DDPM is assumed. Raises ModelError.
     """
     folder = pipeline_folder(source)
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     model = load_model(inner)
-    for place in (folder / "scheduler", folder.parent / "scheduler"):
+    for place in (folder / "scheduler", folder, folder.parent / "scheduler"):  # the second is the hub's layout of 2022
         if (place / "scheduler_config.json").is_file():
-            record = read_json(place / "scheduler_config.json", what="a scheduler config", do="save the pipeline again")
-            return model, record
-    return model, dict(diffusers.DDPMScheduler().config)
+            file, do = place / "scheduler_config.json", "save the pipeline again"
+            record = read_json(file, what="a scheduler config", do=do, error=ModelError)
+            return model, {"prediction_type": "epsilon", **record}
+    process = Process()
+    warnings.warn(f"{source}: no scheduler_config.json; it is taken for a model of {process}", stacklevel=2)
+    return model, process.config()

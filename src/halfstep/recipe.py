@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from halfstep.errors import RecipeError
+from halfstep.process import Process
 from halfstep.typed import build, leaves, nearest, parse
 
 
@@ -30,17 +31,6 @@ class ModelSpec:
     class_conditional: bool = False
     config: str = ""
     vae: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSpec:
-    """The forward process: T timesteps, the beta schedule, and what the denoiser predicts."""
-
-    timesteps: int = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +256,7 @@ class Recipe:
     name: str = "default"
     seed: int = 0
     model: ModelSpec = field(default_factory=ModelSpec)
-    noise: NoiseSpec = field(default_factory=NoiseSpec)
+    noise: Process = field(default_factory=Process)
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     slim: SlimSpec = field(default_factory=SlimSpec)

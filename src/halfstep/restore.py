@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 
 from halfstep.denoiser import Predict, clean_and_noise
 from halfstep.errors import DataError, HalfstepError, ModelError, PlanError
+from halfstep.process import Process
 from halfstep.profiling import interleave
 from halfstep.sampling import image_generators
 
@@ -71,7 +71,7 @@ def restore(
     predict: Predict,
     noisy: torch.Tensor,
     sigma: float,
-    noise_config: Mapping[str, Any],
+    process: Process | Mapping[str, Any],
     *,
     steps: int,
     labels: torch.Tensor | None = None,
@@ -79,32 +79,34 @@ def restore(
     """Noisy pictures of the model's size -> restored ones, by DDIM without noise from the matching timestep.
 
     noisy: [B,C,S,S], in [-1, 1] but for the noise: do not clamp it.  sigma: as everywhere in [0, 1] terms.
-    noise_config: of the scheduler that the model was trained with (betas, prediction type, clipping of the estimate).
+    process: the process that the model was trained under, or its scheduler's config.
     steps: calls of the model; 1 is its one-shot estimate.  Returns [B,C,S,S] in about [-1, 1].
     The update is written out because DDIMScheduler.step knows its own grid over all timesteps only.
     Raises: DataError (sigma), PlanError (steps), ModelError (a prediction that is no noise, picture or velocity).
     """
-    scheduler = DDPMScheduler.from_config(dict(noise_config))
+    scheduler = Process.of(process).scheduler()
     timesteps = timesteps_from(matching_timestep(sigma, scheduler.alphas_cumprod), steps)
     levels = [float(scheduler.alphas_cumprod[t]) for t in timesteps] + [1.0]
     sample = math.sqrt(levels[0]) * noisy
     for t, (level, after) in zip(timesteps, pairwise(levels), strict=True):
         prediction = predict(sample, torch.full((len(sample),), t, device=sample.device), labels)
-        clean, noise = _parts(prediction, sample, level, scheduler.config)
+        clean, noise = _parts(prediction, sample, level, scheduler)
         sample = math.sqrt(after) * clean + math.sqrt(1 - after) * noise
     return sample
 
 
 def _parts(
-    prediction: torch.Tensor, sample: torch.Tensor, level: float, config: Any
+    prediction: torch.Tensor, sample: torch.Tensor, level: float, scheduler: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clean part and the noise of a sample; clipping moves the clean part alone, as in diffusers."""
     if prediction.shape != sample.shape:
         got, expected = f"a prediction {list(prediction.shape)}", f"{list(sample.shape)}, as the sample"
         raise ModelError(got=got, expected=expected, where="model", do="bring a model that predicts no variance")
-    clean, noise = clean_and_noise(prediction, sample, torch.tensor(level), config.prediction_type)
-    if config.clip_sample:
-        clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
+    clean, noise = clean_and_noise(prediction, sample, torch.tensor(level), scheduler.config.prediction_type)
+    if scheduler.config.thresholding:
+        clean = scheduler._threshold_sample(clean)
+    elif scheduler.config.clip_sample:
+        clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
     return clean, noise
 
 
@@ -115,7 +117,7 @@ def restore_picture(
     predict: Predict,
     picture: torch.Tensor,
     sigma: float,
-    noise_config: Mapping[str, Any],
+    process: Process | Mapping[str, Any],
     *,
     steps: int,
     size: int,
@@ -142,7 +144,7 @@ def restore_picture(
 
     def call(tiles: torch.Tensor) -> torch.Tensor:
         labels = None if label is None else torch.full((len(tiles),), label, device=device)
-        found = restore(predict, 2 * tiles.to(device) - 1, sigma, noise_config, steps=steps, labels=labels)
+        found = restore(predict, 2 * tiles.to(device) - 1, sigma, process, steps=steps, labels=labels)
         return (found / 2 + 0.5).to(tiles)
 
     overlap = size // 4 if overlap is None else overlap

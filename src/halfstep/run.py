@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, LDMPipeline
+from diffusers import DDPMPipeline, LDMPipeline
 
 from halfstep import compress, disk
 from halfstep.bank import Bank
@@ -24,7 +24,7 @@ from halfstep.denoiser import class_count, copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
-from halfstep.job import images_of, opened
+from halfstep.job import images_of, opened, process_of
 from halfstep.judge import default_device, measure_plans, to_uint8
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import (
@@ -39,6 +39,7 @@ from halfstep.measured import (
 from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.pictures import read_picture
 from halfstep.plan import StepPlan
+from halfstep.process import Process
 from halfstep.recipe import Recipe
 from halfstep.report import picture, picture_grid
 from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture
@@ -71,7 +72,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
         fit(net.config, images, vae, images.classes)
     out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""})
     done = out / "pipeline"
-    diffusion = Diffusion(recipe.noise, clip=vae is None)
+    diffusion = Diffusion(recipe.noise)
     if (done / "model_index.json").is_file():
         watch.say(f"{done} is there already")
         return done
@@ -80,7 +81,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
         twin = copy_of(net)
         twin.load_state_dict(weights)
         bank = Bank({"full": twin}, "full", recipe.noise.prediction, vae=vae and vae.to(twin.device))
-        return preview_of(bank, diffusion.scheduler.config, recipe)
+        return preview_of(bank, recipe.noise, recipe)
 
     state = TrainState.new(net, recipe.train)
     run_loop(out, state, seen, recipe, dense_objective(net, diffusion), "dense", watch, preview)
@@ -122,7 +123,7 @@ def search(
     """Search a plan for an existing step-aware pipeline (what `compress` wrote); writes pipeline/ and plan.json."""
     pipe, goal = open_pipeline(model), goal_text(budget, max_loss)
     require_measurable(require_fit(pipe.bank, data, recipe, watch).images, recipe)
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
     require_goal(plan, pipe.bank.names, recipe, budget=budget, max_loss=max_loss)
     out = open_run(out, recipe, {"verb": "search", "model": str(model), "data": data, "goal": goal})
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
@@ -229,7 +230,7 @@ def optimize(
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
     found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
@@ -247,8 +248,8 @@ def spectrum(
     """
     lines: dict[str, dict[str, Any]] = {}
     for source in models:
-        bank, _, noise = _bank_and_plan(source)
-        alphas = DDPMScheduler.from_config(noise).alphas_cumprod
+        bank, _, process = _bank_and_plan(source)
+        alphas = process.scheduler().alphas_cumprod
         found = encoded(require_fit(bank, data, Recipe()).images, bank.vae)
         chosen = slice(0, min(images, len(found)))
         clean = found.batch(chosen)
@@ -307,9 +308,9 @@ def denoise(
     banks = {source: _bank_and_plan(source) for source in models}
     if classes and not any(class_count(bank.config) for bank, _, _ in banks.values()):
         numbers_of(classes, 0)  # refuses them
-    for source, (bank, _, config) in banks.items():
+    for source, (bank, _, process) in banks.items():
         prefix = f"{Path(source).name} " if len(models) > 1 else ""
-        for entry, call in _restorers(source, bank, config, classes).items():
+        for entry, call in _restorers(source, bank, process, classes).items():
             for count in steps:
                 name = f"{prefix}{entry}, {count} step{'s' * (count > 1)}"
                 methods[name], counts[name] = partial(call, steps=count), count
@@ -343,14 +344,14 @@ def denoise(
 
 
 def _restorers(
-    source: str, bank: Bank, config: Mapping[str, Any], classes: Sequence[str | int]
+    source: str, bank: Bank, process: Process, classes: Sequence[str | int]
 ) -> dict[str, Callable[..., torch.Tensor]]:
     """What every entry of a model's folder restores pictures with, as each class, but for the number of steps."""
     if bank.vae is not None:
         raise ModelError(got="a latent model", expected="one on pixels", where=source, do="bring a pixel model")
     bank.to(default_device())
     size, channels = bank.config["sample_size"], bank.config["in_channels"]
-    kinds = {"noise_config": {**config, "prediction_type": bank.prediction_type}, "size": size, "channels": channels}
+    kinds = {"process": process, "size": size, "channels": channels}
     labels: dict[str, int | None] = {"": None}
     if class_count(bank.config):
         labels = {f" as {one}": number for one, number in zip(classes, _numbers(bank, classes, source), strict=True)}
@@ -383,10 +384,10 @@ def shrink(
     reference at that many). Writes pipeline/, plan.json and the report, whose path it returns; resumes.
     """
     begun = time.time()
-    bank, own, noise = _bank_and_plan(model)
+    bank, own, process = _bank_and_plan(model)
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
     require_measurable(require_fit(bank, data, recipe, watch).images, recipe)
-    plan = own if own and not steps else reference_plan(bank, noise, recipe.sample, bank.macs())
+    plan = own if own and not steps else reference_plan(bank, process, recipe.sample, bank.macs())
     out = open_run(out, recipe, {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)})
     if is_measured(out):
         return tell(out)
@@ -396,8 +397,7 @@ def shrink(
     found = shrink_plan(judge, plan, recipe.shrink, out, seed=recipe.seed, watch=watch)
     watch.say(f"best on fresh seeds: {found.chosen}")
     controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
-    most = noise["num_train_timesteps"]
-    counts = [k * plan.steps for k in (2, 10) if k * plan.steps <= most]
+    counts = [k * plan.steps for k in (2, 10) if k * plan.steps <= process.timesteps]
     more = {f"{count} steps, no correction": fewer_steps(plan, count) for count in counts}
     plans = {"reference": found.plans["none"], "plan": found.plan} | controls | more
     verdict = measure_plans(judge, plans, recipe, watch=watch)
@@ -406,15 +406,16 @@ def shrink(
     return write_and_tell(judge, verdict, out, begun)
 
 
-def _bank_and_plan(model: str) -> tuple[Bank, StepPlan | None, Mapping[str, Any]]:
-    """The bank of a folder, with its plan where it is a step-aware pipeline, and the noise scheduler's config."""
+def _bank_and_plan(model: str) -> tuple[Bank, StepPlan | None, Process]:
+    """The bank of a folder, with its plan where it is a step-aware pipeline, and the process it was trained under."""
     folder = Path(model)
     if any((place / "plan.json").is_file() for place in (folder, folder / "pipeline")):
         pipe = open_pipeline(model)
-        return pipe.bank, pipe.plan, pipe.scheduler.config
-    dense, noise = load_denoiser(model)
+        return pipe.bank, pipe.plan, pipe.process
+    dense, config = load_denoiser(model)
     vae, classes = load_vae(model), load_classes(model, dense.config)
-    return Bank({"full": dense}, "full", noise["prediction_type"], vae=vae, classes=classes), None, noise
+    process = process_of(model, dense, config, vae)
+    return Bank({"full": dense}, "full", process.prediction, vae=vae, classes=classes), None, process
 
 
 def report(out: Path) -> Path:

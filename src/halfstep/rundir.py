@@ -77,10 +77,3 @@ def fit_data(recipe: Recipe, config: Mapping[str, Any], vae: Any = None) -> Reci
     channels, size = shape_for(config, vae)
     data = replace(recipe.data, size=recipe.data.size or size, channels=recipe.data.channels or channels)
     return replace(recipe, data=data)
-
-
-def with_noise(recipe: Recipe, noise: Mapping[str, Any]) -> Recipe:
-    """The recipe with the forward process that the model was trained with."""
-    names = {"num_train_timesteps": "timesteps", "prediction_type": "prediction"}
-    known = {names.get(k, k): noise[k] for k in (*names, "beta_schedule", "beta_start", "beta_end") if k in noise}
-    return Recipe.from_json({**recipe.to_json(), "noise": known}, where="the model's scheduler")

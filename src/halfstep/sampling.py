@@ -15,22 +15,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from halfstep.bank import Bank
 from halfstep.classes import numbers_of, read_classes, write_classes
-from halfstep.denoiser import class_count, corrected_as
+from halfstep.denoiser import class_count, corrected_as, require_same_shape
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import PlanError
 from halfstep.latents import decode
 from halfstep.models import load_vae
 from halfstep.plan import Row, StepPlan
+from halfstep.process import Process
 from halfstep.recipe import SampleSpec
-
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (diffusers.DDIMScheduler, {}),
-    "ddpm": (diffusers.DDPMScheduler, {}),
-    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "heun": (diffusers.HeunDiscreteScheduler, {}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-}
-"""The samplers that a recipe names. Others enter through `plan_for` with a scheduler of the user's own."""
+from halfstep.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
 
 Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
 """(row, sample before the call as the scheduler holds it, prediction) -> None"""
@@ -41,60 +34,50 @@ Labels = Callable[[int], int]
 
 
 def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, entry_macs: Mapping[str, int]) -> StepPlan:
-    """The plan that runs the bank's reference at every step of any diffusers scheduler."""
-    cls: Any = type(scheduler)
-    fresh = with_timesteps(cls.from_config(scheduler.config), steps)
-    config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    """The plan that runs the bank's reference at every step of a diffusers scheduler.
+
+    Raises PlanError for a scheduler that no plan may name (see `samplers`), whose settings do not go together, or that
+    takes another prediction than the bank gives; ModelError for a bank that predicts more than one picture.
+    """
+    require_same_shape(bank.config, f"bank entry {bank.reference!r}")
+    name = type(scheduler).__name__
+    config = plain_config(scheduler)
+    process = Process.of({**config, "_class_name": name}, where=name, error=PlanError)
+    if process.prediction != bank.prediction_type:
+        raise PlanError(
+            got=f"a scheduler for {process.prediction}",
+            expected=f"{bank.prediction_type}, as the bank predicts",
+            where=name,
+            do=f"set its prediction_type to {bank.prediction_type!r}",
+        )
+    fresh = with_timesteps(scheduler_of(name, config, name), steps)
+    rehearse(fresh)
     return StepPlan(
         rows=tuple(Row(float(t), bank.reference) for t in fresh.timesteps),
-        scheduler=type(scheduler).__name__,
-        scheduler_config=json.loads(json.dumps(config)),
+        scheduler=name,
+        scheduler_config=config,
         steps=steps,
         reference=bank.reference,
         entry_macs=dict(entry_macs),
     )
 
 
-def reference_plan(bank: Bank, noise: Mapping[str, Any], sample: SampleSpec, entry_macs: Mapping[str, int]) -> StepPlan:
-    """The reference plan of a recipe's sampler; `noise` is the config of the scheduler that the model was trained with.
-
-    Only the forward process is taken over (betas, prediction type, clipping), so that any sampler fits any model.
-    """
-    cls, options = SCHEDULERS[sample.scheduler]
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    own = {key: noise[key] for key in (*kept, "clip_sample", "clip_sample_range") if key in noise}
-    if sample.scheduler == "ddpm":
-        own["variance_type"] = {"posterior": "fixed_small", "beta": "fixed_large"}[sample.variance]
-    return plan_for(bank, cls.from_config(own, **options), sample.steps, entry_macs)
+def reference_plan(
+    bank: Bank, noise: Process | Mapping[str, Any], sample: SampleSpec, entry_macs: Mapping[str, int]
+) -> StepPlan:
+    """The reference plan of a recipe's sampler; `noise`: the process of the model's training, or its config."""
+    return plan_for(bank, sampler_of(Process.of(noise), sample), sample.steps, entry_macs)
 
 
 def fewer_steps(plan: StepPlan, steps: int) -> StepPlan:
     """The reference in every row of the same sampler with another number of steps."""
-    scheduler = with_timesteps(_scheduler_class(plan).from_config(dict(plan.scheduler_config)), steps)
+    scheduler = with_timesteps(scheduler_of(plan.scheduler, plan.scheduler_config), steps)
     return replace(plan, rows=tuple(Row(float(t), plan.reference) for t in scheduler.timesteps), steps=steps)
-
-
-def with_timesteps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Any:
-    """A scheduler set to so many steps. Raises PlanError for a number that it refuses: more than in training."""
-    try:
-        scheduler.set_timesteps(steps, device=device)
-    except ValueError as error:
-        expected = f"at most the {scheduler.config.num_train_timesteps} of the training"
-        where = type(scheduler).__name__
-        raise PlanError(got=f"{steps} steps", expected=expected, where=where, do="take fewer steps") from error
-    return scheduler
-
-
-def _scheduler_class(plan: StepPlan) -> Any:
-    cls = getattr(diffusers, plan.scheduler, None)
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        raise PlanError(got=plan.scheduler, expected="a diffusers scheduler", where="plan", do="name a scheduler class")
-    return cls
 
 
 def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> SchedulerMixin:
     """A fresh scheduler for one trajectory, its timesteps set. Raises PlanError when they are not the plan's."""
-    scheduler = with_timesteps(_scheduler_class(plan).from_config(dict(plan.scheduler_config)), plan.steps, device)
+    scheduler = with_timesteps(scheduler_of(plan.scheduler, plan.scheduler_config), plan.steps, device)
     own = [float(t) for t in scheduler.timesteps]
     for i, row in enumerate(plan.rows):
         if i >= len(own) or not abs(own[i] - row.timestep) <= 1e-3:
@@ -143,7 +126,7 @@ def denoise(
     models, kind = {name: bank[name] for name in set(plan.entries)}, bank.prediction_type
     calls = [models[entry] for entry in plan.entries]
     kwargs = {} if labels is None else {"class_labels": labels}
-    step_kwargs = {"generator": list(generators)} if _takes_generator(scheduler) else {}
+    step_kwargs = step_options(scheduler, generators)
     timesteps = scheduler.timesteps
     levels = _levels(scheduler) if plan.corrected and kind != "epsilon" else timesteps
     for i in progress(range(start, len(calls))):
@@ -164,10 +147,6 @@ def _levels(scheduler: Any) -> torch.Tensor:
     if hasattr(scheduler, "sigmas"):  # of float timesteps too
         return 1 / (1 + scheduler.sigmas[: len(scheduler.timesteps)].square())
     return scheduler.alphas_cumprod[scheduler.timesteps.cpu().long()]
-
-
-def _takes_generator(scheduler: SchedulerMixin) -> bool:
-    return "generator" in scheduler.step.__code__.co_varnames
 
 
 def start_noise(bank: Bank, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -231,13 +210,21 @@ class StepAwarePipeline(DiffusionPipeline):
                 raise PlanError(
                     got=f"entry {name!r}", expected=f"one of {', '.join(bank)}", where="plan", do="use the bank's names"
                 )
-        self.register_modules(bank=bank, scheduler=build_scheduler(plan))
+        scheduler = build_scheduler(plan)
+        rehearse(scheduler)
+        self.register_modules(bank=bank, scheduler=scheduler)
         self.plan = plan
 
     @property
     def components(self) -> dict[str, Any]:
         """What `to` moves and what the folder holds."""
         return {"bank": self.bank, "scheduler": self.scheduler}  # the bank holds the VAE
+
+    @property
+    def process(self) -> Process:
+        """The process that the bank was trained under, as the plan's sampler carries it."""
+        config = {**self.plan.scheduler_config, "_class_name": self.plan.scheduler}
+        return Process.of(config, where="the plan's scheduler", latent=self.bank.vae is not None)
 
     @torch.no_grad()
     def __call__(

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,7 +24,8 @@ from halfstep.denoiser import Predict, predictor
 from halfstep.disk import write_atomic
 from halfstep.errors import RunError
 from halfstep.latents import Latents
-from halfstep.recipe import NoiseSpec, TrainSpec
+from halfstep.process import Process
+from halfstep.recipe import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,11 @@ time; the gradients add up, which is the gradient of the summed losses."""
 class Diffusion:
     """The forward process and its regression loss (DDPM, arXiv 2006.11239, eq. 14; any prediction type).
 
-    `clip`: whether samplers clamp the clean estimate to [-1, 1], as for pixels and not for latents.
+    `scheduler`: the process as diffusers' training scheduler. Raises RecipeError for betas that leave no signal.
     """
 
-    def __init__(self, noise: NoiseSpec, clip: bool = True):
-        self.scheduler = DDPMScheduler(
-            num_train_timesteps=noise.timesteps,
-            beta_schedule=noise.beta_schedule,
-            beta_start=noise.beta_start,
-            beta_end=noise.beta_end,
-            prediction_type=noise.prediction,
-            clip_sample=clip,
-        )
+    def __init__(self, process: Process):
+        self.scheduler = process.scheduler()
 
     def draw(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw timesteps and noise; return (noisy sample, timestep, target), the target by prediction type."""
