@@ -361,15 +361,20 @@ def test_recover_clears_what_killed_processes_left_and_brings_back_what_was_set_
     dead.wait()
     inner = tmp_path / "state"
     inner.mkdir()
-    half, folder = inner / f".train.safetensors.{dead.pid}.tmp", tmp_path / f".pipeline.{dead.pid}.tmp"
+    half, folder = (
+        inner / f".train.safetensors.{dead.pid}.halfstep-tmp",
+        tmp_path / f".pipeline.{dead.pid}.halfstep-tmp",
+    )
     half.write_bytes(b"half")
     folder.mkdir()
-    aside = tmp_path / f".pipeline.{dead.pid}.old"
+    aside = tmp_path / f".pipeline.{dead.pid}.halfstep-old"
     aside.mkdir()
     (aside / "model").write_text("whole")
-    replaced = tmp_path / f".log.jsonl.{dead.pid}.old"
+    replaced = tmp_path / f".log.jsonl.{dead.pid}.halfstep-old"
     replaced.write_text("older")
-    others = [tmp_path / "log.jsonl", tmp_path / f".live.{os.getpid()}.tmp", tmp_path / ".hidden"]
+    (tmp_path / f".probe.{dead.pid}.halfstep-tmp").write_bytes(b"0")
+    foreign = [tmp_path / f".notes.{dead.pid}.tmp", tmp_path / f".notes.{dead.pid}.old", tmp_path / ".hidden"]
+    others = [tmp_path / "log.jsonl", tmp_path / f".live.{os.getpid()}.halfstep-tmp", *foreign]
     for path in others:
         path.write_text("kept")
     disk.recover(tmp_path)

@@ -12,8 +12,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
-    "values": ("errors", "disk", "typed", "process", "recipe", "results", "plan", "watch", "threads"),
-    "nets": ("denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
+    "values": ("errors", "disk", "lock", "typed", "process", "recipe", "results", "plan", "watch", "threads"),
+    "nets": ("content", "denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
         "layout",

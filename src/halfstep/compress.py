@@ -17,6 +17,7 @@ from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.job import Job, opened
 from halfstep.latents import Latents
+from halfstep.lock import releasing
 from halfstep.loop import new_classes, new_model
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.profiling import count_macs
@@ -29,6 +30,7 @@ from halfstep.train import TrainState
 from halfstep.watch import SILENT, Watch
 
 
+@releasing
 def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """DDSM's supernet from a dense denoiser: a bank of widths. Returns the folder of a `StepAwarePipeline`.
 
@@ -52,6 +54,7 @@ def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
     return job.run("supernet", TrainState.new(supernet.model, recipe.train), objective, bank_of)
 
 
+@releasing
 def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """SparseDM: the dense denoiser fine-tuned under N:M masks. Returns the folder of a `StepAwarePipeline`.
 
@@ -80,6 +83,7 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     return job.run("sparse", state, objective, bank_of)
 
 
+@releasing
 def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Spectral Diffusion: a slim wavelet-gated student of the dense denoiser. Returns the folder of a
     `StepAwarePipeline` whose bank holds "full", the teacher as it came, and "spectral"."""
@@ -100,6 +104,7 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
     return job.run("spectral", TrainState.new(pupil, recipe.train), objective, bank_of, student)
 
 
+@releasing
 def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = None, watch: Watch = SILENT) -> Path:
     """The Missing U: a continuous U-Net from images, with a dense teacher or alone. Returns the folder of a
     `StepAwarePipeline` whose bank holds "continuous@1" … for every number of solver steps, which share one set of
@@ -164,6 +169,7 @@ def continuous_bank(dense: Any, net: ContinuousUNet2DModel, steps: Sequence[int]
     return Bank(entries, list(names.values())[-1] if dense is None else "full", prediction, shared)
 
 
+@releasing
 def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Regularised score matching with one weight `regular.r`, from images or on from a dense model. Returns the folder
     of a `StepAwarePipeline` whose bank holds one entry, "r=0.1"."""

@@ -60,18 +60,18 @@ def _error_number(error: Exception) -> int | None:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary sibling (a file or a folder) of `path`, flush it to disk, then rename it to `path`.
 
-    The temporary name starts with a dot and carries the process id. An old file or folder at `path` is replaced only
-    after the new one is whole.
+    The temporary name starts with a dot, carries the process id and is no other program's. An old file or folder at
+    `path` is replaced only after the new one is whole.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.halfstep-tmp")
     with plain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
             _flush(temporary)
             if temporary.is_dir() and path.is_dir():  # a folder cannot be renamed over a full folder
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                old = path.with_name(f".{path.name}.{os.getpid()}.halfstep-old")
                 os.replace(path, old)
                 try:
                     os.replace(temporary, path)
@@ -298,7 +298,7 @@ def require_writable(folder: Path) -> Path:
     folder = Path(folder)
     with plain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
+        probe = folder / f".probe.{os.getpid()}.halfstep-tmp"
         try:
             probe.write_bytes(b"0" * 4096)
         finally:
@@ -307,7 +307,10 @@ def require_writable(folder: Path) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Clear what killed processes left in a run folder: half-written files go, a folder set aside comes back."""
+    """Clear what killed processes left in a run folder: half-written files go, a folder set aside comes back.
+
+    Only names that `write_atomic` and `require_writable` make are touched, and only call it on a folder of ours.
+    """
     for left in [path for path in folder.rglob(".*") if _LEFT.fullmatch(path.name)]:
         name, process, kind = _LEFT.fullmatch(left.name).groups()  # type: ignore[union-attr]
         if _runs(int(process)):
@@ -320,7 +323,7 @@ def recover(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-_LEFT = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")
+_LEFT = re.compile(r"\.(.+)\.(\d+)\.halfstep-(tmp|old)")
 
 
 def _runs(process: int) -> bool:

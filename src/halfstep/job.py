@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 
 from halfstep.bank import Bank
 from halfstep.denoiser import copy_of, require_same_shape
@@ -18,7 +19,7 @@ from halfstep.loop import preview_of, run_loop
 from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.process import Process
 from halfstep.recipe import Recipe
-from halfstep.rundir import encoded, fit_data, images_for, open_run
+from halfstep.rundir import contents_of, encoded, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.train import Diffusion, Objective, TrainState
 from halfstep.watch import Watch
@@ -86,11 +87,12 @@ class Job:
         self.done = self.out / "pipeline"
         self.diffusion = Diffusion(recipe.noise)
         self.pictures, self.matched = images_of(source, data, recipe, watch)
+        self.contents = contents_of(self.pictures, *source) if model else contents_of(self.pictures, source.vae)
         self.images = encoded(self.pictures, self.vae, watch)
 
     def begun(self) -> bool:
         """Make or re-enter the run folder, once everything else was found good; False when the run is finished."""
-        open_run(self.out, self.recipe, self.inputs)
+        open_run(self.out, self.recipe, self.inputs, self.contents, self.watch)
         return not (self.done / "model_index.json").is_file()
 
     def teacher(self) -> Any:
@@ -128,5 +130,6 @@ class Job:
         bank.vae, bank.classes = self.vae, names_of(bank.config, self.pictures, self.classes)
         bank.cpu()
         plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
-        StepAwarePipeline(bank, plan).save_pretrained(self.done)
+        if PartialState().is_main_process:
+            StepAwarePipeline(bank, plan).save_pretrained(self.done)
         return self.done

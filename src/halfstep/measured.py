@@ -11,13 +11,14 @@ import numpy as np
 from halfstep import disk
 from halfstep.bank import Bank
 from halfstep.data import Images
-from halfstep.errors import DataError, HalfstepError
+from halfstep.errors import DataError, HalfstepError, RunError
 from halfstep.evaluate import NEIGHBOURS
-from halfstep.features import extract, extractor_of, feature_net_for, train_features
+from halfstep.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.fit import Fitted, fit
 from halfstep.judge import Judge, Measured, default_device, extractor_for, measure_plans
+from halfstep.lock import releasing
 from halfstep.recipe import Recipe
-from halfstep.rundir import fit_data, images_for
+from halfstep.rundir import contents_of, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.story import tell
 from halfstep.watch import SILENT, Watch
@@ -30,13 +31,20 @@ def open_pipeline(source: str) -> StepAwarePipeline:
     return StepAwarePipeline.from_pretrained(inner if (inner / "model_index.json").is_file() else folder)
 
 
+@releasing
 def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
-    """Train the data's own feature classifier and save it in `out`; returns `out`."""
-    out = Path(out)
-    if (out / "features.json").is_file():
+    """Train the data's own feature classifier and save it in `out`; returns `out`.
+
+    Raises RunError for a folder with other files, or with the network of other data.
+    """
+    out, images = Path(out), images_for(recipe, data, watch=watch)
+    there = (out / "features.json").is_file()
+    if there and not (out / "recipe.json").exists():  # of before 2026-11-26, when no run folder was made for it
+        _require_features_of(images, out)
         return out
-    disk.require_writable(out)
-    images = images_for(recipe, data, watch=watch)
+    open_run(out, recipe, {"verb": "features", "data": data}, contents_of(images), watch)
+    if there:
+        return out
     net = feature_net_for(images, seed=recipe.seed)
     steps = recipe.eval.feature_steps
     test = None
@@ -51,6 +59,17 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     watch.say(f"feature network: accuracy {share:.1%} on {'test' if test else 'training'} images")
     net.save(out)
     return out
+
+
+def _require_features_of(images: Images, out: Path) -> None:
+    known = FeatureNet.load(out).record["fingerprint"]
+    if known != images.fingerprint:
+        raise RunError(
+            got=f"the feature network of other data (fingerprint {known})",
+            expected=f"one of {images.name} (fingerprint {images.fingerprint})",
+            where=out,
+            do="choose another --out, or delete that folder",
+        )
 
 
 def require_fit(bank: Bank, data: str, recipe: Recipe, watch: Watch = SILENT) -> Fitted:

@@ -12,6 +12,7 @@ from halfstep.compress import regular_name
 from halfstep.data import Images
 from halfstep.job import Source, images_of, opened
 from halfstep.judge import measure_plans
+from halfstep.lock import releasing
 from halfstep.measured import (
     is_measured,
     judge_for,
@@ -23,7 +24,7 @@ from halfstep.measured import (
 )
 from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe
-from halfstep.rundir import encoded, open_run
+from halfstep.rundir import contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
@@ -40,6 +41,7 @@ def _ready(model: str | None, data: str, recipe: Recipe, watch: Watch) -> tuple[
     return source, images
 
 
+@releasing
 def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """SparseDM from a dense denoiser to a report: fine-tune under masks, measure every pattern beside the reference
     and beside one-shot masking of the same weights. Returns report.html; resumes."""
@@ -55,6 +57,7 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     return measured(pipe, bank, main, data, out, recipe, begun, watch)
 
 
+@releasing
 def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Spectral Diffusion from a dense denoiser to a report: train the student, measure it beside the teacher.
 
@@ -66,6 +69,7 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
     return measured(pipe, pipe.bank, "spectral", data, out, recipe, begun, watch)
 
 
+@releasing
 def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = None, watch: Watch = SILENT) -> Path:
     """The Missing U from images to a report: train the continuous net, measure every number of solver steps beside the
     teacher, or where there is none beside the most steps. Returns report.html; resumes."""
@@ -76,6 +80,7 @@ def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = No
     return measured(pipe, pipe.bank, main, data, out, recipe, begun, watch)
 
 
+@releasing
 def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Regularised score matching to a report: one training for every weight of the penalty, the best one by the
     distance on validation seeds, and always beside it the plain training with its best scale and its best threshold,
@@ -86,7 +91,9 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     begun = time.time()
     source, images = _ready(model, data, recipe, watch)
     compress.regular_net(source.dense, encoded(images, source.vae, watch), recipe)
-    out = open_run(out, recipe, {"verb": "compress regularized grid", "data": data, "model": model or ""})
+    inputs = {"verb": "compress regularized grid", "data": data, "model": model or ""}
+    contents = contents_of(images, *source) if model else contents_of(images, source.vae)
+    out = open_run(out, recipe, inputs, contents, watch)
     if is_measured(out):
         return tell(out)
     entries, pipe = {}, None

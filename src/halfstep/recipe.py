@@ -7,8 +7,10 @@ import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from halfstep.disk import read_record
 from halfstep.errors import RecipeError
 from halfstep.process import Process
 from halfstep.typed import build, leaves, nearest, parse
@@ -302,6 +304,29 @@ class Recipe:
         """The names of the fields in which two recipes differ, e.g. ["train.steps"]."""
         mine, theirs = dict(leaves(self)), dict(leaves(other))
         return [name for name in mine if mine[name] != theirs[name]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """recipe.json of a run folder: the recipe (None: the verb has none), what the command named, and the machine.
+
+    `inputs`: the verb, paths and goal as they were given, and the fingerprints of what lay there, "model_content" and
+    "data_content"; runs of before 2026-11-26 have none.
+    """
+
+    inputs: dict[str, str]
+    recipe: Recipe | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    format: Literal[1] = 1
+
+    @classmethod
+    def load(cls, folder: Path) -> RunRecord:
+        """Read it. Raises RunError when it is missing or no such record, RecipeError for a recipe that cannot be."""
+        file = folder / "recipe.json"
+        return read_record(file, cls, what="the record of a run", do="choose another --out")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 def field_names() -> list[str]:

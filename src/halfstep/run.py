@@ -5,6 +5,7 @@ Each takes plain values, writes a run folder and can be called again to resume. 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -15,17 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DDPMPipeline, LDMPipeline
 
 from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, write_classes
+from halfstep.content import fingerprint
 from halfstep.denoiser import class_count, copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
 from halfstep.job import images_of, opened, process_of
 from halfstep.judge import default_device, measure_plans, to_uint8
+from halfstep.lock import releasing
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import (
     is_measured,
@@ -44,7 +48,7 @@ from halfstep.recipe import Recipe
 from halfstep.report import picture, picture_grid
 from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture
 from halfstep.results import Cost
-from halfstep.rundir import encoded, open_run
+from halfstep.rundir import CONTENT, contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
@@ -56,6 +60,7 @@ from halfstep.watch import SILENT, Watch
 # ---------------------------------------------------------------------------------------------------------- training
 
 
+@releasing
 def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Train a dense denoiser on `data` (from the recipe's model spec, or on from the folder `model`).
 
@@ -70,9 +75,10 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     if net is None:
         net = new_model(recipe.model, seen, recipe.noise.timesteps)
         fit(net.config, images, vae, images.classes)
-    out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""})
-    done = out / "pipeline"
     diffusion = Diffusion(recipe.noise)
+    contents = contents_of(images, *source) if model else contents_of(images, vae)
+    out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""}, contents, watch)
+    done = out / "pipeline"
     if (done / "model_index.json").is_file():
         watch.say(f"{done} is there already")
         return done
@@ -94,7 +100,8 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
         pipeline.save_pretrained(folder)
         write_classes(folder, names_of(net.config, images, classes))
 
-    disk.write_atomic(done, write)
+    if PartialState().is_main_process:
+        disk.write_atomic(done, write)
     return done
 
 
@@ -110,6 +117,7 @@ def profile(source: str, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost
     return Bank({"full": load_denoiser(source)[0]}, "full", "epsilon").costs(batch=batch, repeats=repeats)
 
 
+@releasing
 def search(
     model: str,
     data: str,
@@ -122,10 +130,12 @@ def search(
 ) -> Found:
     """Search a plan for an existing step-aware pipeline (what `compress` wrote); writes pipeline/ and plan.json."""
     pipe, goal = open_pipeline(model), goal_text(budget, max_loss)
-    require_measurable(require_fit(pipe.bank, data, recipe, watch).images, recipe)
+    images = require_fit(pipe.bank, data, recipe, watch).images
+    require_measurable(images, recipe)
     plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
     require_goal(plan, pipe.bank.names, recipe, budget=budget, max_loss=max_loss)
-    out = open_run(out, recipe, {"verb": "search", "model": str(model), "data": data, "goal": goal})
+    inputs = {"verb": "search", "model": str(model), "data": data, "goal": goal}
+    out = open_run(out, recipe, inputs, contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json()), watch)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
@@ -148,6 +158,7 @@ def goal_text(budget: float | None, max_loss: float | None) -> str:
     return f"budget {budget}" if budget is not None else f"max-loss {max_loss}"
 
 
+@releasing
 def sample(
     source: str,
     out: Path,
@@ -161,8 +172,9 @@ def sample(
     """Draw images with a step-aware pipeline: out/000000.png …, and out/grid.png. Returns the grid's path.
 
     `classes`: what a class-conditional model draws, by name or number, in turn; without any all of its classes.
+    Raises RunError for a folder with other files, or with the images of another request.
     """
-    pipe = open_pipeline(source).to(default_device())
+    pipe = open_pipeline(source)
     bank, names = pipe.bank, pipe.bank.classes
     asked = numbers_of(classes, class_count(bank.config), names) if classes else range(class_count(bank.config))
     if asked:
@@ -171,7 +183,11 @@ def sample(
     def choose(k: int) -> int:
         return asked[k % len(asked)]
 
-    out, begun, done = disk.require_writable(Path(out)), time.perf_counter(), 0
+    inputs = {"verb": "sample", "model": str(source), "count": str(count), "seed": str(seed)}
+    inputs["classes"] = ", ".join(map(str, asked))
+    out = open_run(out, None, inputs, contents_of(None, bank, bank.vae, pipe.plan.to_json()), watch)
+    pipe.to(default_device())
+    begun, done = time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:
         for images in sample_images(bank, pipe.plan, count, seed=seed, batch=batch, labels=choose):
@@ -186,17 +202,21 @@ def sample(
     return out / "grid.png"
 
 
+@releasing
 def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> dict[str, Any]:
     """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it."""
     pipe = open_pipeline(source)
-    require_measurable(require_fit(pipe.bank, data, recipe, watch).images, recipe)
-    out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data})
+    images = require_fit(pipe.bank, data, recipe, watch).images
+    require_measurable(images, recipe)
+    contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json())
+    out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data}, contents, watch)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     verdict = measure_plans(judge, {"reference": pipe.plan.uniform(), "plan": pipe.plan}, recipe, watch=watch)
     disk.write_json(out / "quality.json", verdict.record)
     return verdict.record
 
 
+@releasing
 def optimize(
     model: str,
     data: str,
@@ -213,14 +233,16 @@ def optimize(
     """
     goal = goal_text(budget, max_loss)
     source, recipe = opened(model, recipe)
-    require_measurable(images_of(source, data, recipe, watch).images, recipe)
+    images = images_of(source, data, recipe, watch).images
+    require_measurable(images, recipe)
     supernet = supernet_of(source.dense, recipe.slim)
     untrained = compress.slim_bank(
         source.dense, supernet, recipe.noise.prediction, compress.slim_maskings(supernet, recipe)
     )
     plan = reference_plan(untrained, source.noise, recipe.sample, untrained.macs())
     require_goal(plan, untrained.names, recipe, budget=budget, max_loss=max_loss)
-    out = open_run(out, recipe, {"verb": "optimize", "model": str(model), "data": data, "goal": goal})
+    inputs = {"verb": "optimize", "model": str(model), "data": data, "goal": goal}
+    out = open_run(out, recipe, inputs, contents_of(images, *source), watch)
     if is_measured(out):
         return tell(out)
     begun = time.time()
@@ -238,6 +260,7 @@ def optimize(
     return write_and_tell(judge, verdict, out, begun)
 
 
+@releasing
 def spectrum(
     models: Sequence[str], data: str, out: Path, *, timesteps: Sequence[int] = (20, 100, 300, 600), images: int = 256
 ) -> Path:
@@ -247,10 +270,18 @@ def spectrum(
     Writes out/spectrum.json and out/report.html, whose path it returns. Raises DataError for images that do not fit.
     """
     lines: dict[str, dict[str, Any]] = {}
+    loaded, contents = [], []
     for source in models:
         bank, _, process = _bank_and_plan(source)
+        pixels, _ = require_fit(bank, data, Recipe())
+        loaded.append((source, bank, process, pixels))
+        contents.append(contents_of(pixels, bank, bank.vae, process))
+    inputs = {"verb": "spectrum", "model": ", ".join(map(str, models)), "data": data, "images": str(images)}
+    inputs["timesteps"] = ", ".join(map(str, timesteps))
+    out = open_run(out, None, inputs, {name: fingerprint(*(one[name] for one in contents)) for name in CONTENT})
+    for source, bank, process, pixels in loaded:
         alphas = process.scheduler().alphas_cumprod
-        found = encoded(require_fit(bank, data, Recipe()).images, bank.vae)
+        found = encoded(pixels, bank.vae)
         chosen = slice(0, min(images, len(found)))
         clean = found.batch(chosen)
         labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
@@ -273,7 +304,6 @@ def spectrum(
             drawn = lines.setdefault(str(timestep), {})
             if record not in drawn.values():
                 drawn[source if len(bank) == 1 else f"{source} {entry}"] = record
-    out = disk.require_writable(Path(out))
     disk.write_json(out / "spectrum.json", {"data": data, "images": images, "timesteps": lines})
     return tell_spectra(out)
 
@@ -282,6 +312,7 @@ SIDE_BY_SIDE = 8
 """So many pictures are shown in the report of `denoise`; more would make a page that no one scrolls through."""
 
 
+@releasing
 def denoise(
     models: Sequence[str],
     pictures: Sequence[Path],
@@ -304,11 +335,13 @@ def denoise(
     that a model does not know, and for none where it needs one.
     """
     methods: dict[str, Denoiser] = {}
+    contents: list[str] = []
     counts: dict[str, int] = {}
     banks = {source: _bank_and_plan(source) for source in models}
     if classes and not any(class_count(bank.config) for bank, _, _ in banks.values()):
         numbers_of(classes, 0)  # refuses them
     for source, (bank, _, process) in banks.items():
+        contents.append(contents_of(None, bank, process)["model_content"])
         prefix = f"{Path(source).name} " if len(models) > 1 else ""
         for entry, call in _restorers(source, bank, process, classes).items():
             for count in steps:
@@ -319,7 +352,12 @@ def denoise(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(got=f"two pictures {twice!r}", expected="different names", where="denoise", do="rename one")
-    out = disk.require_writable(Path(out))
+    inputs = {"verb": "denoise", "model": ", ".join(map(str, models)), "data": ", ".join(map(str, pictures))}
+    inputs |= {"noise": str(noise), "steps": ", ".join(map(str, steps)), "noisy": str(noisy), "seed": str(seed)}
+    inputs["classes"] = ", ".join(map(str, classes))
+    pixels = fingerprint(*(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in clean))
+    content = {"model_content": fingerprint(*contents), "data_content": pixels}
+    out = open_run(out, None, inputs, content, watch)
     total = len(pictures) * (len(methods) + (0 if noisy else len(CLASSICAL) + 1))
     with watch.stage("denoise", total) as told:
         done, shown = itertools.count(1), {}
@@ -375,6 +413,7 @@ def _numbers(bank: Bank, classes: Sequence[str | int], source: str) -> list[int]
     return numbers_of(classes, count, bank.classes)
 
 
+@releasing
 def shrink(
     model: str, data: str, out: Path, recipe: Recipe, *, steps: int | None = None, watch: Watch = SILENT
 ) -> Path:
@@ -386,9 +425,12 @@ def shrink(
     begun = time.time()
     bank, own, process = _bank_and_plan(model)
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
-    require_measurable(require_fit(bank, data, recipe, watch).images, recipe)
+    images = require_fit(bank, data, recipe, watch).images
+    require_measurable(images, recipe)
     plan = own if own and not steps else reference_plan(bank, process, recipe.sample, bank.macs())
-    out = open_run(out, recipe, {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)})
+    inputs = {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)}
+    contents = contents_of(images, bank, bank.vae, process, own and own.to_json())
+    out = open_run(out, recipe, inputs, contents, watch)
     if is_measured(out):
         return tell(out)
     judge, recipe = judge_for(bank, data, recipe, out, watch)

@@ -7,20 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from halfstep import disk
+from accelerate import PartialState
+
+from halfstep import disk, lock
+from halfstep.bank import Bank
+from halfstep.content import fingerprint
 from halfstep.data import Images, load_images
 from halfstep.errors import RunError
 from halfstep.judge import default_device
 from halfstep.latents import Latents, encode_images, shape_for
 from halfstep.loop import require_tracker
 from halfstep.profiling import machine
-from halfstep.recipe import Recipe
+from halfstep.recipe import Recipe, RunRecord, field_names
 from halfstep.watch import SILENT, Watch
 
 _PLANS = ("name", "search.", "shrink.")
 _LATER = (*_PLANS, "eval.")
 IGNORED = {
     "train": ("sample.", *_LATER),
+    "features": tuple(
+        name for name in field_names() if not name.startswith("data.") and name not in ("seed", "eval.feature_steps")
+    ),
     "compress slimmable": _LATER,
     "compress sparse": _PLANS,  # this and the next two end in a report, which hangs on eval
     "compress spectral": _PLANS,
@@ -30,32 +37,100 @@ IGNORED = {
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 
 
-def open_run(out: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
-    """Make or re-enter a run folder. Raises RunError when it is not writable or belongs to another recipe."""
-    require_tracker(recipe.train.tracker)
-    out = disk.require_writable(Path(out))
-    disk.recover(out)
-    file = out / "recipe.json"
-    if file.is_file():
-        record = disk.read_json(file, what="the recipe of this run", do="choose another --out")
-        old = Recipe.from_json(record.get("recipe", {}), where=file)
-        ignored = IGNORED.get(inputs["verb"], ())
-        changed = [name for name in old.differences(recipe) if not name.startswith(ignored)]
-        changed += [k for k, v in inputs.items() if record.get("inputs", {}).get(k) != v]
-        if changed:
-            raise RunError(
-                got=f"a run of another recipe ({', '.join(changed[:4])} differ)",
-                expected="the same recipe, to resume",
-                where=out,
-                do="choose another --out, or repeat the old settings",
-            )
-    elif any(p for p in out.iterdir() if not p.name.startswith(".")):
-        raise RunError(
-            got="a folder with other files", expected="an empty or a run folder", where=out, do="choose another --out"
-        )
-    else:
-        disk.write_json(file, {"format": 1, "recipe": recipe.to_json(), "inputs": dict(inputs), "machine": machine()})
+CONTENT = ("model_content", "data_content")
+"""Names of the fingerprints among a run's inputs."""
+
+
+def contents_of(images: Images | None, *model: Any) -> dict[str, str]:
+    """What `open_run` wants to know of the data and of a model's parts: modules, banks, configs; None is absent."""
+    modules = [part for one in model for part in ([one[name] for name in one] if isinstance(one, Bank) else [one])]
+    found = {} if images is None else {"data_content": images.fingerprint}
+    if any(part is not None for part in modules):
+        found["model_content"] = fingerprint(*modules)
+    return found
+
+
+def open_run(
+    out: Path,
+    recipe: Recipe | None,
+    inputs: Mapping[str, str],
+    contents: Mapping[str, str],
+    watch: Watch = SILENT,
+) -> Path:
+    """Make or re-enter a run folder, and hold its lock (see `lock.hold`). Nothing is touched before it is ours.
+
+    `recipe`: None for a verb that has none. `contents`: fingerprints of the model and of the data, by the names of
+    CONTENT. Of several processes of one training the first opens it and the others wait.
+    Raises RunError when the folder is not writable, holds other files or another run, or other weights or pictures lie
+    behind the same names now, or when another process works in it.
+    """
+    if recipe is not None:
+        require_tracker(recipe.train.tracker)
+    out, one = Path(out), PartialState()
+    if one.is_main_process:
+        _open(out, RunRecord(inputs={**inputs, **contents}, recipe=recipe, machine=machine()), watch)
+    one.wait_for_everyone()
     return out
+
+
+def _open(out: Path, asked: RunRecord, watch: Watch) -> None:
+    _require_ours(out)
+    fresh = not (out / "recipe.json").exists()
+    if fresh:
+        disk.require_writable(out)
+    lock.hold(out)
+    known = None if fresh else _resumed(out, asked, watch)
+    if known is None:
+        disk.write_json(out / "recipe.json", asked.to_json())
+    else:
+        disk.require_writable(out)
+        disk.recover(out)
+        if known != asked.inputs:
+            disk.write_json(out / "recipe.json", replace(RunRecord.load(out), inputs=asked.inputs).to_json())
+
+
+def _require_ours(out: Path) -> None:
+    """Raise RunError for a folder that is neither empty nor of a run: it is not even probed."""
+    with disk.plain_os_errors(out):
+        names = [path.name for path in out.iterdir()] if out.exists() else []
+    if "recipe.json" in names:
+        RunRecord.load(out)
+    elif others := sorted(name for name in names if not name.startswith(".")):
+        raise RunError(
+            got=f"a folder with other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''})",
+            expected="an empty or a run folder",
+            where=out,
+            do="choose another --out",
+        )
+
+
+def _resumed(out: Path, asked: RunRecord, watch: Watch) -> Mapping[str, str]:
+    """The inputs of the run in `out`. Raises RunError where it is another one than is asked for."""
+    old = RunRecord.load(out)
+    ignored = IGNORED.get(asked.inputs["verb"], ())
+    changed = [] if old.recipe is asked.recipe is None else ["recipe"]
+    if old.recipe and asked.recipe:
+        changed = [name for name in old.recipe.differences(asked.recipe) if not name.startswith(ignored)]
+    changed += [k for k, v in asked.inputs.items() if k not in CONTENT and old.inputs.get(k) != v]
+    if changed:
+        raise RunError(
+            got=f"a run of another recipe ({', '.join(changed[:4])} differ)",
+            expected="the same recipe, to resume",
+            where=out,
+            do="choose another --out, or repeat the old settings",
+        )
+    for name in CONTENT:
+        if old.inputs.get(name, asked.inputs.get(name)) != asked.inputs.get(name):
+            what = name.removesuffix("_content")
+            raise RunError(
+                got=f"another {what} behind {asked.inputs[what]!r} than when this run began",
+                expected=f"the same {what}, by content",
+                where=out,
+                do=f"choose another --out, or bring the old {what} back",
+            )
+    if not set(CONTENT) & set(old.inputs) and set(CONTENT) & set(asked.inputs):
+        watch.say(f"{out} was begun before runs knew their model and data by content: what lies there now is believed")
+    return old.inputs
 
 
 def images_for(recipe: Recipe, source: str, split: str = "train", watch: Watch = SILENT) -> Images:

@@ -1,0 +1,265 @@
+"""Run folders against the file system: whose a folder is, who works in it, and what its model and data were."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep import lock, run
+from halfstep.bank import Bank
+from halfstep.content import digest_tensors, fingerprint
+from halfstep.errors import HalfstepError, RunError
+from halfstep.measured import features
+from halfstep.models import load_denoiser
+from halfstep.recipe import Recipe, RunRecord, SampleSpec
+from halfstep.rundir import open_run
+from halfstep.sampling import StepAwarePipeline, reference_plan
+
+INPUTS = {"verb": "train", "model": "m", "data": "d"}
+TINY = """
+model.channels=4,4 model.groups=2 model.head_dim=2 data.size=8 data.channels=1 train.steps=2 train.batch=4
+train.warmup=0 train.sample_every=0 eval.feature_steps=2
+""".split()  # noqa: SIM905 (a list of ten strings reads worse)
+
+
+def tiny() -> Recipe:
+    return Recipe().edit(TINY)
+
+
+def listing(root: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A folder of somebody else's, with names that look like left-overs of ours."""
+    folder = tmp_path / "home"
+    (folder / "deep").mkdir(parents=True)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = (
+        "letter.txt",
+        f".notes.{dead.pid}.tmp",
+        f"deep/.x.{dead.pid}.old",
+        f".y.{dead.pid}.halfstep-tmp",
+        "000000.png",
+    )
+    for name in names:
+        (folder / name).write_text("mine")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """A step-aware pipeline of one entry, two steps."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    net, noise = load_denoiser("digits")
+    bank = Bank({"full": net}, "full", noise["prediction_type"])
+    plan = reference_plan(bank, noise, SampleSpec(steps=2), {"full": 1})
+    StepAwarePipeline(bank, plan).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(6):
+        pixels = np.random.default_rng(k).integers(0, 255, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    return folder
+
+
+# ---- whose folder it is --------------------------------------------------------------------------------------------
+
+
+def verbs(pipeline: Path, out: Path) -> dict:
+    return {
+        "train": lambda: run.train("digits", out, tiny()),
+        "features": lambda: features("digits", out, tiny()),
+        "sample": lambda: run.sample(str(pipeline), out, count=1),
+        "spectrum": lambda: run.spectrum(["digits"], "digits", out, timesteps=(20,), images=4),
+        "denoise": lambda: run.denoise(["digits"], [out / "a.png"], out, noise=0.1, noisy=True),
+    }
+
+
+@pytest.mark.parametrize("verb", ["train", "features", "sample", "spectrum", "denoise"])
+def test_a_folder_of_somebody_else_is_refused_untouched(pipeline: Path, mine: Path, verb: str):
+    Image.new("L", (8, 8)).save(mine / "a.png")
+    before, times = listing(mine), mine.stat().st_mtime_ns
+    with pytest.raises(HalfstepError, match="a folder with other files"):
+        verbs(pipeline, mine)[verb]()
+    assert (listing(mine), mine.stat().st_mtime_ns) == (before, times)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"inputs": 3}', '{"format": 1, "recipe": {}, "inputs": {}, "oven": "200 degrees"}']
+)
+def test_a_recipe_json_of_somebody_else_opens_no_folder(mine: Path, text: str):
+    (mine / "recipe.json").write_text(text)
+    before = listing(mine)
+    with pytest.raises(HalfstepError):
+        open_run(mine, tiny(), INPUTS, {})
+    assert listing(mine) == before
+
+
+def test_only_our_own_left_overs_are_cleared_and_only_in_our_own_run(mine: Path, tmp_path: Path):
+    out = open_run(tmp_path / "run", tiny(), INPUTS, {})
+    shutil.copytree(mine, out, dirs_exist_ok=True)
+    with pytest.raises(RunError, match="differ"):
+        open_run(out, tiny(), INPUTS | {"data": "e"}, {})
+    assert set(listing(mine)) <= set(listing(out))
+    open_run(out, tiny(), INPUTS, {})
+    gone = set(listing(mine)) - set(listing(out))
+    assert len(gone) == 1 and gone.pop().endswith(".halfstep-tmp")
+
+
+def test_images_are_drawn_again_for_the_same_request_and_refused_for_another(pipeline: Path, tmp_path: Path):
+    grid = run.sample(str(pipeline), tmp_path / "a", count=2)
+    first = (tmp_path / "a" / "000001.png").read_bytes()
+    grid.unlink()
+    assert run.sample(str(pipeline), tmp_path / "a", count=2, batch=1).is_file()
+    with pytest.raises(RunError, match="seed differ"):
+        run.sample(str(pipeline), tmp_path / "a", count=2, seed=1)
+    assert (tmp_path / "a" / "000001.png").read_bytes() == first
+
+
+# ---- what lay behind the names -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_with_the_same_content_alone(tmp_path: Path):
+    out, contents = tmp_path / "run", {"model_content": "a", "data_content": "b"}
+    open_run(out, tiny(), INPUTS, contents)
+    assert RunRecord.load(out).inputs == INPUTS | contents
+    open_run(out, tiny(), INPUTS, contents)
+    for name, what in (("model_content", "another model behind 'm'"), ("data_content", "another data behind 'd'")):
+        with pytest.raises(RunError, match=what):
+            open_run(out, tiny(), INPUTS, contents | {name: "c"})
+
+
+def test_a_run_of_before_is_believed_with_a_word_and_knows_its_content_from_then_on(tmp_path: Path):
+    said: list[str] = []
+    out = open_run(tmp_path / "run", tiny(), INPUTS, {})
+    open_run(out, tiny(), INPUTS, {"model_content": "a"}, SimpleNamespace(say=said.append))  # type: ignore[arg-type]
+    assert len(said) == 1 and "what lies there now is believed" in said[0]
+    assert RunRecord.load(out).inputs["model_content"] == "a"
+    with pytest.raises(RunError, match="another model"):
+        open_run(out, tiny(), INPUTS, {"model_content": "b"})
+
+
+def test_replaced_pictures_and_retrained_models_are_noticed_by_every_verb(pictures: Path, tmp_path: Path):
+    data = f"folder:{pictures}"
+    dense = run.train(data, tmp_path / "dense", tiny())
+    features(data, tmp_path / "features", tiny())
+    run.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
+    net = dense / "unet" / "diffusion_pytorch_model.safetensors"
+    kept = net.read_bytes()
+    run.train(data, tmp_path / "other", tiny().edit(["seed=1"]))
+    shutil.copy(tmp_path / "other" / "pipeline" / "unet" / net.name, net)
+    with pytest.raises(RunError, match="another model behind"):
+        run.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
+    net.write_bytes(kept)
+    Image.new("L", (8, 8)).save(pictures / "0.png")
+    for again in (
+        lambda: run.train(data, tmp_path / "dense", tiny()),
+        lambda: features(data, tmp_path / "features", tiny()),
+        lambda: run.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4),
+    ):
+        with pytest.raises(RunError, match="another data behind"):
+            again()
+
+
+def test_a_feature_network_of_before_is_used_for_its_own_data_alone(pictures: Path, tmp_path: Path):
+    out = features(f"folder:{pictures}", tmp_path / "f", tiny())
+    (out / "recipe.json").unlink()
+    assert features(f"folder:{pictures}", out, tiny()) == out
+    with pytest.raises(RunError, match="the feature network of other data"):
+        features("digits", out, tiny())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_digest_changes_with_every_bit_name_shape_and_type(dtype: torch.dtype):
+    one = {"a": torch.ones(2, 3).to(dtype), "b": torch.ones(()).to(dtype)}
+    others = [
+        {"a": one["a"].clone(), "b": torch.zeros(()).to(dtype)},
+        {"a": one["a"].reshape(3, 2), "b": one["b"]},
+        {"c": one["a"], "b": one["b"]},
+        {"a": one["a"]},
+        {"a": one["a"].to(torch.float16), "b": one["b"]},
+    ]
+    digests = {digest_tensors(tensors) for tensors in [one, *others]}
+    assert len(digests) == 6 and digest_tensors(dict(reversed(one.items()))) in digests
+    assert digest_tensors(one, "step 1") not in digests
+
+
+def test_a_fingerprint_is_of_weights_and_config_alone():
+    net = torch.nn.Linear(2, 2)
+    twin = torch.nn.Linear(2, 2)
+    twin.load_state_dict(net.state_dict())
+    assert fingerprint(net, {"b": 1, "a": (2,)}) == fingerprint(twin, {"a": [2], "b": 1, "_diffusers_version": "9"})
+    assert fingerprint(net) != fingerprint(torch.nn.Linear(2, 2)) and fingerprint(None, net) != fingerprint(net)
+
+
+# ---- who works in it -----------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from halfstep import lock
+lock.hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_works_in_a_run_folder_and_goes_on_after_it(tmp_path: Path):
+    out = tmp_path / "run"
+
+    @lock.releasing
+    def stopped() -> None:
+        open_run(out, tiny(), INPUTS, {})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=rf"process {other.pid} on .* since .*one process at a time"):
+            open_run(out, tiny(), INPUTS, {})
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.communicate()
+    open_run(out, tiny(), INPUTS, {})
+    assert json.loads((out / ".holder.json").read_text())["pid"] == os.getpid()
+
+
+def test_locks_nest_and_are_given_back_in_their_order(tmp_path: Path):
+    for name in ("a", "a/b"):
+        (tmp_path / name).mkdir()
+
+    @lock.releasing
+    def inner() -> None:
+        lock.hold(tmp_path / "a" / "b")
+        lock.hold(tmp_path / "a")
+        assert (tmp_path / "a" / "b" / ".holder.json").exists()
+
+    @lock.releasing
+    def outer() -> None:
+        lock.hold(tmp_path / "a")
+        inner()
+        assert (tmp_path / "a" / ".holder.json").exists() and not (tmp_path / "a" / "b" / ".holder.json").exists()
+
+    outer()
+    assert not list(tmp_path.rglob(".holder.json"))
