@@ -289,29 +289,6 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def test_hub_reads_a_local_image_folder(tmp_path: Path, offline: None) -> None:
-    arrays = class_folder(tmp_path / "pets" / "train")
-    class_folder(tmp_path / "pets" / "test", per_class=1)
-    images = load_images(f"hub:{tmp_path / 'pets'}")
-    assert images.classes == ("cat", "dog") and images.labels.tolist() == [0, 0, 1, 1]
-    assert np.array_equal(images.pixels, np.stack(list(arrays.values())).transpose(0, 3, 1, 2))
-    assert len(load_images(f"hub:{tmp_path / 'pets'}", split="test")) == 2
-
-
-def test_hub_reads_parquet_without_labels(tmp_path: Path, offline: None) -> None:
-    import datasets
-
-    pixels = pictures(3, 6, 6)
-    features = datasets.Features({"picture": datasets.Image(), "note": datasets.Value("string")})
-    rows = {"picture": [{"bytes": png(x), "path": None} for x in pixels], "note": ["a", "b", "c"]}
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
-    images = load_images(f"hub:{tmp_path / 'set'}")
-    assert np.array_equal(images.pixels[:, 0], pixels) and images.labels is None
-    with pytest.raises(DataError, match="split 'val'"):
-        load_images(f"hub:{tmp_path / 'set'}", split="val")
-
-
 # ---- decoding ------------------------------------------------------------------------------------------------------
 
 
@@ -772,26 +749,6 @@ def test_without_a_home_directory_the_cache_is_a_temporary_folder(
     monkeypatch.setenv("HALFSTEP_CACHE", "~/kept")
     with pytest.raises(DataError, match="without ~"):
         data.cache_root()
-
-
-def test_hub_refuses(tmp_path: Path, offline: None) -> None:
-    import datasets
-
-    refused("hub:nobody/nothing-of-this-name", "hub:nobody/nothing-of-this-name")
-    (tmp_path / "text").mkdir()
-    datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "text" / "train.parquet")
-    refused(f"hub:{tmp_path / 'text'}", "0 image columns", "text")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    for name, rows in {
-        "broken": [{"bytes": b"hello", "path": "broken.png"}, 1],
-        "absent": [None, 1],
-        "unlabelled": [{"bytes": png(pictures(1, 6, 6)[0]), "path": None}, -1],
-    }.items():
-        good = {"bytes": png(pictures(1, 6, 6)[0]), "path": None}
-        table = datasets.Dataset.from_dict({"image": [good, rows[0]], "label": [0, rows[1]]}, features=features)
-        (tmp_path / name).mkdir()
-        table.to_parquet(tmp_path / name / "train.parquet")
-        refused(f"hub:{tmp_path / name}", name, "label" if name == "unlabelled" else "row 1")
 
 
 def test_import_is_light() -> None:

@@ -18,6 +18,7 @@ FLOORS = {
     "workers": (
         "layout",
         "sources",
+        "tables",
         "pictures",
         "data",
         "classes",

@@ -22,10 +22,13 @@ import numpy as np
 import torch
 
 from halfstep.pictures import decode, is_grey, opened
-from halfstep.sources import READERS, Source, bad, file_stats
+from halfstep.sources import READERS as FILE_READERS
+from halfstep.sources import Source, bad, file_stats
+from halfstep.tables import read_table
 from halfstep.watch import SILENT, Told, Watch
 
-CACHE_FORMAT = 4  # part of the cache key: raise it when the decoding below changes what it gives
+READERS = {**FILE_READERS, "hub": read_table}
+CACHE_FORMAT = 5  # part of the cache key: raise it when the decoding below changes what it gives
 VERIFY_BYTES = 1 << 28  # a cache up to this size is re-hashed when opened (0.2 s); a larger one only measured
 STALE_SECONDS = 24 * 3600  # a temporary folder older than this belongs to a decode that was killed
 

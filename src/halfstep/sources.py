@@ -360,39 +360,6 @@ class _Unpacked:
             _require_size(self.path, place, self.size)
 
 
-def _hub(place: str, split: str) -> Source:
-    """A dataset of the Hugging Face hub, or of a local folder: its Image column, and its ClassLabel column if any."""
-    import datasets
-
-    where = f"hub:{place}"
-    local = Path(place).expanduser()
-    with reading(where, f"a dataset with a split {split!r}"):
-        table = datasets.load_dataset(str(local) if local.exists() else place, split=split)
-    columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if len(columns) != 1 or len(table) == 0:
-        got = f"{len(table)} rows with {len(columns)} image columns among {', '.join(table.column_names)}"
-        raise bad(where, got, "rows with one image column", "save a copy with one image column")
-    named = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    target = "label" if "label" in named else next(iter(named), None)  # the first: CIFAR-100 begins with the fine one
-    labels = None if target is None else list(table[target])
-    if labels is not None and all(label in (None, -1) for label in labels):  # how the hub marks a split without labels
-        labels = None
-    if labels is not None and any(label in (None, -1) for label in labels):
-        raise bad(where, f"rows without {target}", "a label in every row", "remove these rows")
-    raw = table.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
-    classes = () if labels is None else tuple(table.features[target].names)
-    return Source(items=lambda: _rows(raw, columns[0], where), count=len(table), labels=labels, classes=classes)
-
-
-def _rows(table: Iterable[dict], column: str, where: str) -> Iterator[tuple[str, Path | bytes]]:
-    for number, row in enumerate(table):
-        value = row[column] or {}
-        name = f"{where}: row {number} {value.get('path') or ''}".strip()
-        if not value.get("bytes") and not value.get("path"):
-            raise bad(name, "no image", "an image in every row", "remove this row")
-        yield name, value.get("bytes") or Path(value["path"])
-
-
 READERS: dict[str, Callable[[str, str], Source]] = {
-    "digits": _digits, "idx": _idx, "folder": _folder, "npz": _npz, "tar": _tar, "hub": _hub,
+    "digits": _digits, "idx": _idx, "folder": _folder, "npz": _npz, "tar": _tar,
 }  # fmt: skip
