@@ -36,7 +36,13 @@ def any_plan(draw):
     macs = draw(st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 10**13), min_size=1, max_size=5))
     names = st.sampled_from(sorted(macs))
     row = st.builds(Row, st.floats(0, 1e4, allow_nan=False), names, st.floats(0.1, 2), st.floats(0, 1))
-    value = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+    value = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=5)
+    )
     return StepPlan(
         rows=tuple(draw(st.lists(row, min_size=1, max_size=25))),
         scheduler=draw(st.text(min_size=1, max_size=8)),
@@ -203,7 +209,7 @@ def test_a_file_without_a_field_or_with_a_wrong_one_is_refused(field, tmp_path):
 )
 def test_a_plan_of_another_shape_is_refused_in_one_line(edit, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({**plan_of(["full", "w0.25"]).to_json(), **edit}))
-    with pytest.raises(PlanError) as error:
+    with pytest.raises((PlanError, RunError)) as error:  # what is no JSON is no file that can be read
         StepPlan.load(tmp_path / "plan.json")
     assert "\n" not in str(error.value)
 
@@ -230,5 +236,45 @@ def test_a_plan_is_told_against_what_it_replaced_and_files_of_before_load(tmp_pa
     assert StepPlan.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
     assert "baseline" not in ten.to_json() and StepPlan.from_json(ten.to_json()).baseline is None
     for wrong in ("50 calls", {"what": 3, "macs": 1}, {"what": "x", "macs": -1}, {"what": "x", "macs": True}):
-        with pytest.raises(PlanError, match="baseline"):
+        with pytest.raises(PlanError, match=r"section|whole number|text"):
             StepPlan.from_json(ten.to_json() | {"baseline": wrong})
+
+
+def nested(depth):
+    return [] if not depth else [nested(depth - 1)]
+
+
+HARMED = {
+    "rows that are a number": {"rows": 3},
+    "no rows": {"rows": []},
+    "a row without an entry": {"rows": [[9.0]]},
+    "a row of a number for a name": {"rows": [[9.0, 3]]},
+    "a row of a text for a timestep": {"rows": [["9", "full"]]},
+    "a row of one correction": {"rows": [[9.0, "full", 1.0]]},
+    "a row of five": {"rows": [[9.0, "full", 1.0, 0.0, 2.0]]},
+    "true for a timestep": {"rows": [[True, "full"]]},
+    "a huge number of rows": {"rows": [[9.0, "full"]] * 100_001},
+    "a scheduler that is a list": {"scheduler": ["DDIMScheduler"]},
+    "a scheduler config that is a list": {"scheduler_config": [1]},
+    "half a step": {"steps": 2.5},
+    "no step": {"steps": 0},
+    "steps by the billion": {"steps": 10**9},
+    "a number for the reference": {"reference": 1},
+    "a name of thousands of letters": {"reference": "x" * 5000},
+    "MACs of no whole number": {"entry_macs": {"full": 1.5, "w0.50": 1}},
+    "MACs of nothing": {"entry_macs": {"full": 0, "w0.50": 1}},
+    "MACs below nothing": {"entry_macs": {"full": -5, "w0.50": 1}},
+    "MACs beyond all": {"entry_macs": {"full": 10**40, "w0.50": 1}},
+    "MACs of names nested": {"entry_macs": nested(30)},
+    "a foreign field": {"script": "import os"},
+    "a format of later": {"format": 2},
+}
+
+
+@pytest.mark.parametrize("how", HARMED)
+def test_a_harmed_plan_is_refused_in_one_line_that_names_its_file(how, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan_of(["full", "w0.50"]).to_json() | HARMED[how]))
+    with pytest.raises(PlanError) as error:
+        StepPlan.load(file)
+    assert str(file) in str(error.value) and len(str(error.value)) < 500 and "\n" not in str(error.value)

@@ -23,7 +23,14 @@ from halfstep.profiling import call_times, count_macs, latency
 from halfstep.results import Cost
 from halfstep.slices import Pieces, Slices, cut_all, require_inside, slices_to_json
 from halfstep.typed import Bounds, shown
-from halfstep.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
+from halfstep.weights import (
+    open_weights,
+    require_finite,
+    require_safetensors,
+    require_same_shapes,
+    shapes_of,
+    stored_shapes,
+)
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -205,9 +212,10 @@ class Bank(torch.nn.Module):
         for name, masking in self.masking.items():
             masking.require_fits(eager(self[name]), f"bank entry {name!r}")
 
-    def save_pretrained(self, folder: str | Path, **_: object) -> None:
+    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True) -> None:
         """Write bank.json and one folder per entry; one that shares weights has slices.json in their place, one that is
         masked has mask.json and packed weights."""
+        require_safetensors(safe_serialization, "safe_serialization")
         write_atomic(Path(folder), self._write)
 
     def _write(self, folder: Path) -> None:
@@ -239,8 +247,19 @@ class Bank(torch.nn.Module):
         (folder / "bank.json").write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **_: object) -> Bank:
-        """Read a bank. Raises ModelError for missing, foreign or cut files."""
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        use_safetensors: bool | None = True,
+        local_files_only: bool = True,
+    ) -> Bank:
+        """Read a bank, in float32 or `torch_dtype`. Raises ModelError for missing, foreign or cut files.
+
+        `local_files_only`: as diffusers has it; nothing is ever fetched.
+        """
+        require_safetensors(use_safetensors, "use_safetensors")
         folder = Path(folder)
         do = "give a folder that Bank.save_pretrained wrote"
         record = read_record(folder / "bank.json", _Record, what="a bank.json", do=do, error=ModelError)
@@ -255,7 +274,8 @@ class Bank(torch.nn.Module):
             else:
                 entries[name] = load_model(place) if mask is None else _unpacked_model(place, mask)
         ordered = {name: entries[name] for name in record.entries}
-        return cls(ordered, record.reference, record.prediction_type, shared, masking)
+        bank = cls(ordered, record.reference, record.prediction_type, shared, masking)
+        return bank if torch_dtype is None else bank.to(torch_dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- the folder

@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from halfstep.disk import read_json, write_json
 from halfstep.errors import PlanError
+from halfstep.typed import Bounds, build
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Baseline:
     """What a plan replaced: in words, and its MACs per image."""
 
     what: str
-    macs: int
+    macs: Annotated[int, Bounds(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,30 +185,17 @@ class StepPlan:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, where: object = "plan.json") -> StepPlan:
-        """Rebuild a plan. Raises PlanError when a field is missing or has another shape."""
-        try:
-            return cls(
-                rows=tuple(Row(float(t), str(entry), *map(float, more)) for t, entry, *more in record["rows"]),
-                scheduler=str(record["scheduler"]),
-                scheduler_config=dict(record["scheduler_config"]),
-                steps=int(record["steps"]),
-                reference=str(record["reference"]),
-                entry_macs={str(name): int(macs) for name, macs in record["entry_macs"].items()},
-                baseline=_baseline(record.get("baseline"), where),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                got=f"a plan without a usable {error}",
-                expected="rows, scheduler, scheduler_config, steps, reference, entry_macs",
-                where=where,
-                do="write it with StepPlan.save",
-            ) from error
-        except PlanError:
-            raise
-        except (ValueError, OverflowError) as error:
-            raise PlanError(
-                got=str(error), expected="numbers", where=where, do="write it with StepPlan.save"
-            ) from error
+        """Rebuild a plan. Raises PlanError when a field is missing, foreign, of another type or out of all bounds."""
+        told = build(_Record, record, "", where, error=PlanError, do="write it with StepPlan.save")
+        return cls(
+            rows=tuple(Row(*row) for row in told.rows),
+            scheduler=told.scheduler,
+            scheduler_config=told.scheduler_config,
+            steps=told.steps,
+            reference=told.reference,
+            entry_macs=told.entry_macs,
+            baseline=told.baseline,
+        )
 
     def save(self, file: Path) -> None:
         write_json(Path(file), self.to_json())
@@ -223,15 +211,24 @@ class StepPlan:
         return hash((self.rows, self.scheduler, self.steps, config))
 
 
-def _baseline(record: Any, where: object) -> Baseline | None:
-    """What a plan replaced, of a file that says so. Raises PlanError."""
-    if record is None:
-        return None
-    what, macs = (record.get(key) for key in ("what", "macs")) if isinstance(record, dict) else (None, None)
-    if type(what) is not str or type(macs) is not int or macs <= 0:
-        expected = "a text `what` and whole positive `macs`"
-        raise PlanError(got="an unusable baseline", expected=expected, where=where, do="write it with StepPlan.save")
-    return Baseline(what, macs)
+Name = Annotated[str, Bounds(1, 80)]
+Macs = Annotated[int, Bounds(1, 10**18)]
+Steps = Annotated[int, Bounds(1, 100_000)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What plan.json says. `macs` is for its readers: a plan counts its own."""
+
+    rows: Annotated[tuple[tuple[float, Name] | tuple[float, Name, float, float], ...], Bounds(1, 100_000)]
+    scheduler: Name
+    scheduler_config: dict[str, Any]
+    steps: Steps
+    reference: Name
+    entry_macs: dict[str, Macs]
+    macs: int | None = None
+    baseline: Baseline | None = None
+    format: Annotated[int, Bounds(1, 1)] = 1
 
 
 def _span(values: set[str]) -> str:

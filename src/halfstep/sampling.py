@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from halfstep.plan import Row, StepPlan
 from halfstep.process import Process
 from halfstep.recipe import SampleSpec
 from halfstep.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
+from halfstep.weights import require_safetensors
 
 Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
 """(row, sample before the call as the scheduler holds it, prediction) -> None"""
@@ -150,13 +152,14 @@ def _levels(scheduler: Any) -> torch.Tensor:
 
 
 def start_noise(bank: Bank, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Unit noise [B,C,H,W], one image per generator, drawn on the CPU so that devices agree."""
+    """Unit noise [B,C,H,W], one image per generator, drawn on the generator's own device; `image_generators` are on the
+    CPU, so that devices agree."""
     config = bank.config
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     shape = (1, config["in_channels"], height, width)
-    noise = [torch.randn(shape, generator=g) for g in generators]
-    return torch.cat(noise).to(device=bank.device, dtype=bank.dtype)
+    noise = [torch.randn(shape, generator=g, device=g.device).to(bank.device) for g in generators]
+    return torch.cat(noise).to(bank.dtype)
 
 
 def sample_images(
@@ -205,7 +208,7 @@ class StepAwarePipeline(DiffusionPipeline):
 
     def __init__(self, bank: Bank, plan: StepPlan):
         super().__init__()
-        for name in plan.entries:
+        for name in (plan.reference, *plan.entries):
             if name not in bank:
                 raise PlanError(
                     got=f"entry {name!r}", expected=f"one of {', '.join(bank)}", where="plan", do="use the bank's names"
@@ -278,8 +281,9 @@ class StepAwarePipeline(DiffusionPipeline):
             )
         return torch.tensor(numbers_of(each, class_count(self.bank.config), self.bank.classes), device=self.bank.device)
 
-    def save_pretrained(self, save_directory: str | Path, **_: object) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> None:  # type: ignore[override]
         """Write the pipeline folder, whole or not at all."""
+        require_safetensors(safe_serialization, "safe_serialization")
         write_atomic(Path(save_directory), self._write)
 
     def _write(self, folder: Path) -> None:
@@ -300,8 +304,20 @@ class StepAwarePipeline(DiffusionPipeline):
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **_: object) -> StepAwarePipeline:
-        """Read a pipeline folder. Raises RunError, ModelError or PlanError for what is missing, cut or foreign."""
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        use_safetensors: bool | None = True,
+        local_files_only: bool = True,
+    ) -> StepAwarePipeline:
+        """Read a pipeline folder, in float32 or `torch_dtype`; nothing is ever fetched.
+
+        MACs that the plan claims and the bank does not have are corrected, with a warning. Raises RunError, ModelError
+        or PlanError for what is missing, cut or foreign.
+        """
+        require_safetensors(use_safetensors, "use_safetensors")
         folder = Path(pretrained_model_name_or_path)
         index = read_json(folder / "model_index.json", what="a pipeline", do="give the pipeline/ folder of a run")
         if index.get("_class_name") != "StepAwarePipeline":
@@ -313,4 +329,17 @@ class StepAwarePipeline(DiffusionPipeline):
             )
         bank = Bank.from_pretrained(folder / "bank")
         bank.vae, bank.classes = load_vae(folder), read_classes(folder, class_count(bank.config))
-        return cls(bank, StepPlan.load(folder / "plan.json"))
+        plan = _with_macs_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
+        pipe = cls(bank, plan)
+        return pipe if torch_dtype is None else pipe.to(torch_dtype)
+
+
+def _with_macs_of(bank: Bank, plan: StepPlan, where: Path) -> StepPlan:
+    """The plan with the MACs that the bank's entries have. What they cost is nothing that a file can decide."""
+    counted = {name: macs for name, macs in bank.macs().items() if name in plan.entry_macs}
+    wrong = [name for name, macs in counted.items() if macs != plan.entry_macs[name]]
+    if not wrong:
+        return plan
+    told = ", ".join(f"{name} {plan.entry_macs[name]:,} ({counted[name]:,})" for name in wrong[:3])
+    warnings.warn(f"{where}: MACs of other networks, counted anew: {told}", stacklevel=3)
+    return replace(plan, entry_macs={**plan.entry_macs, **counted})

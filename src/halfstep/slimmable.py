@@ -61,15 +61,10 @@ def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
     for full in config["block_out_channels"]:
         c = round(full * width, 2)  # so that 1/3 may be written 0.333333, as the message below does
         if c != int(c) or c < 1 or c % groups:
-            shared = math.gcd(*(c // groups for c in config["block_out_channels"]))
-            usable = [k / shared for k in range(1, shared + 1)]
-            raise ModelError(
-                got=f"{full} channels x {width} = {c:g}",
-                expected=f"a multiple of the model's {groups} norm groups",
-                where="slim.widths",
-                do=f"choose widths such as {', '.join(f'{u:g}' for u in _some(usable))}",
-            )
+            expected = f"a multiple of the model's {groups} norm groups"
+            raise _refused_width(config, f"{full} channels x {width} = {c:g}", expected)
         channels.append(int(c))
+    _require_whole_frequencies(config, channels[0], width)
     narrow["block_out_channels"] = tuple(channels)
     if config.get("class_embed_type") == "identity":  # the caller hands in embeddings of the full size
         narrow["time_embedding_dim"] = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
@@ -78,6 +73,23 @@ def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
     if head := config.get("attention_head_dim"):  # a head must not be wider than the narrowest attended level
         narrow["attention_head_dim"] = min(head, *(_attended(config, channels) or [head]))
     return narrow
+
+
+def _require_whole_frequencies(config: Mapping[str, Any], first: int, width: float) -> None:
+    """A narrow net has a sinusoid of its own, pairs of a sine and a cosine: its first level has even channels."""
+    full = config["block_out_channels"][0]
+    if first % 2 and first != full and config.get("time_embedding_type", "positional") == "positional":
+        got = f"{full} channels x {width} = {first} in the first level"
+        raise _refused_width(config, got, "an even number, for the sines and cosines of its time embedding")
+
+
+def _refused_width(config: Mapping[str, Any], got: str, expected: str) -> ModelError:
+    groups, full = config["norm_num_groups"] or 1, config["block_out_channels"]
+    shared = math.gcd(*(c // groups for c in full))
+    even = config.get("time_embedding_type", "positional") == "positional"
+    usable = [k / shared for k in range(1, shared + 1) if k == shared or not (even and full[0] * k // shared % 2)]
+    do = f"choose widths such as {', '.join(f'{u:g}' for u in _some(usable))}"
+    return ModelError(got=got, expected=expected, where="slim.widths", do=do)
 
 
 def _some(values: Sequence[float]) -> Sequence[float]:

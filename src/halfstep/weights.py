@@ -57,6 +57,14 @@ def _require_short_header(path: Path) -> None:
         raise OSError(f"a header of {length} bytes")
 
 
+def require_safetensors(given: bool | None, option: str) -> None:
+    """Raise ModelError for a diffusers option that asks for pickled weights."""
+    if given is False:
+        raise ModelError(
+            got=f"{option}=False", expected="safetensors", where=option, do="leave it out: nothing is pickled here"
+        )
+
+
 def stored_shapes(file: Any, unsigned: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of an open file.
 
