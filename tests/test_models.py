@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import time
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from halfstep.errors import ModelError
@@ -252,6 +253,17 @@ def test_json_that_breaks_readers_is_refused(tmp_path):
     ):
         (tmp_path / "config.json").write_text(text)
         assert refusal(tmp_path)
+
+
+def test_a_stock_pipeline_of_dpm_solver_is_read(tmp_path):
+    """diffusers writes its "not clipped" as -Infinity, which is no JSON."""
+    DDPMPipeline(net(), DPMSolverMultistepScheduler()).save_pretrained(tmp_path)
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    assert load_denoiser(tmp_path)[1]["lambda_min_clipped"] == -math.inf
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("-Infinity", "NaN"))
+    with pytest.raises(ModelError, match="NaN"):
+        load_denoiser(tmp_path)
 
 
 def test_the_bundled_model_loads():

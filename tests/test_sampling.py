@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from dataclasses import replace
 
 import diffusers
@@ -13,7 +14,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from halfstep.bank import Bank
-from halfstep.errors import HalfstepError, PlanError
+from halfstep.errors import HalfstepError, ModelError, PlanError
 from halfstep.plan import Row
 from halfstep.process import BETA_SCHEDULERS
 from halfstep.recipe import SampleSpec
@@ -275,7 +276,7 @@ def test_without_labels_the_classes_come_in_turn():
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
     bank = bank_of()
-    plan = plan_of(bank, kind)
+    plan = replace(plan_of(bank, kind), entry_macs=bank.macs())
     pipe = pipeline(bank, plan.with_entries([("slim", "full")[i % 3 == 2] for i in range(len(plan.rows))]))
     pipe.save_pretrained(tmp_path / "p")
     again = StepAwarePipeline.from_pretrained(tmp_path / "p")
@@ -287,6 +288,66 @@ def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
     assert index["_class_name"] == "StepAwarePipeline"
     stock = getattr(diffusers, plan.scheduler).from_pretrained(tmp_path / "p", subfolder="scheduler")
     assert type(stock) is type(again.scheduler)
+
+
+def test_the_macs_of_a_plan_are_the_banks_own(tmp_path):
+    """They were believed: a file that said 4 and 1 had its savings printed."""
+    bank = bank_of()
+    pipeline(bank, plan_of(bank)).save_pretrained(tmp_path / "p")
+    with pytest.warns(UserWarning, match=r"plan\.json.*full 4"):
+        again = StepAwarePipeline.from_pretrained(tmp_path / "p")
+    assert again.plan.entry_macs == bank.macs()
+    again.save_pretrained(tmp_path / "p")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert StepAwarePipeline.from_pretrained(tmp_path / "p").plan == again.plan
+
+
+@pytest.mark.parametrize("cls", [StepAwarePipeline, Bank])
+def test_diffusers_options_act_or_are_refused_by_name(cls, tmp_path):
+    """Every keyword was swallowed: torch_dtype and typing errors alike."""
+    bank = bank_of()
+    plan = replace(plan_of(bank), entry_macs=bank.macs())
+    pipeline(bank, plan).save_pretrained(tmp_path / "p", safe_serialization=True)
+    folder = tmp_path / "p" / ("bank" if cls is Bank else "")
+    found = cls.from_pretrained(folder, torch_dtype=torch.float16, use_safetensors=True, local_files_only=True)
+    assert {p.dtype for p in getattr(found, "bank", found).parameters()} == {torch.float16}
+    for option in ("torch_dtpye", "variant", "revision", "trust_remote_code", "cache_dir"):
+        with pytest.raises(TypeError, match=option):
+            cls.from_pretrained(folder, **{option: None})
+    with pytest.raises(ModelError, match="use_safetensors"):
+        cls.from_pretrained(folder, use_safetensors=False)
+    with pytest.raises(ModelError, match="safe_serialization"):
+        found.save_pretrained(tmp_path / "q", safe_serialization=False)
+    with pytest.raises(TypeError, match="push_to_hub"):
+        found.save_pretrained(tmp_path / "q", push_to_hub=True)
+    assert not (tmp_path / "q").exists()
+
+
+def test_noise_is_drawn_where_its_generator_is(monkeypatch):
+    """A generator of another device cannot draw on the CPU; here torch tells which device was asked for."""
+    asked, draw = [], torch.randn
+
+    class Elsewhere:
+        device = "elsewhere"
+
+    def randn(shape, generator, device):
+        asked.append(device)
+        return draw(shape, generator=torch.Generator().manual_seed(1))
+
+    monkeypatch.setattr(torch, "randn", randn)
+    noise = start_noise(bank_of(), [Elsewhere(), torch.Generator()])
+    assert asked == ["elsewhere", torch.device("cpu")] and noise.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_list_of_cuda_generators_draws():
+    bank = bank_of().to("cuda")
+    generators = [torch.Generator("cuda").manual_seed(k) for k in range(2)]
+    for kind in SCHEDULERS:
+        images = pipeline(bank, plan_of(bank, kind))(2, generator=generators, output_type="pt").images
+        assert images.shape == (2, 1, 8, 8) and bool(images.isfinite().all())
 
 
 def test_a_pipeline_moves_like_any_other():

@@ -444,6 +444,22 @@ def test_every_width_that_the_refusal_names_is_usable(channels, groups):
         assert all(c % groups == 0 and abs(c - full * width) < 0.01 for c, full in zip(narrow, channels, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["positional", "fourier", "learned"])
+def test_an_odd_first_level_is_refused_where_it_halves_a_sine(kind):
+    """12 x .75 = 9 channels in 3 groups: an AssertionError before."""
+    options = {"num_train_timesteps": 1000} if kind == "learned" else {}
+    model = make(block_out_channels=(12, 24), norm_num_groups=3, time_embedding_type=kind, **options)
+    if kind != "positional":
+        assert Supernet(model, (1.0, 0.75)).subnet(0.75).config.block_out_channels == (9, 18)
+        return
+    with pytest.raises(ModelError, match="even") as error:
+        Supernet(model, (1.0, 0.75))
+    named = [float(number) for number in re.findall(r"[\d.]+", str(error.value).partition("such as")[2])]
+    assert named == [0.5, 1.0]
+    for width in named:
+        Supernet(model, (1.0, width))
+
+
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), torch.nn.Module(), "a path"], ids=lambda o: type(o).__name__)
 def test_other_models_are_refused(other):
     with pytest.raises(ModelError) as error:

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 from halfstep.errors import HalfstepError, RunError
 from halfstep.typed import build, shown
@@ -166,20 +166,30 @@ def read_bytes(path: Path, limit: int, *, what: str, do: str, error: type[Halfst
     return content
 
 
-def read_json(path: Path, *, what: str, do: str, error: type[HalfstepError] = RunError) -> dict:
+def read_json(path: Path, *, what: str, do: str, error: type[HalfstepError] = RunError, infinity: bool = False) -> dict:
     """Read a JSON object; `what` it should be and what to `do` go into the error.
 
+    `infinity`: that is a number, as in the configs of diffusers' schedulers ("lambda_min_clipped": -Infinity).
     Raises `error` when the file is missing, cut off, or no JSON object within the bounds above.
     """
     content = read_bytes(path, MAX_JSON, what=what, do=do, error=error)
-    return parse_json(content, where=path, what=what, do=do, error=error)
+    return parse_json(content, where=path, what=what, do=do, error=error, infinity=infinity)
 
 
-def parse_json(content: bytes, *, where: object, what: str, do: str, error: type[HalfstepError] = RunError) -> dict:
+def parse_json(
+    content: bytes,
+    *,
+    where: object,
+    what: str,
+    do: str,
+    error: type[HalfstepError] = RunError,
+    infinity: bool = False,
+) -> dict:
     """The JSON object in these bytes: strict, finite, in UTF-8, of bounded depth. Raises `error`."""
     try:
+        constant = _infinite if infinity else _no_number
         record = json.loads(
-            content.decode("utf-8"), parse_constant=_no_number, parse_float=_finite, parse_int=_short_integer
+            content.decode("utf-8"), parse_constant=constant, parse_float=_finite, parse_int=_short_integer
         )
         _require_shallow(record)
     except (ValueError, RecursionError) as broken:
@@ -189,8 +199,12 @@ def parse_json(content: bytes, *, where: object, what: str, do: str, error: type
     return record
 
 
-def _no_number(name: str) -> None:
+def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def _infinite(name: str) -> float:
+    return float(name) if name != "NaN" else _no_number(name)
 
 
 def _finite(text: str) -> float:

@@ -304,7 +304,7 @@ def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
     for place in (folder / "scheduler", folder, folder.parent / "scheduler"):  # the second is the hub's layout of 2022
         if (place / "scheduler_config.json").is_file():
             file, do = place / "scheduler_config.json", "save the pipeline again"
-            record = read_json(file, what="a scheduler config", do=do, error=ModelError)
+            record = read_json(file, what="a scheduler config", do=do, error=ModelError, infinity=True)
             return model, {"prediction_type": "epsilon", **record}
     process = Process()
     warnings.warn(f"{source}: no scheduler_config.json; it is taken for a model of {process}", stacklevel=2)
