@@ -221,3 +221,25 @@ def test_no_control_is_the_plan_itself_or_the_reference(genes):
 def test_a_budget_below_the_cheapest_plan_is_refused(tmp_path):
     with pytest.raises(PlanError, match="cheapest"):
         search_plan(Additive(true_costs()), PLAN, recipe(), tmp_path, budget=0.01)
+
+
+def test_a_table_of_the_measure_of_before_is_measured_again_and_a_cut_search_keeps_its_own(tmp_path, monkeypatch):
+    from halfstep import find
+
+    judge, told = Additive(true_costs()), []
+    write_table(tmp_path, judge.costs)
+    record = json.loads((tmp_path / "errors.json").read_text())
+    old = {key: value for key, value in record.items() if key != "measure"}
+    assert ErrorTable.from_json(old).measure == "change of distance"  # still told by `halfstep report`
+
+    def measure(*args, **kwargs):
+        told.append(1)
+        yield 1, 1, ErrorTable.from_json(record)
+
+    monkeypatch.setattr(find.searching, "error_table", measure)
+    judge.moved = judge.class_of = None
+    search_plan(judge, PLAN, recipe(), tmp_path, budget=0.5)
+    assert not told
+    (tmp_path / "errors.json").write_text(json.dumps(old))
+    search_plan(judge, PLAN, recipe(), tmp_path, budget=0.5)
+    assert told == [1] and json.loads((tmp_path / "errors.json").read_text())["measure"] == "moved features"

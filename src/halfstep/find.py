@@ -170,9 +170,11 @@ def _table(
 ) -> searching.ErrorTable:
     file = out / "errors.json"
     if file.is_file():
-        return searching.ErrorTable.from_json(
-            disk.read_json(file, what="an error table", do="delete it to measure again")
-        )
+        record = disk.read_json(file, what="an error table", do="delete it to measure again")
+        known = searching.ErrorTable.from_json(record)
+        if known.measure == searching.ErrorTable.measure:
+            return known
+        watch.say(f"the error table of before holds another measure ({known.measure}): measured again")
     steps = searching.error_table(
         judge.bank,
         plan,

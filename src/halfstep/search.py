@@ -101,7 +101,7 @@ class ErrorTable:
     reference's own trajectories; `damage` [K, E]: how far the final images move when one gene alone runs the entry.
 
     A damage is blind to the way: an entry that makes pictures better, or only other ones as good, moves them too. The
-    plans that are measured against the data (`fit_costs`) are there to see that.
+    plans that are measured against the data (`fit_costs`) are there to see that. `measure`: what a damage is.
     """
 
     timesteps: tuple[float, ...]
@@ -109,6 +109,7 @@ class ErrorTable:
     local: np.ndarray
     damage: np.ndarray
     images: int
+    measure: str = "moved features"
 
     def costs(self, weights: str, rows: Sequence[int]) -> np.ndarray:
         """The additive error model [K, E]: measured damage ("influence") or unweighted local errors ("uniform")."""
@@ -123,12 +124,15 @@ class ErrorTable:
             "local": self.local.tolist(),
             "damage": self.damage.tolist(),
             "images": self.images,
+            "measure": self.measure,
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ErrorTable:
+        """Rebuild a table; those of before the paired measure say "change of distance"."""
         local, damage = np.array(record["local"]), np.array(record["damage"])
-        return cls(tuple(record["timesteps"]), tuple(record["entries"]), local, damage, record["images"])
+        kind = record.get("measure", "change of distance")
+        return cls(tuple(record["timesteps"]), tuple(record["entries"]), local, damage, record["images"], kind)
 
 
 @torch.inference_mode()
