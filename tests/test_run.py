@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,14 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
+from safetensors.torch import load_file
 
 from halfstep import compress, methods, run
-from halfstep.errors import HalfstepError
+from halfstep.errors import DivergedError, HalfstepError
+from halfstep.loop import new_model, run_loop
 from halfstep.masks import masked
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
+from halfstep.rundir import images_for, open_run
 from halfstep.sampling import StepAwarePipeline
+from halfstep.train import Diffusion, TrainState, dense_objective
+from halfstep.watch import SILENT
 
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=40 train.batch=32
@@ -153,6 +159,40 @@ def test_a_diffusers_config_can_be_trained_and_trained_on(dense, tmp_path):
     first = run.train("digits", tmp_path / "a", tiny(f"model.config={config}", "train.steps=5"))
     second = run.train("digits", tmp_path / "b", tiny("train.steps=5"), model=str(first))
     assert DDPMPipeline.from_pretrained(second).unet.config.block_out_channels == [8, 16]
+
+
+def test_a_training_that_diverges_keeps_its_last_good_state_and_goes_on_from_it_with_steadier_settings(tmp_path):
+    def trained(recipe: Recipe, bad_at: int) -> TrainState:
+        recipe = recipe.edit(["train.warmup=0", "train.schedule=constant"])
+        images, inputs = images_for(recipe, "digits"), {"verb": "train", "data": "digits"}
+        torch.manual_seed(0)
+        net = new_model(recipe.model, images, 1000)
+        state, plain = TrainState.new(net, recipe.train), dense_objective(net, Diffusion(recipe.noise))
+
+        def objective(batch):
+            for loss in plain(batch):
+                yield loss * (math.nan if batch.step == bad_at else 1)
+
+        out = open_run(open_run(tmp_path / "o", recipe, inputs) / "supernet", recipe, inputs)
+        run_loop(out, state, images, recipe, objective, "dense", SILENT, lambda weights: torch.zeros(1, 1, 8, 8))
+        return state
+
+    inner = tmp_path / "o" / "supernet"
+    with pytest.raises(DivergedError, match=r"step 20: .*train\.lr below 0\.001"):
+        trained(tiny(), bad_at=17)
+    kept = load_file(inner / "state" / "train.safetensors")
+    assert all(value.isfinite().all() for value in kept.values())
+    with pytest.raises(HalfstepError, match=r"train\.batch"):
+        trained(tiny("train.batch=16"), bad_at=-1)
+    assert trained(tiny("train.lr=0.0005"), bad_at=-1).step == 40
+    log = [json.loads(line, parse_constant=pytest.fail) for line in (inner / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == list(range(5, 41, 5))
+    assert log[1]["lr"] > 0.0005 > log[2]["lr"]  # from the state of step 10 on
+    for folder in (inner, inner.parent):
+        record = json.loads((folder / "recipe.json").read_text())
+        assert record["diverged"] == [{"train.lr": 0.001}] and record["recipe"]["train"]["lr"] == 0.0005
+    with pytest.raises(HalfstepError, match=r"train\.lr"):  # it went on: its recipe is fixed again
+        trained(tiny(), bad_at=-1)
 
 
 SCRIPT = """

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from halfstep.data import Images, load_images
 from halfstep.denoiser import predictor
-from halfstep.errors import RunError
+from halfstep.errors import DivergedError, RunError
 from halfstep.process import Process
 from halfstep.recipe import TrainSpec
 from halfstep.train import (
@@ -472,3 +472,27 @@ def test_two_processes_end_with_the_weights_of_one_process_with_the_whole_batch(
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
     start = tiny().state_dict()
     assert max(float((value - start[name]).abs().max()) for name, value in alone.model.state_dict().items()) > 1e-3
+
+
+# ---- divergence ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("at", [5, 9, 10])  # between two records, and right before one
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_training_before_the_next_record(digits, bad, at):
+    model = tiny()
+    state, plain = TrainState.new(model, SPEC), dense_objective(model, Diffusion(Process()))
+
+    def objective(batch: Batch) -> Iterator[torch.Tensor]:
+        yield from plain(batch)
+        if batch.step == at - 1:  # the root's slope at 0 is infinite, its value is not
+            zero = next(model.parameters()).sum() * 0
+            yield zero / 0 if bad == "loss" else zero.sqrt()
+
+    spec, seen = replace(SPEC, steps=20, log_every=5), []
+    with pytest.raises(DivergedError, match=f"a {bad} that is not finite.* train.lr below") as caught:
+        for record in train(state, digits, spec, objective, Accelerator(cpu=True)):
+            seen.append(record.step)
+            assert all(value.isfinite().all() for value in state.tensors().values())
+    assert seen == [step for step in (5, 10, 15, 20) if step < at]
+    assert "\n" not in str(caught.value)

@@ -44,3 +44,7 @@ class PlanError(HalfstepError):
 
 class RunError(HalfstepError):
     """A run folder that cannot be read or written."""
+
+
+class DivergedError(HalfstepError):
+    """A training whose loss or gradient is no longer a finite number."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from halfstep.disk import write_atomic, write_json
-from halfstep.errors import DataError, ModelError
+from halfstep.errors import DataError, DivergedError, ModelError
 from halfstep.typed import nearest, shown
 
 if TYPE_CHECKING:
@@ -197,6 +197,13 @@ def train_features(
         loss.backward()
         optimizer.step()
         schedule.step()
+        if not math.isfinite(loss.item()):
+            raise DivergedError(
+                got=f"a loss of {loss.item()} at step {step}",
+                expected="a finite number",
+                where=f"features of {images.name}",
+                do="choose --set eval.features=pixels, or another network",
+            )
         yield FeatureRecord(step, loss.item(), (logits.argmax(1) == target).float().mean().item())
     net.eval()
     net.record["accuracy"] = accuracy(net, images if test is None else test)

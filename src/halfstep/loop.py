@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from halfstep import disk
 from halfstep.bank import Bank
 from halfstep.data import Images
-from halfstep.errors import ModelError, RecipeError
+from halfstep.errors import DivergedError, ModelError, RecipeError
 from halfstep.fit import require_labelled
 from halfstep.judge import to_uint8
 from halfstep.latents import Latents
@@ -23,10 +23,13 @@ from halfstep.process import Process
 from halfstep.recipe import ModelSpec, Recipe
 from halfstep.report import picture_grid
 from halfstep.sampling import reference_plan, sample_images
-from halfstep.train import Objective, TrainState, stamp
+from halfstep.train import STEADIER, Objective, TrainRecord, TrainState, stamp
 from halfstep.train import train as train_loop
 from halfstep.uvit import UViT2DModel
 from halfstep.watch import Watch
+
+DIVERGED = Path("state") / "diverged.json"
+"""Stands in a run folder whose training ended in a loss that was not finite, until it goes on."""
 
 
 def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -> UNet2DModel | UViT2DModel:
@@ -127,7 +130,8 @@ def run_loop(
 ) -> None:
     """Train to the end of the recipe with everything around it: resume, log.jsonl, saved states, sample grids.
 
-    Ctrl-C and kill -9 lose at most `train.save_every` steps: a state is only whole between two steps.
+    Ctrl-C and kill -9 lose at most `train.save_every` steps: a state is only whole between two steps. A training that
+    diverges leaves its last saved state and state/diverged.json, with which `open_run` takes steadier settings.
     """
     spec, file, log = recipe.train, out / "state" / "train.safetensors", out / "log.jsonl"
     tracker = {"log_with": spec.tracker, "project_dir": str(out)} if spec.tracker else {}
@@ -137,16 +141,19 @@ def run_loop(
     state.to(accelerator.device)
     world = accelerator.num_processes  # the order of the images depends on it
     methods = (recipe.slim, recipe.sparse, recipe.spectral)
-    ours = stamp(recipe.train, recipe.noise, recipe.model, methods, recipe.seed, images.fingerprint, tag, world)
+    kept = {name: value for name, value in vars(spec).items() if name not in STEADIER}  # those, recipe.json answers for
+    ours = stamp(kept, recipe.noise, recipe.model, methods, recipe.seed, images.fingerprint, tag, world)
     if file.is_file():
         state.load(file, ours)
         watch.say(f"resuming {tag} at step {state.step} of {spec.steps}")
+    diverged = out / DIVERGED
+    diverged.unlink(missing_ok=True)
     disk.keep_records(log, lambda record: record.get("tag") != tag or record["step"] <= state.step)
     records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
     main = accelerator.is_main_process
     with watch.stage(f"train {tag}", spec.steps) as told:
         told(state.step, "")
-        for record in records:
+        for record in _noting_divergence(records, diverged):
             if main:
                 disk.append_record(log, {"tag": tag, **vars(record)})
                 told(record.step, f"loss {record.loss:.4f}")
@@ -157,6 +164,17 @@ def run_loop(
             if main and (_passed(record.step, spec.sample_every, spec.log_every) or last):
                 disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
     accelerator.end_training()
+
+
+def _noting_divergence(records: Iterator[TrainRecord], file: Path) -> Iterator[TrainRecord]:
+    """The records; where the training diverges, the last of them goes into `file`."""
+    last = None
+    try:
+        for last in records:
+            yield last
+    except DivergedError:
+        disk.write_json(file, {"last_record": last and vars(last)})
+        raise
 
 
 def preview_of(bank: Bank, noise: Process, recipe: Recipe, count: int = 32) -> torch.Tensor:

@@ -311,12 +311,14 @@ class RunRecord:
     """recipe.json of a run folder: the recipe (None: the verb has none), what the command named, and the machine.
 
     `inputs`: the verb, paths and goal as they were given, and the fingerprints of what lay there, "model_content" and
-    "data_content"; runs of before 2026-11-26 have none.
+    "data_content"; runs of before 2026-11-26 have none. `diverged`: the settings under which its training diverged
+    before it went on with steadier ones, e.g. [{"train.lr": 30.0}].
     """
 
     inputs: dict[str, str]
     recipe: Recipe | None = None
     machine: dict[str, Any] = field(default_factory=dict)
+    diverged: list[dict[str, Any]] = field(default_factory=list)
     format: Literal[1] = 1
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from halfstep.data import Images, load_images
 from halfstep.errors import RunError
 from halfstep.judge import default_device
 from halfstep.latents import Latents, encode_images, shape_for
-from halfstep.loop import require_tracker
+from halfstep.loop import DIVERGED, require_tracker
 from halfstep.profiling import machine
-from halfstep.recipe import Recipe, RunRecord, field_names
+from halfstep.recipe import Recipe, RunRecord, field_names, leaves
+from halfstep.train import STEADIER
 from halfstep.watch import SILENT, Watch
 
 _PLANS = ("name", "search.", "shrink.")
@@ -85,8 +86,8 @@ def _open(out: Path, asked: RunRecord, watch: Watch) -> None:
     else:
         disk.require_writable(out)
         disk.recover(out)
-        if known != asked.inputs:
-            disk.write_json(out / "recipe.json", replace(RunRecord.load(out), inputs=asked.inputs).to_json())
+        if known != RunRecord.load(out):
+            disk.write_json(out / "recipe.json", known.to_json())
 
 
 def _require_ours(out: Path) -> None:
@@ -104,15 +105,16 @@ def _require_ours(out: Path) -> None:
         )
 
 
-def _resumed(out: Path, asked: RunRecord, watch: Watch) -> Mapping[str, str]:
-    """The inputs of the run in `out`. Raises RunError where it is another one than is asked for."""
+def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
+    """The record with which the run in `out` goes on. Raises RunError where it is another one than is asked for."""
     old = RunRecord.load(out)
     ignored = IGNORED.get(asked.inputs["verb"], ())
     changed = [] if old.recipe is asked.recipe is None else ["recipe"]
     if old.recipe and asked.recipe:
         changed = [name for name in old.recipe.differences(asked.recipe) if not name.startswith(ignored)]
     changed += [k for k, v in asked.inputs.items() if k not in CONTENT and old.inputs.get(k) != v]
-    if changed:
+    steadier = bool(changed) and _may_be_steadier(out, changed)
+    if changed and not steadier:
         raise RunError(
             got=f"a run of another recipe ({', '.join(changed[:4])} differ)",
             expected="the same recipe, to resume",
@@ -130,7 +132,16 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> Mapping[str, str]:
             )
     if not set(CONTENT) & set(old.inputs) and set(CONTENT) & set(asked.inputs):
         watch.say(f"{out} was begun before runs knew their model and data by content: what lies there now is believed")
-    return old.inputs
+    if steadier and old.recipe:
+        wild = {name: value for name, value in leaves(old.recipe) if name in changed}
+        return replace(old, inputs=asked.inputs, recipe=asked.recipe, diverged=[*old.diverged, wild])
+    return replace(old, inputs=asked.inputs)
+
+
+def _may_be_steadier(out: Path, changed: Sequence[str]) -> bool:
+    """Whether a training in the folder diverged, and nothing changed but what may help it."""
+    diverged = any((place / DIVERGED).is_file() for place in (out, *out.iterdir()))
+    return diverged and set(changed) <= {f"train.{name}" for name in STEADIER}
 
 
 def images_for(recipe: Recipe, source: str, split: str = "train", watch: Watch = SILENT) -> Images:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from halfstep.data import Images
 from halfstep.denoiser import Predict, predictor
 from halfstep.disk import write_atomic
-from halfstep.errors import RunError
+from halfstep.errors import DivergedError, RunError
 from halfstep.latents import Latents
 from halfstep.process import Process
 from halfstep.recipe import TrainSpec
@@ -201,15 +201,17 @@ def train(
 ) -> Iterator[TrainRecord]:
     """Train from `state.step` to `spec.steps`; yields a record every `spec.log_every` steps and at the last.
 
-    The state is changed in place and is whole whenever a record is yielded. Models are not wrapped: with several
-    processes the gradients are averaged once per step, which also holds for losses that use slices of the weights.
+    The state is changed in place and is whole whenever a record is yielded. Raises DivergedError in place of a record
+    when a loss or a gradient since the one before was not finite, so that what is saved at a record is sound. Models
+    are not wrapped: with several processes the gradients are averaged once per step, which also holds for losses that
+    use slices of the weights.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     order = ShuffledOrder(len(images), seed)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     state.model.train()
     bf16 = use_bf16(spec, device)
-    losses = torch.zeros((), device=device)
+    losses, norms = torch.zeros((), device=device), torch.zeros((), device=device)  # read at a record: it costs a wait
     since = 0
     for step in range(state.step, spec.steps):
         torch.manual_seed(_mix(seed, step, rank))
@@ -225,6 +227,7 @@ def train(
             for p in parameters:
                 p.grad = accelerator.reduce(p.grad if p.grad is not None else torch.zeros_like(p), "mean")
         norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm or math.inf)
+        norms += norm
         rate = learning_rate(step, spec)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -233,9 +236,31 @@ def train(
         state.ema.step(state.model.parameters())
         state.step, since = step + 1, since + 1
         if state.step % spec.log_every == 0 or state.step == spec.steps:
+            _require_finite(losses.item(), norms.item(), state.step, spec, bf16)
             yield TrainRecord(state.step, losses.item() / since, rate, float(norm))
             losses.zero_()
+            norms.zero_()
             since = 0
+
+
+STEADIER = ("lr", "clip_norm", "precision", "warmup", "schedule")
+"""Fields of TrainSpec with which a diverged training may go on: they say how to step, not what a state holds."""
+
+
+def _require_finite(loss: float, norm: float, step: int, spec: TrainSpec, bf16: bool) -> None:
+    """Raise DivergedError unless the sums of losses and of gradient norms up to a step are finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    ways = [f"train.lr below {spec.lr:g}"]
+    ways += ["train.clip_norm=1"] if not spec.clip_norm else []
+    ways += ["train.precision=no"] if bf16 else []
+    what = "a gradient" if math.isfinite(loss) else "a loss"
+    raise DivergedError(
+        got=f"{what} that is not finite, in the last {spec.log_every} steps",
+        expected="finite numbers",
+        where=f"training at step {step}",
+        do=f"repeat the command with --set {' or '.join(ways)}; it goes on from the last saved state",
+    )
 
 
 def _autocast(losses: Iterator[torch.Tensor], device: torch.device, bf16: bool) -> Iterator[torch.Tensor]:
