@@ -173,7 +173,7 @@ def test_a_training_that_diverges_keeps_its_last_good_state_and_goes_on_from_it_
             for loss in plain(batch):
                 yield loss * (math.nan if batch.step == bad_at else 1)
 
-        out = open_run(open_run(tmp_path / "o", recipe, inputs) / "supernet", recipe, inputs)
+        out = open_run(open_run(tmp_path / "o", recipe, inputs, {}) / "supernet", recipe, inputs, {})
         run_loop(out, state, images, recipe, objective, "dense", SILENT, lambda weights: torch.zeros(1, 1, 8, 8))
         return state
 

@@ -490,9 +490,10 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_training_before_the_nex
             yield zero / 0 if bad == "loss" else zero.sqrt()
 
     spec, seen = replace(SPEC, steps=20, log_every=5), []
-    with pytest.raises(DivergedError, match=f"a {bad} that is not finite.* train.lr below") as caught:
+    with pytest.raises(DivergedError, match="that is not finite.* train.lr below") as caught:
         for record in train(state, digits, spec, objective, Accelerator(cpu=True)):
             seen.append(record.step)
             assert all(value.isfinite().all() for value in state.tensors().values())
     assert seen == [step for step in (5, 10, 15, 20) if step < at]
-    assert "\n" not in str(caught.value)
+    spread = bad == "gradient" and at % 5  # by then the loss of a later step told of it
+    assert f"got a {'loss' if spread else bad} that" in str(caught.value)
