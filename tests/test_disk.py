@@ -266,7 +266,7 @@ def test_kept_records_are_those_that_the_filter_accepts_in_order(steps, limit):
         path = Path(folder) / "log.jsonl"
         for step in steps:
             disk.append_record(path, {"step": step})
-        disk.keep_records(path, lambda record: record["step"] <= limit)
+        disk.keep_records(path, lambda record: record.step <= limit, Step)
         assert [record["step"] for record in disk.read_records(path)] == [s for s in steps if s <= limit]
         assert os.listdir(folder) == (["log.jsonl"] if steps else [])
 
@@ -276,7 +276,7 @@ def test_a_broken_line_before_the_last_is_told_by_its_number(tmp_path: Path, lin
     file = tmp_path / "search.jsonl"
     file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     refused("line 2.*delete that line", disk.read_records, file, where=file)
-    refused("line 2.*delete that line", disk.keep_records, file, lambda record: True, where=file)
+    refused("line 2.*delete that line", disk.keep_records, file, lambda record: True, Step, where=file)
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe", b'{"step": 1', b"", b"\0\0"], ids=str)

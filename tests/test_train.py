@@ -21,6 +21,7 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from halfstep.data import Images, load_images
@@ -193,7 +194,7 @@ def test_a_cut_state_is_refused_in_one_line_and_changes_nothing(started: TrainSt
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     state = TrainState.new(tiny(), SPEC)
     before = {name: value.clone() for name, value in state.tensors().items()}
-    with pytest.raises(RunError, match="unreadable state") as caught:
+    with pytest.raises(RunError, match="unreadable file") as caught:
         state.load(file, "mine")
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
     assert state.step == 0 and all(torch.equal(value, before[name]) for name, value in state.tensors().items())
@@ -207,8 +208,64 @@ def test_a_state_of_another_stamp_is_refused_in_one_line(started: TrainState, tm
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def damaged(file: Path, **changes: object) -> None:
+    """A state written again with other metadata, by their names, or other tensors, by a function `tensors`."""
+    with safe_open(file, framework="pt") as opened:
+        meta = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    change = changes.pop("tensors", None)
+    if change is not None:
+        change(tensors)
+    meta = {name: value for name, value in (meta | changes).items() if value is not None}
+    save_file(tensors, file, metadata=meta)
+
+
+def _with(tensors: dict, name: str, value: torch.Tensor) -> None:
+    tensors[name] = value
+
+
+DAMAGES: dict[str, tuple[dict, str]] = {
+    "step -5": ({"step": "-5"}, "step '-5'"),
+    "no step": ({"step": None}, "step None"),
+    "step of words": ({"step": "four"}, "step 'four'"),
+    "long step": ({"step": "9" * 5000}, "step '999"),
+    "past the end": ({"step": "99"}, "expected a whole number from 0 to 40"),
+    "other step": ({"step": "3"}, "bytes that changed"),
+    "changed": ({"tensors": lambda t: t["ema.0"].mul_(1.001)}, "bytes that changed"),
+    "NaN": ({"digest": None, "tensors": lambda t: t["ema.0"].fill_(float("nan"))}, "NaN or infinity in ema.0"),
+    "shape": ({"tensors": lambda t: _with(t, "ema.0", t["ema.0"][:1].clone())}, "got ema.0"),
+    "type": ({"tensors": lambda t: _with(t, "ema.0", t["ema.0"].double())}, "got ema.0 torch.float64"),
+    "more": ({"tensors": lambda t: _with(t, "optimizer.9999.step", torch.zeros(()))}, "got optimizer.9999.step"),
+    "fewer": ({"tensors": lambda t: t.pop("ema.1")}, "got ema.1 missing"),
+    "half a slot": ({"tensors": lambda t: t.pop("optimizer.0.exp_avg")}, "got optimizer.0.exp_avg missing"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_state_is_refused_in_one_line_that_says_what_to_delete(started, tmp_path, changes, message):
+    file = tmp_path / "train.safetensors"
+    started.save(file, "mine")
+    damaged(file, **changes)
+    state = TrainState.new(tiny(), SPEC)
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    with pytest.raises(RunError) as caught:
+        state.load(file, "mine", 40)
+    told = str(caught.value)
+    assert message in told and str(file) in told and "delete that file" in told and "\n" not in told
+    assert state.step == 0 and all(torch.equal(value, before[name]) for name, value in state.tensors().items())
+
+
+def test_a_state_of_before_has_no_digest_and_is_believed(started: TrainState, tmp_path: Path):
+    file = tmp_path / "train.safetensors"
+    started.save(file, "mine")
+    assert TrainState.new(tiny(), SPEC).load(file, "mine") is True
+    damaged(file, digest=None)
+    state = TrainState.new(tiny(), SPEC)
+    assert state.load(file, "mine") is False and state.step == started.step
+
+
 def test_a_missing_state_is_a_run_error(tmp_path: Path):
-    with pytest.raises(RunError, match="unreadable state"):
+    with pytest.raises(RunError, match="unreadable file"):
         TrainState.new(tiny(), SPEC).load(tmp_path / "none.safetensors", "mine")
 
 
@@ -490,7 +547,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_training_before_the_nex
             yield zero / 0 if bad == "loss" else zero.sqrt()
 
     spec, seen = replace(SPEC, steps=20, log_every=5), []
-    with pytest.raises(DivergedError, match="that is not finite.* train.lr below") as caught:
+    with pytest.raises(DivergedError, match=r"that is not finite.* train.lr below") as caught:
         for record in train(state, digits, spec, objective, Accelerator(cpu=True)):
             seen.append(record.step)
             assert all(value.isfinite().all() for value in state.tensors().values())

@@ -301,10 +301,14 @@ def read_records(path: Path, cls: Any = None, *, do: str = "delete that line, or
     return records
 
 
-def keep_records(path: Path, keep: Callable[[dict], bool]) -> None:
-    """Rewrite a JSON-lines file with the records that `keep` accepts: what lies behind a resumed step is dropped."""
-    if path.is_file():
-        write_text(path, "".join(to_json(r, where=path) + "\n" for r in read_records(path) if keep(r)))
+def keep_records(path: Path, keep: Callable[[Record], bool], cls: type[Record]) -> None:
+    """Rewrite a JSON-lines file with the records that `keep` accepts: what lies behind a resumed step is dropped.
+
+    Raises RunError as `read_records` does.
+    """
+    if path.exists():
+        lines = zip(read_records(path), read_records(path, cls), strict=True)
+        write_text(path, "".join(to_json(line, where=path) + "\n" for line, record in lines if keep(record)))
 
 
 def require_writable(folder: Path) -> Path:

@@ -20,10 +20,10 @@ from halfstep.judge import to_uint8
 from halfstep.latents import Latents
 from halfstep.models import build_model
 from halfstep.process import Process
-from halfstep.recipe import ModelSpec, Recipe
+from halfstep.recipe import ModelSpec, Recipe, TrainSpec
 from halfstep.report import picture_grid
 from halfstep.sampling import reference_plan, sample_images
-from halfstep.train import STEADIER, Objective, TrainRecord, TrainState, stamp
+from halfstep.train import STEADIER, Logged, Objective, TrainRecord, TrainState, stamp
 from halfstep.train import train as train_loop
 from halfstep.uvit import UViT2DModel
 from halfstep.watch import Watch
@@ -144,15 +144,22 @@ def run_loop(
     kept = {name: value for name, value in vars(spec).items() if name not in STEADIER}  # those, recipe.json answers for
     ours = stamp(kept, recipe.noise, recipe.model, methods, recipe.seed, images.fingerprint, tag, world)
     if file.is_file():
-        state.load(file, ours)
-        watch.say(f"resuming {tag} at step {state.step} of {spec.steps}")
+        checked = "" if state.load(file, ours, spec.steps) else " (a state of before, without a digest)"
+        watch.say(f"resuming {tag} at step {state.step} of {spec.steps}{checked}")
     diverged = out / DIVERGED
-    diverged.unlink(missing_ok=True)
-    disk.keep_records(log, lambda record: record.get("tag") != tag or record["step"] <= state.step)
-    records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
     main = accelerator.is_main_process
+    if main:
+        diverged.unlink(missing_ok=True)
+        disk.keep_records(log, lambda one: one.tag != tag or one.step <= state.step, Logged)
+
+    def draw() -> None:
+        disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
+
+    records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
     with watch.stage(f"train {tag}", spec.steps) as told:
         told(state.step, "")
+        if main and _grid_due(state.step, spec):  # a kill between the state and its grid left an older one
+            draw()
         for record in _noting_divergence(records, diverged):
             if main:
                 disk.append_record(log, {"tag": tag, **vars(record)})
@@ -161,8 +168,8 @@ def run_loop(
             last = record.step == spec.steps
             if main and (_passed(record.step, spec.save_every, spec.log_every) or last):
                 state.save(file, ours)
-            if main and (_passed(record.step, spec.sample_every, spec.log_every) or last):
-                disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
+            if main and _grid_due(record.step, spec):
+                draw()
     accelerator.end_training()
 
 
@@ -183,6 +190,10 @@ def preview_of(bank: Bank, noise: Process, recipe: Recipe, count: int = 32) -> t
     plan = reference_plan(bank, noise, sample, dict.fromkeys(bank, 1))
     rows = [plan.uniform(name) for name in bank]
     return torch.cat([x for p in rows for x in sample_images(bank, p, count, seed=1234)])
+
+
+def _grid_due(step: int, spec: TrainSpec) -> bool:
+    return step > 0 and (_passed(step, spec.sample_every, spec.log_every) or step == spec.steps)
 
 
 def _passed(step: int, every: int, stride: int) -> bool:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from halfstep.content import digest_tensors
 from halfstep.data import Images
 from halfstep.denoiser import Predict, predictor
 from halfstep.disk import write_atomic
@@ -26,12 +27,25 @@ from halfstep.errors import DivergedError, RunError
 from halfstep.latents import Latents
 from halfstep.process import Process
 from halfstep.recipe import TrainSpec
+from halfstep.typed import shown
+from halfstep.weights import open_weights
 
 
 @dataclass(frozen=True)
 class TrainRecord:
     """What one logged step tells: mean loss since the last record, learning rate, gradient norm before clipping."""
 
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged:
+    """A line of log.jsonl: which training, and what a `TrainRecord` tells."""
+
+    tag: str
     step: int
     loss: float
     lr: float
@@ -91,6 +105,29 @@ def dense_objective(model: torch.nn.Module, diffusion: Diffusion) -> Objective:
     return objective
 
 
+STATE = "a training state as it was written"
+AGAIN = "delete that file to train again from the start"
+
+
+def _require_like(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
+    """Raise RunError unless every tensor is wanted and as wanted, and none is missing; slots come all or none."""
+    slots = {name.rsplit(".", 1)[0] for name in found if name.startswith("optimizer.")}
+    need = [name for name in wanted if not name.startswith("optimizer.") or name.rsplit(".", 1)[0] in slots]
+    for name in [*need, *found]:
+        if found.get(name) != wanted.get(name):
+            here, there = (f"{name} {one.get(name, 'missing')}" for one in (found, wanted))
+            raise RunError(got=here, expected=f"{there}, as the recipe's model", where=file, do=AGAIN)
+
+
+def _count(text: str | None, name: str, file: Path, most: int | None) -> int:
+    """A count of steps from the metadata. Raises RunError for none, a negative one, and one above `most`."""
+    number = int(text) if text and text.isascii() and text.isdecimal() and len(text) < 16 else -1
+    if number < 0 or (most is not None and number > most):
+        limit = "" if most is None else f" to {most}"
+        raise RunError(got=f"{name} {shown(text)}", expected=f"a whole number from 0{limit}", where=file, do=AGAIN)
+    return number
+
+
 @dataclass
 class TrainState:
     """What a step changes: the model's weights, their moving average, the optimizer and the step count."""
@@ -120,29 +157,53 @@ class TrainState:
         return found
 
     def save(self, file: Path, stamp: str) -> None:
-        """Write the whole state as one safetensors file; `stamp` names the recipe it belongs to."""
+        """Write the whole state as one safetensors file; `stamp` names the recipe it belongs to.
+
+        A digest of every bit goes into its metadata, which `load` compares.
+        """
         tensors = {name: value.detach().contiguous().cpu() for name, value in self.tensors().items()}
         meta = {"step": str(self.step), "ema_step": str(self.ema.optimization_step), "stamp": stamp}
+        meta["digest"] = digest_tensors(tensors, *meta.values())
         write_atomic(file, lambda path: save_file(tensors, path, metadata=meta))
 
-    def load(self, file: Path, stamp: str) -> None:
-        """Continue from `file`. Raises RunError when it is cut off or belongs to another recipe."""
-        try:
-            with safe_open(file, framework="pt") as opened:
-                meta = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise RunError(
-                got=f"an unreadable state ({error})",
-                expected="a training state",
-                where=file,
-                do="delete that file to train again from the start",
-            ) from error
-        if meta.get("stamp") != stamp:
-            raise RunError(
-                got="the state of another recipe", expected="the same recipe", where=file, do="choose another --out"
-            )
-        self.step, self.ema.optimization_step = int(meta["step"]), int(meta["ema_step"])
+    def load(self, file: Path, stamp: str, steps: int | None = None) -> bool:
+        """Continue from `file`, at most at step `steps`. False: it is of before 2026-11-26 and has no digest.
+
+        Raises RunError, and changes nothing, when it is cut off, belongs to another recipe, has other tensors or
+        shapes than this state, holds NaN or infinity, or is not what was written.
+        """
+        wanted = self._wanted()
+        with open_weights(file, what="a training state", do=AGAIN, error=RunError) as opened:
+            meta = opened.metadata() or {}
+            if meta.get("stamp") != stamp:
+                raise RunError(
+                    got="the state of another recipe", expected="the same recipe", where=file, do="choose another --out"
+                )
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            _require_like(shapes, {name: tuple(value.shape) for name, value in wanted.items()}, file)
+            tensors = {name: opened.get_tensor(name) for name in shapes}
+        _require_like({n: v.dtype for n, v in tensors.items()}, {n: v.dtype for n, v in wanted.items()}, file)
+        step, ema_step = (_count(meta.get(name), name, file, steps) for name in ("step", "ema_step"))
+        stored = meta.pop("digest", None)
+        if stored not in (None, digest_tensors(tensors, meta["step"], meta["ema_step"], stamp)):
+            raise RunError(got="bytes that changed after they were written", expected=STATE, where=file, do=AGAIN)
+        broken = [n for n, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+        if broken:
+            raise RunError(got=f"NaN or infinity in {broken[0]}", expected=STATE, where=file, do=AGAIN)
+        self._take(tensors)
+        self.step, self.ema.optimization_step = step, ema_step
+        return stored is not None
+
+    def _wanted(self) -> dict[str, torch.Tensor]:
+        """A tensor like every one that a state may hold; only weights that were trained have optimizer slots."""
+        found = {name: value for name, value in self.tensors().items() if not name.startswith("optimizer.")}
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for i, weight in enumerate(weights):
+            found |= {f"optimizer.{i}.{slot}": weight for slot in ("exp_avg", "exp_avg_sq")}
+            found[f"optimizer.{i}.step"] = torch.zeros(())
+        return found
+
+    def _take(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.model.load_state_dict({n[6:]: v for n, v in tensors.items() if n.startswith("model.")})
         for i, shadow in enumerate(self.ema.shadow_params):
             shadow.copy_(tensors[f"ema.{i}"])
