@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
-    "values": ("errors", "disk", "lock", "typed", "process", "recipe", "results", "plan", "watch", "threads"),
+    "values": ("errors", "disk", "lock", "typed", "process", "recipe", "results", "plan", "watch", "threads", "sums"),
     "nets": ("content", "denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
@@ -27,6 +27,7 @@ FLOORS = {
         "train",
         "models",
         "bank",
+        "verify",
         "samplers",
         "sampling",
         "search",

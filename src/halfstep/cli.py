@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import typer.core
@@ -452,9 +452,41 @@ def features(data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None)
     line(f"features: {measured.features(data, out, recipe_for(recipe, data, edits), watch=RichWatch())}")
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A pipeline folder, or a run folder with all that is in it.")],
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Record what lies there now as right: after an edit of your own.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Whether a pipeline's or a run's files are those that were written; exit code 2 where one changed or is missing.
+
+    Every pipeline carries the digests of its files (SHA256SUMS, for `sha256sum -c` too), every training state its own.
+
+    Example: `halfstep verify runs/half`
+    """
+    from collections import Counter
+
+    from halfstep import verify as verifying
+    from halfstep.report import Table, rich_table
+    from halfstep.sums import State
+
+    found = verifying.verify(folder, accept=accept)
+    rows = tuple((one.file, one.state) for one in found)
+    count = Counter(one.state for one in found)
+    told = ", ".join(f"{count[state]} {state}" for state in get_args(State) if count[state])
+    note = f"{told}; recorded as they are now" if accept else told
+    table = Table(title=str(folder), columns=("file", "state"), rows=rows, note=note)
+    show([{"file": one.file, "state": one.state} for one in found], as_json, lambda: rich_table(table))
+    if (count["changed"] or count["missing"]) and not accept:
+        raise typer.Exit(2)
+
+
 def main() -> None:
     """Run the command line; a user's error becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda message, *_: line(f"note: {message}", to=notes, style="yellow")
     accept_any_text()
     try:
         app()

@@ -22,6 +22,7 @@ from halfstep.disk import read_json
 from halfstep.errors import ModelError
 from halfstep.process import Process
 from halfstep.spectral import SpectralUNet2DModel
+from halfstep.sums import require_whole
 from halfstep.typed import shown
 from halfstep.uvit import UViT2DModel
 from halfstep.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
@@ -270,9 +271,14 @@ def pipeline_folder(source: str | Path) -> Path:
     return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
 
 
-def load_vae(source: str | Path) -> Any:
-    """The VAE of a latent diffusion pipeline (or of a folder that is one); None for pixels. Raises ModelError."""
+def load_vae(source: str | Path, *, checked: bool = False) -> Any:
+    """The VAE of a latent diffusion pipeline (or of a folder that is one); None for pixels. Raises ModelError.
+
+    `checked`: the files' digests were compared already.
+    """
     folder = pipeline_folder(source)
+    if not checked:
+        require_whole(folder)
     for place in (folder, folder / "vae", folder / "vqvae"):
         if (place / "config.json").is_file() and (
             place != folder or read_config(place).get("_class_name") in VAE_CLASSES
@@ -296,9 +302,11 @@ def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
 
     `source`: "digits" (bundled), a diffusers pipeline folder (its `unet` and `scheduler`), a run folder of
     `halfstep train`, or a model folder with a `scheduler_config.json`, or with a folder `scheduler` inside or beside
-    it. Without any of these a warning says that the process of DDPM is assumed. Raises ModelError.
+    it. Without any of these a warning says that the process of DDPM is assumed. Raises ModelError, also for files that
+    changed since digests of them were written.
     """
     folder = pipeline_folder(source)
+    require_whole(folder)
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     model = load_model(inner)
     for place in (folder / "scheduler", folder, folder.parent / "scheduler"):  # the second is the hub's layout of 2022

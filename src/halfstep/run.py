@@ -54,6 +54,7 @@ from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
 from halfstep.spectral import spectra
 from halfstep.story import tell, tell_restored, tell_spectra
+from halfstep.sums import write_sums
 from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.watch import SILENT, Watch
 
@@ -99,6 +100,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     def write(folder: Path) -> None:
         pipeline.save_pretrained(folder)
         write_classes(folder, names_of(net.config, images, classes))
+        write_sums(folder)
 
     if PartialState().is_main_process:
         disk.write_atomic(done, write)

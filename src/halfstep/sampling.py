@@ -25,6 +25,7 @@ from halfstep.plan import Row, StepPlan
 from halfstep.process import Process
 from halfstep.recipe import SampleSpec
 from halfstep.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
+from halfstep.sums import require_whole, write_sums
 from halfstep.weights import require_safetensors
 
 Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -282,7 +283,7 @@ class StepAwarePipeline(DiffusionPipeline):
         return torch.tensor(numbers_of(each, class_count(self.bank.config), self.bank.classes), device=self.bank.device)
 
     def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> None:  # type: ignore[override]
-        """Write the pipeline folder, whole or not at all."""
+        """Write the pipeline folder, whole or not at all, with the digests of its files."""
         require_safetensors(safe_serialization, "safe_serialization")
         write_atomic(Path(save_directory), self._write)
 
@@ -302,6 +303,7 @@ class StepAwarePipeline(DiffusionPipeline):
             index["vae"] = ["diffusers", type(self.bank.vae).__name__]
         write_classes(folder, self.bank.classes)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_sums(folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -314,8 +316,9 @@ class StepAwarePipeline(DiffusionPipeline):
     ) -> StepAwarePipeline:
         """Read a pipeline folder, in float32 or `torch_dtype`; nothing is ever fetched.
 
-        MACs that the plan claims and the bank does not have are corrected, with a warning. Raises RunError, ModelError
-        or PlanError for what is missing, cut or foreign.
+        MACs that the plan claims and the bank does not have are corrected, with a warning; one is given too for a
+        folder of before files had digests. Raises RunError, ModelError or PlanError for what is missing, cut, foreign
+        or changed since it was written.
         """
         require_safetensors(use_safetensors, "use_safetensors")
         folder = Path(pretrained_model_name_or_path)
@@ -327,8 +330,14 @@ class StepAwarePipeline(DiffusionPipeline):
                 where=folder,
                 do="load it with diffusers, or make a step-aware one with halfstep optimize",
             )
+        if not require_whole(folder):
+            warnings.warn(
+                f"{folder} was written before files had digests, and is believed as it is; "
+                f"`halfstep verify {folder} --accept` writes them",
+                stacklevel=2,
+            )
         bank = Bank.from_pretrained(folder / "bank")
-        bank.vae, bank.classes = load_vae(folder), read_classes(folder, class_count(bank.config))
+        bank.vae, bank.classes = load_vae(folder, checked=True), read_classes(folder, class_count(bank.config))
         plan = _with_macs_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
         pipe = cls(bank, plan)
         return pipe if torch_dtype is None else pipe.to(torch_dtype)
