@@ -25,6 +25,7 @@ from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe, RunRecord, SampleSpec
 from halfstep.rundir import open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.sums import write_sums
 
 INPUTS = {"verb": "train", "model": "m", "data": "d"}
 TINY = """
@@ -167,9 +168,11 @@ def test_replaced_pictures_and_retrained_models_are_noticed_by_every_verb(pictur
     kept = net.read_bytes()
     run.train(data, tmp_path / "other", tiny().edit(["seed=1"]))
     shutil.copy(tmp_path / "other" / "pipeline" / "unet" / net.name, net)
+    write_sums(dense)
     with pytest.raises(RunError, match="another model behind"):
         run.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
     net.write_bytes(kept)
+    write_sums(dense)
     Image.new("L", (8, 8)).save(pictures / "0.png")
     for again in (
         lambda: run.train(data, tmp_path / "dense", tiny()),

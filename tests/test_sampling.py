@@ -28,6 +28,7 @@ from halfstep.sampling import (
     sample_images,
     start_noise,
 )
+from halfstep.sums import write_sums
 
 
 def net(seed: int, width: int, **changes) -> UNet2DModel:
@@ -551,8 +552,10 @@ def test_folders_that_hold_no_pipeline_are_refused(tmp_path):
     record = json.loads(file.read_text())
     record["entry_macs"]["w9"], record["rows"][0][1] = 1, "w9"
     file.write_text(json.dumps(record))
+    write_sums(tmp_path / "p")
     with pytest.raises(PlanError, match="w9"):
         StepAwarePipeline.from_pretrained(tmp_path / "p")
     file.unlink()
+    write_sums(tmp_path / "p")
     with pytest.raises(HalfstepError, match=r"plan\.json"):
         StepAwarePipeline.from_pretrained(tmp_path / "p")
