@@ -19,6 +19,7 @@ from halfstep.disk import read_record, write_atomic
 from halfstep.errors import ModelError, RecipeError
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
 from halfstep.models import WEIGHTS, empty_model, filled_model, load_model, read_config
+from halfstep.models import load_denoiser as load_denoiser  # scripts of before import it from here
 from halfstep.profiling import call_times, count_macs, latency
 from halfstep.results import Cost
 from halfstep.slices import Pieces, Slices, cut_all, require_inside, slices_to_json

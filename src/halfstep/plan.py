@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from halfstep.disk import read_json, write_json
 from halfstep.errors import PlanError
+from halfstep.process import BETA_SCHEDULERS
 from halfstep.typed import Bounds, build
 
 
@@ -154,9 +155,10 @@ class StepPlan:
     def __str__(self) -> str:
         base = self.baseline or Baseline(f"{self.reference!r} everywhere", self.uniform().macs)
         saving = 1 - self.macs / base.macs
+        word = "less" if saving >= 0 else "more"
         lines = [
-            f"{self.scheduler}, {self.steps} steps, {len(self.rows)} network calls: {self.macs / 1e6:,.1f} MMACs per "
-            f"image, {abs(saving):.0%} {'less' if saving >= 0 else 'more'} than {base.what}"
+            f"{self.scheduler}, {self.steps} steps{self._spacing()}, {len(self.rows)} network calls: "
+            f"{self.macs / 1e6:,.1f} MMACs per image, {abs(saving):.0%} {word} than {base.what}"
         ]
         for entry, first, last, count in self.runs():
             share = self.entry_macs[entry] / self.entry_macs[self.reference]
@@ -167,6 +169,12 @@ class StepPlan:
             scales, thresholds = ({f"{value:g}" for value in values} for values in zip(*self.corrections, strict=True))
             lines.append(f"  predictions scaled by {_span(scales)}, soft-thresholded at {_span(thresholds)}")
         return "\n".join(lines)
+
+    def _spacing(self) -> str:
+        """How the timesteps are spaced, where that is not what the scheduler does by itself."""
+        own = BETA_SCHEDULERS.get(self.scheduler)
+        spacing = self.scheduler_config.get("timestep_spacing") or own
+        return f" at {spacing} timesteps" if spacing != own else ""
 
     def to_json(self) -> dict[str, Any]:
         return {
