@@ -285,7 +285,9 @@ def spectrum(
         alphas = process.scheduler().alphas_cumprod
         found = encoded(pixels, bank.vae)
         chosen = slice(0, min(images, len(found)))
-        clean = found.batch(chosen)
+        with torch.random.fork_rng(devices=()):  # latents are drawn: the same ones for every model
+            torch.manual_seed(0)
+            clean = found.batch(chosen)
         labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
         for timestep in timesteps:
             if not 0 <= timestep < len(alphas):
