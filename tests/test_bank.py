@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from halfstep import bank as bank_module
 from halfstep.bank import Bank, Shared
+from halfstep.continuous import ContinuousUNet2DModel, with_solver
+from halfstep.denoiser import copy_of
 from halfstep.errors import HalfstepError, ModelError
 from halfstep.masks import Masking, Pattern
 from halfstep.models import load_denoiser
@@ -448,6 +450,19 @@ def test_layouts_change_strides_and_not_results():
         assert torch.allclose(bank[name](x, t).sample, before[name], atol=1e-5)
     bank.set_layouts(dict.fromkeys(bank, "contiguous"))
     assert bank["full"].mid_block.resnets[0].conv1.weight.is_contiguous()
+
+
+def test_entries_in_one_memory_have_one_layout_together():
+    net = ContinuousUNet2DModel(sample_size=8, in_channels=1, out_channels=1, levels=1, base_channels=4)
+    bank = Bank({f"ode@{n}": with_solver(net, n) for n in (1, 2)} | {"other": copy_of(net)}, "ode@1", "epsilon")
+    found = bank.fastest_layouts(batch=2, repeats=1)
+    assert list(found) == list(bank) and found["ode@1"] == found["ode@2"]
+    bank.set_layouts({"ode@2": "channels_last"})
+    assert bank.layouts() == {"ode@1": "channels_last", "ode@2": "channels_last", "other": "contiguous"}
+    with pytest.raises(ModelError, match="one layout"):
+        bank.set_layouts({"ode@1": "contiguous", "ode@2": "channels_last"})
+    with pytest.raises(ModelError, match="channels_first"):
+        bank.set_layouts({"other": "channels_first"})
 
 
 # --- masked entries ---------------------------------------------------------------------------------------------------

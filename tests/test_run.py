@@ -11,21 +11,27 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from halfstep import compress, methods, run
 from halfstep.errors import DivergedError, HalfstepError
 from halfstep.loop import new_model, run_loop
 from halfstep.masks import masked
+from halfstep.measured import judge_for, open_pipeline, write_costs
 from halfstep.plan import StepPlan
+from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.rundir import images_for, open_run
 from halfstep.sampling import StepAwarePipeline
+from halfstep.spectral import radial_mean
 from halfstep.train import Diffusion, TrainState, dense_objective
+from halfstep.uvit import UViT2DModel
 from halfstep.watch import SILENT
 
 EDITS = """
@@ -85,6 +91,36 @@ def test_the_final_round_measures_the_best_plans_again_and_chooses_the_best_of_t
     pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
     best = min(finals, key=lambda r: r["score"])
     assert pipe.plan.entries == tuple(list(pipe.bank)[gene] for gene in best["genes"] for _ in range(2))
+
+
+def test_entries_and_plans_are_timed_on_one_device_at_one_batch_in_one_layout_and_the_records_say_so(finished):
+    costs, about = json.loads((finished / "cost.json").read_text()), json.loads((finished / "quality.json").read_text())
+    settled = json.loads((finished / "state" / "layouts.json").read_text())
+    for record in (about["about"], settled, *costs.values()):
+        assert (record["batch"], record["threads"]) == (64, torch.get_num_threads())
+        assert str(record["device"]).startswith("cpu")
+    assert {name: cost["layout"] for name, cost in costs.items()} == settled["entries"]
+    told = about["about"]["layout"]
+    assert "chosen by a timing" in told and told in (finished / "report.html").read_text()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_recipe_fixes_the_layout_that_a_timing_chooses_otherwise(finished, tmp_path, layout):
+    bank = open_pipeline(str(finished)).bank
+    judge, _ = judge_for(bank, "digits", tiny(f"sample.layout={layout}", "eval.features=pixels"), tmp_path, SILENT)
+    write_costs(bank, tmp_path)
+    costs = json.loads((tmp_path / "cost.json").read_text())
+    assert {cost["layout"] for cost in costs.values()} == {layout} == set(judge.bank.layouts().values())
+    assert not (tmp_path / "state" / "layouts.json").exists()
+
+
+def test_profile_measures_on_the_device_it_is_told(dense):
+    (cost,) = run.profile(str(dense), repeats=1, device="cpu").values()
+    assert cost.device.startswith("cpu")
+    with pytest.raises(HalfstepError, match="--device"):
+        run.profile(str(dense), device="cuda:63")
+    with pytest.raises(HalfstepError, match="--device"):
+        run.profile(str(dense), device="gpu please")
 
 
 def test_a_supernet_may_leave_the_dense_width_out(dense, tmp_path):
@@ -285,7 +321,16 @@ def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path)
     dense = run.train("digits", tmp_path / "dense", tiny(*edits))
     page = run.optimize(str(dense), "digits", tmp_path / "half", tiny(*edits), budget=0.5)
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "half" / "pipeline")
-    assert page.is_file() and pipe.plan.share <= 0.5 and type(pipe.bank["w0.50"]).__name__ == "UViT2DModel"
+    macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
+    plan, record = pipe.plan, json.loads((page.parent / "quality.json").read_text())["plans"]
+    assert plan.macs == sum(macs[row.entry] for row in plan.rows) == record["plan"]["macs"]
+    assert plan.macs <= 0.5 * record["reference"]["macs"] == 0.5 * macs["full"] * len(plan.rows)
+    narrow = pipe.bank["w0.50"]
+    plain = UViT2DModel.from_config(narrow.config).eval()  # a U-ViT of its own, of half the embedding
+    plain.load_state_dict(narrow.state_dict())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor(10)
+    with torch.no_grad():
+        assert narrow.config.embed_dim == 8 and torch.equal(plain(x, t).sample, narrow(x, t).sample)
 
 
 @pytest.mark.parametrize("edit", ["spectral.wavelet=true", "spectral.wavelet=false"])
@@ -317,6 +362,15 @@ def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path)
     assert list(record) == ["20", "400"] and list(record["20"]) == [str(dense), "digits"]
     bundled = record["20"]["digits"]
     assert sum(bundled["error"]) < 0.5 * sum(record["20"][str(dense)]["error"])
-    assert page.is_file() and len(list((tmp_path / "s" / "figures").glob("clean-estimate*.png"))) == 2
+    pixels = images_for(tiny(), "digits").batch(slice(0, 32)).double().numpy()
+    power = (np.abs(np.fft.fft2(pixels)) ** 2).mean((0, 1)) / 64  # orthonormal, by another library
+    for timestep in ("20", "400"):
+        for one in record[timestep].values():
+            assert one["data"] == pytest.approx(radial_mean(torch.tensor(power), 4)[1].tolist(), rel=1e-4)
+            assert all(w <= d for w, d in zip(one["wiener"], one["data"], strict=True))
+    assert record["20"]["digits"]["data"] == record["400"][str(dense)]["data"]  # the same images, all of them
+    pictures = [Image.open(file) for file in sorted((tmp_path / "s" / "figures").glob("clean-estimate*.png"))]
+    assert len(pictures) == 2 and all(len(set(one.convert("L").tobytes())) > 20 for one in pictures)
+    assert page.read_text().count("<img") == 2 and all(name in page.read_text() for name in ("digits", str(dense)))
     with pytest.raises(HalfstepError, match="--timestep"):
         run.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))

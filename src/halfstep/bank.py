@@ -20,7 +20,7 @@ from halfstep.errors import ModelError, RecipeError
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
 from halfstep.models import WEIGHTS, empty_model, filled_model, load_model, read_config
 from halfstep.models import load_denoiser as load_denoiser  # scripts of before import it from here
-from halfstep.profiling import call_times, count_macs, latency
+from halfstep.profiling import call_times, count_macs, latency, layout_of
 from halfstep.results import Cost
 from halfstep.slices import Pieces, Slices, cut_all, require_inside, slices_to_json
 from halfstep.typed import Bounds, shown
@@ -129,19 +129,53 @@ class Bank(torch.nn.Module):
     def fastest_layouts(self, batch: int, repeats: int = 5) -> dict[str, str]:
         """Which memory layout each entry runs faster in here, "contiguous" or "channels_last", timed in turns.
 
-        It differs between processors and between widths: up to a third of an entry's time.
+        It differs between processors and between widths: up to a third of an entry's time. Entries that share their
+        weights in memory share the layout too: the one in which they are faster together.
         """
-        found = {}
-        for name in self.names:
-            both = {layout: copy.deepcopy(self[name]).to(memory_format=kind) for layout, kind in LAYOUTS.items()}
-            times = call_times(both, batch=batch, repeats=repeats)
-            found[name] = min(LAYOUTS, key=lambda layout: median(times[layout]))
-        return found
+        found: dict[str, str] = {}
+        for names in self._in_one_memory():
+            total = dict.fromkeys(LAYOUTS, 0.0)
+            for name in names:
+                both = {layout: copy.deepcopy(self[name]).to(memory_format=kind) for layout, kind in LAYOUTS.items()}
+                for layout, times in call_times(both, batch=batch, repeats=repeats).items():
+                    total[layout] += median(times)
+            found |= dict.fromkeys(names, min(total, key=lambda layout: total[layout]))
+        return {name: found[name] for name in self.names}
 
     def set_layouts(self, layouts: Mapping[str, str]) -> None:
-        """Put entries into memory layouts, as `fastest_layouts` names them; results stay the same but for rounding."""
-        for name, layout in layouts.items():
-            self[name].to(memory_format=LAYOUTS[layout])
+        """Put entries into memory layouts, as `fastest_layouts` names them; results stay the same but for rounding.
+
+        Raises ModelError for two layouts of entries that share their weights in memory, and for an unknown layout.
+        """
+        for names in self._in_one_memory():
+            asked = {name: layouts[name] for name in names if name in layouts}
+            if len(set(asked.values())) > 1 or not set(asked.values()) <= set(LAYOUTS):
+                raise ModelError(
+                    got=f"{', '.join(f'{name}: {layout}' for name, layout in asked.items())}",
+                    expected=f"one of {' or '.join(LAYOUTS)} for entries that share their weights",
+                    where="memory layouts",
+                    do="give them one layout",
+                )
+            for name, layout in asked.items():
+                self[name].to(memory_format=LAYOUTS[layout])
+
+    def layouts(self) -> dict[str, str]:
+        """The memory layout that every entry's convolutions are in."""
+        return {name: layout_of(self[name]) for name in self.names}
+
+    def _in_one_memory(self) -> list[list[str]]:
+        """The names, those together whose parameters are the same tensors: whatever is done to one is done to all."""
+        groups: list[tuple[set[int], list[str]]] = []
+        for name in self.names:
+            own = {id(parameter) for parameter in self[name].parameters()}
+            for known, names in groups:
+                if known & own:
+                    known |= own
+                    names.append(name)
+                    break
+            else:
+                groups.append((own, [name]))
+        return [names for _, names in groups]
 
     def macs(self) -> dict[str, int]:
         """MACs per image of one call of every entry; masked weights count by their pattern."""

@@ -326,6 +326,9 @@ def profile(
     model: Model,
     batch: Annotated[int, typer.Option(help="Batch size of the latency.", min=1)] = 1,
     repeats: Annotated[int, typer.Option(help="Timed calls per entry.", min=1)] = 10,
+    device: Annotated[
+        str, typer.Option(help="Where to measure, e.g. `cpu` or `cuda:1`; default: where everything else runs.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
@@ -336,7 +339,7 @@ def profile(
     from halfstep.report import rich_table
     from halfstep.story import costs_table
 
-    costs = run.profile(model, batch=batch, repeats=repeats)
+    costs = run.profile(model, batch=batch, repeats=repeats, device=device)
     record = {name: cost.to_json() for name, cost in costs.items()}
     show(record, as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
 

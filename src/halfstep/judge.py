@@ -16,6 +16,7 @@ from halfstep.bank import Bank
 from halfstep.classes import spread
 from halfstep.data import Images
 from halfstep.denoiser import class_count
+from halfstep.errors import ModelError
 from halfstep.evaluate import (
     Distances,
     Floor,
@@ -36,6 +37,9 @@ from halfstep.recipe import Recipe
 from halfstep.results import Quality
 from halfstep.sampling import Labels, denoise, image_generators, labels_of, sample_images, start_noise, to_images
 from halfstep.watch import SILENT, Watch
+
+TIMED_BATCH = 64
+"""Images per call in everything that is timed: the choice of layouts, the entries' costs and whole trajectories."""
 
 
 class Judge:
@@ -131,7 +135,9 @@ class Judge:
         name = self.extractor.name
         return distances(features, self.reference, n_boot=bootstrap, seed=seed, features_name=name)
 
-    def wall_ms(self, plans: Mapping[str, StepPlan], *, batch: int = 64, repeats: int = 5) -> dict[str, list[float]]:
+    def wall_ms(
+        self, plans: Mapping[str, StepPlan], *, batch: int = TIMED_BATCH, repeats: int = 5
+    ) -> dict[str, list[float]]:
         """Milliseconds of whole trajectories at `batch`, several times in turns."""
         calls = {name: self._trajectory(plan, batch) for name, plan in plans.items()}
         return interleave(calls, repeats=repeats, warmup=1)
@@ -158,6 +164,19 @@ def default_device() -> torch.device:
     return PartialState().device
 
 
+def device_named(name: str) -> torch.device:
+    """The device of this machine that torch calls so, e.g. "cuda:1". Raises ModelError."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            got=f"{name!r}",
+            expected="a device of this machine, such as cpu",
+            where="--device",
+            do=f"leave it out to run on {default_device()}",
+        ) from error
+
+
 def extractor_for(source: str, images: Images, own: Path, device: str) -> Extractor:
     """The features of a recipe; "own" is the network that `halfstep features` left in the folder `own`."""
     if source == "pixels":
@@ -173,6 +192,13 @@ class Measured:
     pictures: dict[str, Any]
 
 
+def _layouts_told(layouts: Mapping[str, str], asked: str) -> str:
+    """The memory layout of every entry, in words, and whose choice it was."""
+    kinds = {kind: [name for name in layouts if layouts[name] == kind] for kind in dict.fromkeys(layouts.values())}
+    told = "; ".join(kind if len(kinds) == 1 else f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+    return f"memory layout {told} ({'chosen by a timing' if asked == 'auto' else 'as the recipe says'})"
+
+
 def measure_plans(
     judge: Judge,
     plans: Mapping[str, StepPlan],
@@ -180,7 +206,7 @@ def measure_plans(
     *,
     keep: int = 32,
     repeats: int = 5,
-    batch: int = 64,
+    batch: int = TIMED_BATCH,
     watch: Watch = SILENT,
 ) -> Measured:
     """Quality with intervals, paired change from the first plan with its verdict, MACs and wall-clock of several plans,
@@ -236,6 +262,7 @@ def measure_plans(
         "machine": machine(),
         "device": str(judge.bank.device),
         "dtype": str(judge.bank.dtype).removeprefix("torch."),
-        "layout": "each entry in its faster layout",
+        "threads": torch.get_num_threads(),
+        "layout": _layouts_told(judge.bank.layouts(), recipe.sample.layout),
     }
     return Measured({"about": about, "plans": rows}, pictures)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from halfstep import disk
 from halfstep.bank import Bank
@@ -15,8 +17,9 @@ from halfstep.errors import DataError, HalfstepError, RunError
 from halfstep.evaluate import NEIGHBOURS
 from halfstep.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.fit import Fitted, fit
-from halfstep.judge import Judge, Measured, default_device, extractor_for, measure_plans
+from halfstep.judge import TIMED_BATCH, Judge, Measured, default_device, extractor_for, measure_plans
 from halfstep.lock import releasing
+from halfstep.profiling import machine
 from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
@@ -101,22 +104,46 @@ def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) ->
     if recipe.eval.features == "own":
         features(data, out / "features", recipe, watch=watch)
     bank.to(default_device())
-    _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.batch)
+    _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
     extractor = extractor_for(recipe.eval.features, images, out / "features", str(bank.device))
     return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
 
 
-def _settle_layouts(bank: Bank, file: Path, batch: int) -> None:
-    """Put every entry into its fastest layout; what was measured once holds for the run, whose numbers hang on it."""
-    known = disk.read_json(file, what="layouts", do="delete it") if file.is_file() else {}
+@dataclass(frozen=True, kw_only=True)
+class Layouts:
+    """state/layouts.json: the memory layout of every entry, and the setting in which the faster one was found."""
+
+    entries: dict[str, str]
+    device: str
+    batch: int
+    threads: int
+    cpu: str
+
+
+def _settle_layouts(bank: Bank, file: Path, asked: str) -> None:
+    """Put every entry into the layout asked for. "auto" is its fastest; what was measured once holds for the run, whose
+    last digits hang on it."""
+    if asked != "auto":
+        bank.set_layouts(dict.fromkeys(bank, asked))
+        return
+    known = disk.read_record(file, Layouts, what="layouts", do="delete it").entries if file.is_file() else {}
     if not set(bank) <= set(known):
-        known = bank.fastest_layouts(batch)
-        disk.write_json(file, known)
+        known = bank.fastest_layouts(TIMED_BATCH)
+        about = machine()
+        found = Layouts(
+            entries=known,
+            device=str(bank.device),
+            batch=TIMED_BATCH,
+            threads=torch.get_num_threads(),
+            cpu=str(about["cpu"]),
+        )
+        disk.write_json(file, asdict(found))
     bank.set_layouts({name: known[name] for name in bank})
 
 
 def write_costs(bank: Bank, out: Path) -> None:
-    costs = bank.costs(batch=64, repeats=10)
+    """What the entries cost where the bank is, in the layouts that it is in: after `judge_for`, as the plans are."""
+    costs = bank.costs(batch=TIMED_BATCH, repeats=10)
     disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
 
 
@@ -126,9 +153,9 @@ def measured(
     """Measure every entry of `bank` used alone, `main` as the plan, beside the reference; write and tell it."""
     if is_measured(out):
         return tell(out)
+    judge, recipe = judge_for(bank, data, recipe, out, watch)
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
-    judge, recipe = judge_for(bank, data, recipe, out, watch)
     reference = reference_plan(bank, pipe.process, recipe.sample, bank.macs())
     plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs()).uniform(main)
     rows = {name: reference.uniform(name) for name in bank if name not in (bank.reference, main)}

@@ -209,6 +209,13 @@ def machine() -> dict[str, object]:
     }
 
 
+def layout_of(model: nn.Module) -> str:
+    """The memory layout of a model's convolutions: "channels_last" or "contiguous" (also without any)."""
+    kernels = (p for p in model.parameters() if p.ndim == 4 and min(p.shape[1], max(p.shape[2:])) > 1)
+    first = next(kernels, None)  # a kernel of one channel or one pixel is both at once
+    return "contiguous" if first is None or first.is_contiguous() else "channels_last"
+
+
 def _cost(model: nn.Module, times: list[float], peak: float | None, batch: int) -> Cost:
     device, dtype = _home(model)
     low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0.0, 0.0, 0.0)
@@ -222,6 +229,7 @@ def _cost(model: nn.Module, times: list[float], peak: float | None, batch: int) 
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        layout=layout_of(model),
         backend="compile" if _is_compiled(model) else "eager",
     )
 

@@ -182,12 +182,14 @@ class RegularSpec:
 @dataclass(frozen=True, kw_only=True)
 class SampleSpec:
     """The sampler: a diffusers scheduler by its short name, and the number of steps. `variance`: what ancestral
-    sampling ("ddpm") adds at a step, the posterior's variance or beta, 1 - alpha."""
+    sampling ("ddpm") adds at a step, the posterior's variance or beta, 1 - alpha. `layout`: the entries' memory layout;
+    "auto" takes the faster one by a timing, so that two runs may differ in their last digits."""
 
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"] = "ddim"
     steps: int = 50
     variance: Literal["posterior", "beta"] = "posterior"
     batch: int = 256
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

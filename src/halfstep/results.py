@@ -28,6 +28,7 @@ class Cost:
     device: str | None = None
     dtype: str | None = None
     threads: int | None = None
+    layout: str | None = None
     backend: str = "eager"
 
     def to_json(self) -> dict[str, object]:

@@ -28,7 +28,7 @@ from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
 from halfstep.job import images_of, opened, process_of
-from halfstep.judge import default_device, measure_plans, to_uint8
+from halfstep.judge import default_device, device_named, measure_plans, to_uint8
 from halfstep.lock import releasing
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import (
@@ -110,13 +110,18 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
 # ----------------------------------------------------------------------------------------- measuring and the main job
 
 
-def profile(source: str, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
-    """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline."""
-    folder = Path(source)
-    for place in (folder, folder / "pipeline"):
-        if (place / "model_index.json").is_file() and (place / "plan.json").is_file():
-            return StepAwarePipeline.from_pretrained(place).bank.costs(batch=batch, repeats=repeats)
-    return Bank({"full": load_denoiser(source)[0]}, "full", "epsilon").costs(batch=batch, repeats=repeats)
+def profile(source: str, *, batch: int = 1, repeats: int = 10, device: str = "") -> dict[str, Cost]:
+    """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
+
+    `device`: where to measure, as torch names it ("cpu", "cuda:1"); by default where everything else runs. Raises
+    ModelError for one that this machine has not.
+    """
+    place = device_named(device) if device else default_device()
+    if any((folder / "plan.json").is_file() for folder in (Path(source), Path(source) / "pipeline")):
+        bank = open_pipeline(source).bank
+    else:  # whatever process it was trained under: a network costs the same
+        bank = Bank({"full": load_denoiser(source)[0]}, "full", "epsilon")
+    return bank.to(place).costs(batch=batch, repeats=repeats)
 
 
 @releasing
@@ -251,9 +256,9 @@ def optimize(
     watch.say("1 profile the dense model")
     folder = compress.slimmable(model, data, out / "supernet", recipe, watch=watch)
     pipe = StepAwarePipeline.from_pretrained(folder)
+    judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
-    judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
     found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
@@ -285,10 +290,10 @@ def spectrum(
         alphas = process.scheduler().alphas_cumprod
         found = encoded(pixels, bank.vae)
         chosen = slice(0, min(images, len(found)))
-        with torch.random.fork_rng(devices=()):  # latents are drawn: the same ones for every model
-            torch.manual_seed(0)
-            clean = found.batch(chosen)
+        clean = found.batch(chosen).to(default_device())
         labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
+        labels = None if labels is None else labels.to(default_device())
+        bank.to(default_device())
         for timestep in timesteps:
             if not 0 <= timestep < len(alphas):
                 raise PlanError(

@@ -16,7 +16,7 @@ from halfstep.restore import Restored
 from halfstep.results import Cost
 from halfstep.search import ErrorTable
 
-SETTINGS = ("device", "dtype", "threads", "batch", "backend")
+SETTINGS = ("device", "dtype", "threads", "batch", "layout", "backend")
 """Of a `Cost`: what its milliseconds hang on."""
 
 
