@@ -381,3 +381,8 @@ def test_recover_clears_what_killed_processes_left_and_brings_back_what_was_set_
     assert {p.name for p in tmp_path.rglob("*")} == {"state", "pipeline", "model"} | {p.name for p in others}
     assert (tmp_path / "pipeline" / "model").read_text() == "whole"
     assert others[0].read_text() == "kept"
+
+
+def test_a_name_that_is_no_utf8_is_written_escaped(tmp_path):
+    disk.write_text(tmp_path / "page.html", os.fsdecode(b"caf\xe9, caf\xc3\xa9"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "caf\\udce9, café"

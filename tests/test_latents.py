@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -162,8 +164,18 @@ def test_every_method_works_on_latents(dense, tmp_path, method):
     assert bank.vae is not None and bank.config["in_channels"] == 2
 
 
-def test_spectra_are_those_of_the_latents(dense, tmp_path):
-    assert run.spectrum([str(dense)], "digits", tmp_path / "s", timesteps=[100], images=64).is_file()
+def test_spectra_see_the_same_latents_of_the_same_images_for_every_model(dense, tmp_path):
+    """Oracle: a copy of a model has the model's lines, whatever was drawn before; only new lines are kept."""
+    shutil.copytree(dense, tmp_path / "copy")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    page = run.spectrum([str(dense), str(tmp_path / "copy")], "digits", tmp_path / "s", timesteps=[100], images=64)
+    assert page.is_file() and torch.equal(torch.get_rng_state(), before)
+    lines = json.loads((tmp_path / "s" / "spectrum.json").read_text())["timesteps"]["100"]
+    assert list(lines) == [str(dense)]
+    torch.manual_seed(6)
+    run.spectrum([str(dense)], "digits", tmp_path / "t", timesteps=[100], images=64)
+    assert json.loads((tmp_path / "t" / "spectrum.json").read_text())["timesteps"]["100"] == lines
 
 
 @pytest.mark.parametrize(

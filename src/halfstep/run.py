@@ -290,7 +290,9 @@ def spectrum(
         alphas = process.scheduler().alphas_cumprod
         found = encoded(pixels, bank.vae)
         chosen = slice(0, min(images, len(found)))
-        clean = found.batch(chosen).to(default_device())
+        with torch.random.fork_rng(devices=()):  # latents are drawn: the same ones for every model
+            torch.manual_seed(0)
+            clean = found.batch(chosen).to(default_device())
         labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
         labels = None if labels is None else labels.to(default_device())
         bank.to(default_device())
