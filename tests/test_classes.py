@@ -187,7 +187,7 @@ def test_a_pipeline_keeps_the_names_of_its_classes(tmp_path):
 @pytest.mark.parametrize("names", ["cat", ["a", "b"], ["a", "b", "b"], ["a", "b", 3], ["a", "b", ""], None, {"a": 0}])
 def test_other_names_than_the_model_has_classes_are_refused(tmp_path, names):
     (tmp_path / "classes.json").write_text(json.dumps({"classes": names}))
-    with pytest.raises(ModelError, match="3 different names"):
+    with pytest.raises(ModelError, match=r"classes\.json"):
         read_classes(tmp_path, 3)
 
 

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 
-from halfstep.disk import read_json, write_json
+from halfstep.disk import read_record, write_json
 from halfstep.errors import ModelError, PlanError
-from halfstep.typed import nearest, shown
+from halfstep.typed import Bounds, nearest, shown
 
 FILE = "classes.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """What `FILE` holds."""
+
+    classes: tuple[Annotated[str, Bounds(1, 1000)], ...]
+    format: Literal[1] = 1
 
 
 def write_classes(folder: Path, names: Sequence[str]) -> None:
     """Record in a pipeline's folder which class number is which, if there are names; `read_classes` reads it."""
     if names:
-        write_json(folder / FILE, {"format": 1, "classes": list(names)})
+        write_json(folder / FILE, asdict(_Names(classes=tuple(names))))
 
 
 def read_classes(folder: Path, count: int) -> tuple[str, ...]:
@@ -26,16 +36,16 @@ def read_classes(folder: Path, count: int) -> tuple[str, ...]:
     file = folder / FILE
     if not file.is_file():
         return ()
-    names = read_json(file, what="the names of classes", do="delete it, so that classes go by number").get("classes")
-    texts = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-    if not isinstance(names, list) or not texts or len(set(names)) != len(names) or len(names) != count:
+    do = "mend it, or delete it, so that classes go by number"
+    names = read_record(file, _Names, what="the names of classes", do=do, error=ModelError).classes
+    if len(set(names)) != len(names) or len(names) != count:
         raise ModelError(
-            got="other names",
-            expected=f"{count} different names, as many as the model has classes",
+            got=f"{len(set(names))} different names",
+            expected=f"{count}, as many as the model has classes",
             where=file,
-            do="mend it, or delete it, so that classes go by number",
+            do=do,
         )
-    return tuple(names)
+    return names
 
 
 def numbers_of(asked: Iterable[str | int], count: int, names: Sequence[str] = ()) -> list[int]:
