@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,14 +27,14 @@ from halfstep.masks import masked
 from halfstep.measured import judge_for, open_pipeline, write_costs
 from halfstep.plan import StepPlan
 from halfstep.profiling import count_macs
-from halfstep.recipe import Recipe
+from halfstep.recipe import Recipe, RunRecord
 from halfstep.recipes import named
 from halfstep.rundir import images_for, open_run
 from halfstep.sampling import StepAwarePipeline
 from halfstep.spectral import radial_mean
 from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.uvit import UViT2DModel
-from halfstep.watch import SILENT
+from halfstep.watch import SILENT, Watch
 
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=40 train.batch=32
@@ -64,6 +66,22 @@ def test_a_trained_model_is_a_stock_diffusers_pipeline(dense):
     assert pipe(batch_size=1, num_inference_steps=2).images[0].size == (8, 8)
     records = [json.loads(line) for line in (dense.parent / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(5, 41, 5))
+
+
+def test_a_change_of_the_measurement_measures_again_and_trains_and_searches_nothing(dense, finished, tmp_path):
+    out = tmp_path / "half"
+    shutil.copytree(finished, out)
+    told = []
+    watch = SimpleNamespace(say=told.append, stage=Watch().stage)
+    recipe = tiny("eval.tolerance=0.5", "eval.images=48")
+    run.optimize(str(dense), "digits", out, recipe, budget=0.5, watch=watch)
+    record = json.loads((out / "quality.json").read_text())
+    assert (record["about"]["tolerance"], record["about"]["n"]) == (0.5, 48)
+    for name in ("search.jsonl", "errors.json", "plan.json", "supernet/log.jsonl"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert (out / "earlier-1" / "quality.json").read_bytes() == (finished / "quality.json").read_bytes()
+    assert told[0].startswith("1,500 pictures of digits") and told[1].startswith("UNet2DModel of")
+    assert RunRecord.load(out / "supernet").read == tuple(told[:2]) and len(told) == len(set(told))
 
 
 def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
@@ -236,7 +254,7 @@ import sys
 from pathlib import Path
 from halfstep import compress, methods, run
 from halfstep.errors import HalfstepError
-from halfstep.recipe import Recipe
+from halfstep.recipe import Recipe, RunRecord
 run.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)
 """
 

@@ -142,6 +142,7 @@ def test_images_are_drawn_again_for_the_same_request_and_refused_for_another(pip
 def test_a_run_is_resumed_with_the_same_content_alone(tmp_path: Path):
     out, contents = tmp_path / "run", {"model_content": "a", "data_content": "b"}
     open_run(out, tiny(), INPUTS, contents)
+    (out / "log.jsonl").touch()
     assert RunRecord.load(out).inputs == INPUTS | contents
     open_run(out, tiny(), INPUTS, contents)
     for name, what in (("model_content", "another model behind 'm'"), ("data_content", "another data behind 'd'")):
@@ -152,6 +153,7 @@ def test_a_run_is_resumed_with_the_same_content_alone(tmp_path: Path):
 def test_a_run_of_before_is_believed_with_a_word_and_knows_its_content_from_then_on(tmp_path: Path):
     said: list[str] = []
     out = open_run(tmp_path / "run", tiny(), INPUTS, {})
+    (out / "log.jsonl").touch()
     open_run(out, tiny(), INPUTS, {"model_content": "a"}, SimpleNamespace(say=said.append))  # type: ignore[arg-type]
     assert len(said) == 1 and "what lies there now is believed" in said[0]
     assert RunRecord.load(out).inputs["model_content"] == "a"
@@ -212,6 +214,64 @@ def test_a_fingerprint_is_of_weights_and_config_alone():
     twin.load_state_dict(net.state_dict())
     assert fingerprint(net, {"b": 1, "a": (2,)}) == fingerprint(twin, {"a": [2], "b": 1, "_diffusers_version": "9"})
     assert fingerprint(net) != fingerprint(torch.nn.Linear(2, 2)) and fingerprint(None, net) != fingerprint(net)
+
+
+# ---- what was asked for --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_has_only_its_record_is_begun_anew_and_one_that_has_more_is_not(tmp_path: Path):
+    out = open_run(tmp_path / "run", tiny(), INPUTS, {})
+    (out / "supernet").mkdir()
+    (out / "supernet" / "recipe.json").write_text((out / "recipe.json").read_text())
+    open_run(out, tiny().edit(["seed=3"]), INPUTS | {"data": "e"}, {})
+    assert RunRecord.load(out).recipe.seed == 3 and RunRecord.load(out).inputs["data"] == "e"
+    (out / "supernet" / "log.jsonl").touch()
+    with pytest.raises(RunError, match="seed, data differ"):
+        open_run(out, tiny(), INPUTS, {})
+
+
+@pytest.mark.parametrize(
+    ("edit", "moved"),
+    [
+        ("eval.tolerance=0.2", ["quality.json", "report.html"]),
+        ("eval.features=digits", ["features", "finals.json", "quality.json", "report.html", "search.jsonl"]),
+    ],
+)
+def test_another_measurement_sets_aside_what_hangs_on_it_and_nothing_that_was_trained(tmp_path, edit, moved):
+    out, inputs = tmp_path / "run", INPUTS | {"verb": "optimize"}
+    open_run(out, tiny(), inputs, {})
+    for name in ("quality.json", "report.html", "search.jsonl", "finals.json", "features/x", "supernet/x", "plan.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(name)
+    before = listing(out)
+    said: list[str] = []
+    other = tiny().edit([edit])
+    for _ in range(2):  # the second time it is this run's own recipe
+        open_run(out, other, inputs, {}, SimpleNamespace(say=said.append))  # type: ignore[arg-type]
+    assert sorted(p.name for p in (out / "earlier-1").iterdir()) == moved and len(said) == 1
+    after = listing(out)
+    for name, content in before.items():
+        if content is not None and name != "recipe.json":
+            assert content in (after.get(name), after.get(f"earlier-1/{name}"))
+    assert RunRecord.load(out).recipe == other
+    with pytest.raises(RunError, match=r"train\.lr differ"):
+        open_run(out, other.edit(["train.lr=1"]), inputs, {})
+    open_run(out, tiny(), inputs, {})
+    assert not (out / "earlier-2").exists()  # nothing was measured in between
+
+
+def test_what_was_read_is_said_once_by_a_run_and_the_runs_inside_of_it(tmp_path: Path):
+    said: list[str] = []
+    watch = SimpleNamespace(say=said.append)
+
+    @lock.releasing
+    def verb() -> None:
+        out = open_run(tmp_path / "run", tiny(), INPUTS, {}, watch, ["pictures", "model"])  # type: ignore[arg-type]
+        open_run(out / "supernet", tiny(), INPUTS, {}, watch, ["pictures", "model"])  # type: ignore[arg-type]
+
+    verb()
+    assert said == ["pictures", "model"]
+    assert RunRecord.load(tmp_path / "run" / "supernet").read == ("pictures", "model")
 
 
 # ---- who works in it -----------------------------------------------------------------------------------------------

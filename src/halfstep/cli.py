@@ -339,7 +339,7 @@ def profile(
     from halfstep.report import rich_table
     from halfstep.story import costs_table
 
-    costs = run.profile(model, batch=batch, repeats=repeats, device=device)
+    costs = run.profile(model, batch=batch, repeats=repeats, device=device, watch=RichWatch())
     record = {name: cost.to_json() for name, cost in costs.items()}
     show(record, as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
 
@@ -362,7 +362,7 @@ def spectrum(
     """
     from halfstep import run
 
-    page = run.spectrum(models, data, out, timesteps=timesteps or (20, 100, 300, 600), images=images)
+    page = run.spectrum(models, data, out, timesteps=timesteps or (20, 100, 300, 600), images=images, watch=RichWatch())
     line(f"report: {page}")
 
 

@@ -113,7 +113,7 @@ def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = No
     job = Job("continuous", teacher, data, out, recipe, source, watch)
     torch.manual_seed(recipe.seed)
     net = continuous_net(recipe, job.images, source.dense)
-    if not job.begun():
+    if not job.begun(net):
         return job.done
     beside = f", {net.num_parameters() / source.dense.num_parameters():.0%} of the teacher's" if teacher else ""
     macs = count_macs(net) / 1e6
@@ -176,7 +176,7 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     source, recipe = opened(model, recipe)
     job = Job("regularized", model, data, out, recipe, source, watch)
     net = regular_net(source.dense, job.images, recipe)
-    if not job.begun():
+    if not job.begun(net):
         return job.done
     levels, kind = job.diffusion.scheduler.alphas_cumprod, recipe.noise.prediction
     objective = regular_objective(net, job.diffusion.draw, recipe.regular, levels, kind)

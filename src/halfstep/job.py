@@ -18,6 +18,7 @@ from halfstep.latents import check_vae
 from halfstep.loop import preview_of, run_loop
 from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.process import Process
+from halfstep.reading import about_images, about_model
 from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, encoded, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
@@ -68,6 +69,15 @@ def images_of(source: Source, data: str, recipe: Recipe, watch: Watch) -> Fitted
     return fit(source.dense.config, images, source.vae, source.classes)
 
 
+def read_of(source: Source, model: str | None, fitted: Fitted, fresh: Any = None) -> tuple[str, str]:
+    """What a method read, in words; `fresh`: the net that it trains where there is no dense one."""
+    if source.dense is not None:
+        told = about_model(str(model), source.dense, source.noise, source.vae, source.classes)
+    else:
+        told = about_model(None, fresh, source.noise, source.vae, names_of(fresh.config, fitted.images))
+    return about_images(fitted), told
+
+
 class Job:
     """What the methods have in common: the images, the dense teacher, the run folder, and the training to a bank."""
 
@@ -82,17 +92,22 @@ class Job:
         watch: Watch,
     ):
         self.out, self.inputs = Path(out), {"verb": f"compress {method}", "model": str(model or ""), "data": data}
-        self.recipe, self.watch = recipe, watch
+        self.recipe, self.watch, self.source = recipe, watch, source
         self.dense, self.noise, self.vae, self.classes = source
         self.done = self.out / "pipeline"
         self.diffusion = Diffusion(recipe.noise)
-        self.pictures, self.matched = images_of(source, data, recipe, watch)
+        self.fitted = images_of(source, data, recipe, watch)
+        self.pictures = self.fitted.images
         self.contents = contents_of(self.pictures, *source) if model else contents_of(self.pictures, source.vae)
         self.images = encoded(self.pictures, self.vae, watch)
 
-    def begun(self) -> bool:
-        """Make or re-enter the run folder, once everything else was found good; False when the run is finished."""
-        open_run(self.out, self.recipe, self.inputs, self.contents, self.watch)
+    def begun(self, fresh: Any = None) -> bool:
+        """Make or re-enter the run folder, once everything else was found good; False when the run is finished.
+
+        `fresh`: the net to train, where there is no dense one.
+        """
+        read = read_of(self.source, self.inputs["model"], self.fitted, fresh)
+        open_run(self.out, self.recipe, self.inputs, self.contents, self.watch, read)
         return not (self.done / "model_index.json").is_file()
 
     def teacher(self) -> Any:

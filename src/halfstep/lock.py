@@ -60,6 +60,11 @@ def hold(folder: Path) -> None:
     )
 
 
+def holds(folder: Path) -> bool:
+    """Whether this process holds a folder's lock."""
+    return folder.resolve() in _HELD
+
+
 def _holder(folder: Path) -> str:
     try:
         return str(disk.read_record(folder / ".holder.json", Holder, what="the holder of a lock", do="wait"))

@@ -20,6 +20,7 @@ from halfstep.fit import Fitted, fit
 from halfstep.judge import TIMED_BATCH, Judge, Measured, default_device, extractor_for, measure_plans
 from halfstep.lock import releasing
 from halfstep.profiling import machine
+from halfstep.reading import about_images
 from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
@@ -45,7 +46,9 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     if there and not (out / "recipe.json").exists():  # of before 2026-11-26, when no run folder was made for it
         _require_features_of(images, out)
         return out
-    open_run(out, recipe, {"verb": "features", "data": data}, contents_of(images), watch)
+    open_run(
+        out, recipe, {"verb": "features", "data": data}, contents_of(images), watch, [about_images(Fitted(images, ""))]
+    )
     if there:
         return out
     net = feature_net_for(images, seed=recipe.seed)

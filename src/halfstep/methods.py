@@ -9,8 +9,8 @@ from pathlib import Path
 from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
-from halfstep.data import Images
-from halfstep.job import Source, images_of, opened
+from halfstep.fit import Fitted
+from halfstep.job import Source, images_of, opened, read_of
 from halfstep.judge import measure_plans
 from halfstep.lock import releasing
 from halfstep.measured import (
@@ -32,13 +32,13 @@ from halfstep.story import tell
 from halfstep.watch import SILENT, Watch
 
 
-def _ready(model: str | None, data: str, recipe: Recipe, watch: Watch) -> tuple[Source, Images]:
+def _ready(model: str | None, data: str, recipe: Recipe, watch: Watch) -> tuple[Source, Fitted]:
     """What a method starts from. Raises, before anything is written or trained, for what the report at the end could
     not be made of."""
-    source, fitted = opened(model, recipe)
-    images = images_of(source, data, fitted, watch).images
-    require_measurable(images, fitted)
-    return source, images
+    source, recipe = opened(model, recipe)
+    fitted = images_of(source, data, recipe, watch)
+    require_measurable(fitted.images, recipe)
+    return source, fitted
 
 
 @releasing
@@ -89,11 +89,12 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     `model`: train on from this denoiser, every weight for the same number of steps; None: from scratch.
     """
     begun = time.time()
-    source, images = _ready(model, data, recipe, watch)
-    compress.regular_net(source.dense, encoded(images, source.vae, watch), recipe)
+    source, fitted = _ready(model, data, recipe, watch)
+    images = fitted.images
+    net = compress.regular_net(source.dense, encoded(images, source.vae, watch), recipe)
     inputs = {"verb": "compress regularized grid", "data": data, "model": model or ""}
     contents = contents_of(images, *source) if model else contents_of(images, source.vae)
-    out = open_run(out, recipe, inputs, contents, watch)
+    out = open_run(out, recipe, inputs, contents, watch, read_of(source, model, fitted, net))
     if is_measured(out):
         return tell(out)
     entries, pipe = {}, None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from halfstep.bank import Bank
 from halfstep.classes import listed
 from halfstep.denoiser import class_count
 from halfstep.fit import Fitted
 from halfstep.latents import shape_for
+from halfstep.process import Process
 
 _MODES = {1: "grey", 3: "RGB"}
 
@@ -32,12 +34,18 @@ def about_images(fitted: Fitted) -> str:
 
 
 def about_model(
-    source: str, net: Any, process: object, vae: Any = None, classes: Sequence[str] = (), entries: int = 1
+    source: str | None,
+    net: Any,
+    process: Process | None,
+    vae: Any = None,
+    classes: Sequence[str] = (),
+    entries: int = 1,
 ) -> str:
-    """A model (of a bank, its reference) in a line: class and parameters, what it takes, its classes, its forward
-    process."""
+    """A model (of a bank, its reference; without a source, a fresh one) in a line: class and parameters, what it takes,
+    its classes, its forward process."""
     channels, size = shape_for(net.config, vae)
-    parts = [f"{type(net).__name__} of {source}: {sum(p.numel() for p in net.parameters()):,} parameters"]
+    parts = [f"{type(net).__name__} of {source}" if source else f"a fresh {type(net).__name__}"]
+    parts[0] += f": {sum(p.numel() for p in net.parameters()):,} parameters"
     if entries > 1:
         parts[0] += f", the reference of {entries} entries"
     taken = f"{size}x{size} {_MODES.get(channels, f'of {channels} channels')}"
@@ -45,4 +53,9 @@ def about_model(
     count = class_count(net.config)
     names = f" ({listed(classes)})" if classes else ", not named"
     parts.append(f"{count} classes{names}" if count else "unconditional")
-    return "; ".join([*parts, f"noise: {process}"])
+    return "; ".join([*parts, *([f"noise: {process}"] if process else [])])
+
+
+def about_bank(source: str, bank: Bank, process: Process | None = None) -> str:
+    """A bank in a line, by its reference."""
+    return about_model(source, bank[bank.reference], process, bank.vae, bank.classes, len(bank))

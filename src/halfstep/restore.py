@@ -138,9 +138,7 @@ def restore_picture(
     if picture.ndim != 3 or not picture.numel() or not floats:
         got, do = f"{picture.dtype} {list(picture.shape)}", "give one picture as numbers in [0, 1], without NaN"
         raise DataError(got=got, expected="finite floats [C,H,W]", where="picture", do=do)
-    if channels not in (1, len(picture)):
-        got, do = f"{len(picture)} channels", "convert the picture, or bring another model"
-        raise DataError(got=got, expected=f"{channels}, as the model", where="picture", do=do)
+    require_channels(picture, channels)
 
     def call(tiles: torch.Tensor) -> torch.Tensor:
         labels = None if label is None else torch.full((len(tiles),), label, device=device)
@@ -149,6 +147,13 @@ def restore_picture(
 
     overlap = size // 4 if overlap is None else overlap
     return torch.cat([tiled(call, part, size=size, overlap=overlap, batch=batch) for part in picture.split(channels)])
+
+
+def require_channels(picture: torch.Tensor, channels: int) -> None:
+    """Raise DataError for a picture [C,H,W] that a model of so many channels does not restore."""
+    if channels not in (1, len(picture)):
+        got, do = f"{len(picture)} channels", "convert the picture, or bring another model"
+        raise DataError(got=got, expected=f"{channels}, as the model", where="picture", do=do)
 
 
 def tiled(

@@ -27,7 +27,7 @@ from halfstep.denoiser import class_count, copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
-from halfstep.job import images_of, opened, process_of
+from halfstep.job import images_of, opened, process_of, read_of
 from halfstep.judge import default_device, device_named, measure_plans, to_uint8
 from halfstep.lock import releasing
 from halfstep.loop import new_model, preview_of, run_loop
@@ -44,9 +44,19 @@ from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.pictures import read_picture
 from halfstep.plan import StepPlan
 from halfstep.process import Process
+from halfstep.reading import about_bank, about_images
 from halfstep.recipe import Recipe
 from halfstep.report import picture, picture_grid
-from halfstep.restore import CLASSICAL, Denoiser, Restored, compare_denoisers, restore_picture
+from halfstep.restore import (
+    CLASSICAL,
+    Denoiser,
+    Restored,
+    compare_denoisers,
+    matching_timestep,
+    require_channels,
+    restore_picture,
+    timesteps_from,
+)
 from halfstep.results import Cost
 from halfstep.rundir import CONTENT, contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
@@ -71,14 +81,16 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     torch.manual_seed(recipe.seed)
     source, recipe = opened(model, recipe)
     net, _, vae, classes = source
-    images, _ = images_of(source, data, recipe, watch)
+    fitted = images_of(source, data, recipe, watch)
+    images = fitted.images
     seen = encoded(images, vae, watch)
     if net is None:
         net = new_model(recipe.model, seen, recipe.noise.timesteps)
         fit(net.config, images, vae, images.classes)
     diffusion = Diffusion(recipe.noise)
     contents = contents_of(images, *source) if model else contents_of(images, vae)
-    out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""}, contents, watch)
+    read = read_of(source, model, fitted, net)
+    out = open_run(out, recipe, {"verb": "train", "data": data, "model": model or ""}, contents, watch, read)
     done = out / "pipeline"
     if (done / "model_index.json").is_file():
         watch.say(f"{done} is there already")
@@ -110,7 +122,9 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
 # ----------------------------------------------------------------------------------------- measuring and the main job
 
 
-def profile(source: str, *, batch: int = 1, repeats: int = 10, device: str = "") -> dict[str, Cost]:
+def profile(
+    source: str, *, batch: int = 1, repeats: int = 10, device: str = "", watch: Watch = SILENT
+) -> dict[str, Cost]:
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
 
     `device`: where to measure, as torch names it ("cpu", "cuda:1"); by default where everything else runs. Raises
@@ -121,6 +135,7 @@ def profile(source: str, *, batch: int = 1, repeats: int = 10, device: str = "")
         bank = open_pipeline(source).bank
     else:  # whatever process it was trained under: a network costs the same
         bank = Bank({"full": load_denoiser(source)[0]}, "full", "epsilon")
+    watch.say(about_bank(source, bank))
     return bank.to(place).costs(batch=batch, repeats=repeats)
 
 
@@ -137,12 +152,15 @@ def search(
 ) -> Found:
     """Search a plan for an existing step-aware pipeline (what `compress` wrote); writes pipeline/ and plan.json."""
     pipe, goal = open_pipeline(model), goal_text(budget, max_loss)
-    images = require_fit(pipe.bank, data, recipe, watch).images
+    fitted = require_fit(pipe.bank, data, recipe, watch)
+    images = fitted.images
     require_measurable(images, recipe)
     plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
     require_goal(plan, pipe.bank.names, recipe, budget=budget, max_loss=max_loss)
     inputs = {"verb": "search", "model": str(model), "data": data, "goal": goal}
-    out = open_run(out, recipe, inputs, contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json()), watch)
+    contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json())
+    read = [about_images(fitted), about_bank(model, pipe.bank, pipe.process)]
+    out = open_run(out, recipe, inputs, contents, watch, read)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
@@ -184,15 +202,16 @@ def sample(
     pipe = open_pipeline(source)
     bank, names = pipe.bank, pipe.bank.classes
     asked = numbers_of(classes, class_count(bank.config), names) if classes else range(class_count(bank.config))
+    read = [about_bank(source, bank, pipe.process)]
     if asked:
-        watch.say(f"classes in turn: {listed(names[k] if names else str(k) for k in asked)}")
+        read.append(f"classes in turn: {listed(names[k] if names else str(k) for k in asked)}")
 
     def choose(k: int) -> int:
         return asked[k % len(asked)]
 
     inputs = {"verb": "sample", "model": str(source), "count": str(count), "seed": str(seed)}
     inputs["classes"] = ", ".join(map(str, asked))
-    out = open_run(out, None, inputs, contents_of(None, bank, bank.vae, pipe.plan.to_json()), watch)
+    out = open_run(out, None, inputs, contents_of(None, bank, bank.vae, pipe.plan.to_json()), watch, read)
     pipe.to(default_device())
     begun, done = time.perf_counter(), 0
     shown = []
@@ -213,10 +232,12 @@ def sample(
 def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> dict[str, Any]:
     """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it."""
     pipe = open_pipeline(source)
-    images = require_fit(pipe.bank, data, recipe, watch).images
+    fitted = require_fit(pipe.bank, data, recipe, watch)
+    images = fitted.images
     require_measurable(images, recipe)
     contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json())
-    out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data}, contents, watch)
+    read = [about_images(fitted), about_bank(source, pipe.bank, pipe.process)]
+    out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data}, contents, watch, read)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     verdict = measure_plans(judge, {"reference": pipe.plan.uniform(), "plan": pipe.plan}, recipe, watch=watch)
     disk.write_json(out / "quality.json", verdict.record)
@@ -240,8 +261,8 @@ def optimize(
     """
     goal = goal_text(budget, max_loss)
     source, recipe = opened(model, recipe)
-    images = images_of(source, data, recipe, watch).images
-    require_measurable(images, recipe)
+    fitted = images_of(source, data, recipe, watch)
+    require_measurable(fitted.images, recipe)
     supernet = supernet_of(source.dense, recipe.slim)
     untrained = compress.slim_bank(
         source.dense, supernet, recipe.noise.prediction, compress.slim_maskings(supernet, recipe)
@@ -249,7 +270,7 @@ def optimize(
     plan = reference_plan(untrained, source.noise, recipe.sample, untrained.macs())
     require_goal(plan, untrained.names, recipe, budget=budget, max_loss=max_loss)
     inputs = {"verb": "optimize", "model": str(model), "data": data, "goal": goal}
-    out = open_run(out, recipe, inputs, contents_of(images, *source), watch)
+    out = open_run(out, recipe, inputs, contents_of(fitted.images, *source), watch, read_of(source, model, fitted))
     if is_measured(out):
         return tell(out)
     begun = time.time()
@@ -269,7 +290,13 @@ def optimize(
 
 @releasing
 def spectrum(
-    models: Sequence[str], data: str, out: Path, *, timesteps: Sequence[int] = (20, 100, 300, 600), images: int = 256
+    models: Sequence[str],
+    data: str,
+    out: Path,
+    *,
+    timesteps: Sequence[int] = (20, 100, 300, 600),
+    images: int = 256,
+    watch: Watch = SILENT,
 ) -> Path:
     """Power spectra of each model's clean estimate beside the data's and the best linear denoiser's, by timestep.
 
@@ -277,15 +304,23 @@ def spectrum(
     Writes out/spectrum.json and out/report.html, whose path it returns. Raises DataError for images that do not fit.
     """
     lines: dict[str, dict[str, Any]] = {}
-    loaded, contents = [], []
+    loaded, contents, read = [], [], []
     for source in models:
         bank, _, process = _bank_and_plan(source)
-        pixels, _ = require_fit(bank, data, Recipe())
+        fitted = require_fit(bank, data, Recipe(), watch)
+        pixels = fitted.images
+        for timestep in timesteps:
+            if not 0 <= timestep < process.timesteps:
+                raise PlanError(
+                    got=timestep, expected=f"0 to {process.timesteps - 1}", where="--timestep", do="choose one of these"
+                )
         loaded.append((source, bank, process, pixels))
+        read += [about_images(fitted), about_bank(source, bank, process)]
         contents.append(contents_of(pixels, bank, bank.vae, process))
     inputs = {"verb": "spectrum", "model": ", ".join(map(str, models)), "data": data, "images": str(images)}
     inputs["timesteps"] = ", ".join(map(str, timesteps))
-    out = open_run(out, None, inputs, {name: fingerprint(*(one[name] for one in contents)) for name in CONTENT})
+    content = {name: fingerprint(*(one[name] for one in contents)) for name in CONTENT}
+    out = open_run(out, None, inputs, content, watch, list(dict.fromkeys(read)))
     for source, bank, process, pixels in loaded:
         alphas = process.scheduler().alphas_cumprod
         found = encoded(pixels, bank.vae)
@@ -296,11 +331,6 @@ def spectrum(
         labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
         labels = None if labels is None else labels.to(default_device())
         bank.to(default_device())
-        for timestep in timesteps:
-            if not 0 <= timestep < len(alphas):
-                raise PlanError(
-                    got=timestep, expected=f"0 to {len(alphas) - 1}", where="--timestep", do="choose one of these"
-                )
         for entry, timestep in itertools.product(bank, timesteps):
             rings = spectra(
                 predictor(bank[entry]),
@@ -346,19 +376,24 @@ def denoise(
     that a model does not know, and for none where it needs one.
     """
     methods: dict[str, Denoiser] = {}
-    contents: list[str] = []
+    contents, read = [], []
     counts: dict[str, int] = {}
     banks = {source: _bank_and_plan(source) for source in models}
     if classes and not any(class_count(bank.config) for bank, _, _ in banks.values()):
         numbers_of(classes, 0)  # refuses them
     for source, (bank, _, process) in banks.items():
         contents.append(contents_of(None, bank, process)["model_content"])
+        read.append(about_bank(source, bank, process))
+        start = matching_timestep(noise, process.scheduler().alphas_cumprod)
         prefix = f"{Path(source).name} " if len(models) > 1 else ""
         for entry, call in _restorers(source, bank, process, classes).items():
             for count in steps:
+                timesteps_from(start, count)  # refuses more than there are
                 name = f"{prefix}{entry}, {count} step{'s' * (count > 1)}"
                 methods[name], counts[name] = partial(call, steps=count), count
     clean = [torch.from_numpy(read_picture(Path(file)).copy()).float() / 255 for file in pictures]
+    for given, (bank, _, _) in itertools.product(clean, banks.values()):
+        require_channels(given, bank.config["in_channels"])
     names = [Path(file).stem for file in pictures]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -368,7 +403,10 @@ def denoise(
     inputs["classes"] = ", ".join(map(str, classes))
     pixels = fingerprint(*(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in clean))
     content = {"model_content": fingerprint(*contents), "data_content": pixels}
-    out = open_run(out, None, inputs, content, watch)
+    sizes = listed(
+        f"{Path(file).name} {one.shape[2]}x{one.shape[1]}" for file, one in zip(pictures, clean, strict=True)
+    )
+    out = open_run(out, None, inputs, content, watch, [f"{len(clean)} pictures: {sizes}", *read])
     total = len(pictures) * (len(methods) + (0 if noisy else len(CLASSICAL) + 1))
     with watch.stage("denoise", total) as told:
         done, shown = itertools.count(1), {}
@@ -436,12 +474,13 @@ def shrink(
     begun = time.time()
     bank, own, process = _bank_and_plan(model)
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
-    images = require_fit(bank, data, recipe, watch).images
-    require_measurable(images, recipe)
+    fitted = require_fit(bank, data, recipe, watch)
+    require_measurable(fitted.images, recipe)
     plan = own if own and not steps else reference_plan(bank, process, recipe.sample, bank.macs())
     inputs = {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)}
-    contents = contents_of(images, bank, bank.vae, process, own and own.to_json())
-    out = open_run(out, recipe, inputs, contents, watch)
+    contents = contents_of(fitted.images, bank, bank.vae, process, own and own.to_json())
+    read = [about_images(fitted), about_bank(model, bank, process)]
+    out = open_run(out, recipe, inputs, contents, watch, read)
     if is_measured(out):
         return tell(out)
     judge, recipe = judge_for(bank, data, recipe, out, watch)

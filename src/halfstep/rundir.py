@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,16 @@ IGNORED = {
 }
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 
+_RESULTS = ("quality.json", "pictures.npz", "report.html", "figures")
+_SEARCHED = ("errors.json", "search.jsonl", "finals.json*", "shrink*.jsonl", "grid.json", "steps-*", "features")
+MEASURED = {
+    "eval.images": _RESULTS,
+    "eval.bootstrap": _RESULTS,
+    "eval.tolerance": _RESULTS,
+    "eval.features": (*_RESULTS, *_SEARCHED),  # a search measures with them
+    "eval.feature_steps": (*_RESULTS, *_SEARCHED),
+}
+"""The settings of a measurement, and the files that hang on each: nothing that was trained does."""
 
 CONTENT = ("model_content", "data_content")
 """Names of the fingerprints among a run's inputs."""
@@ -57,11 +68,15 @@ def open_run(
     inputs: Mapping[str, str],
     contents: Mapping[str, str],
     watch: Watch = SILENT,
+    read: Sequence[str] = (),
 ) -> Path:
     """Make or re-enter a run folder, and hold its lock (see `lock.hold`). Nothing is touched before it is ours.
 
     `recipe`: None for a verb that has none. `contents`: fingerprints of the model and of the data, by the names of
-    CONTENT. Of several processes of one training the first opens it and the others wait.
+    CONTENT. `read`: what was read, in words: said, unless the run around this one said it, and recorded. Of several
+    processes of one training the first opens it and the others wait. A run that has nothing but its record may be begun
+    anew with another recipe. Where settings of the last measurement changed, what hangs on them is set aside, to be
+    measured again.
     Raises RunError when the folder is not writable, holds other files or another run, or other weights or pictures lie
     behind the same names now, or when another process works in it.
     """
@@ -69,7 +84,11 @@ def open_run(
         require_tracker(recipe.train.tracker)
     out, one = Path(out), PartialState()
     if one.is_main_process:
-        _open(out, RunRecord(inputs={**inputs, **contents}, recipe=recipe, machine=machine()), watch)
+        inputs, read = {**inputs, **contents}, tuple(read)
+        if not (lock.holds(out.parent) and RunRecord.load(out.parent).read == read):
+            for line in read:
+                watch.say(line)
+        _open(out, RunRecord(inputs=inputs, recipe=recipe, read=read, machine=machine()), watch)
     one.wait_for_everyone()
     return out
 
@@ -80,14 +99,45 @@ def _open(out: Path, asked: RunRecord, watch: Watch) -> None:
     if fresh:
         disk.require_writable(out)
     lock.hold(out)
+    fresh = fresh or not _has_begun(out)
     known = None if fresh else _resumed(out, asked, watch)
     if known is None:
         disk.write_json(out / "recipe.json", asked.to_json())
-    else:
-        disk.require_writable(out)
-        disk.recover(out)
-        if known != RunRecord.load(out):
-            disk.write_json(out / "recipe.json", known.to_json())
+        return
+    disk.require_writable(out)
+    disk.recover(out)
+    old = RunRecord.load(out)
+    again = [name for name in _changed(old, asked) if name in MEASURED]
+    if again:
+        _set_aside(out, again, watch)
+    if known != old:
+        disk.write_json(out / "recipe.json", known.to_json())
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether there is more in a run folder, and in those inside, than the record of what was asked."""
+    files = (path for path in out.rglob("*") if not path.name.startswith("."))
+    return any(path.is_file() and path.name != "recipe.json" for path in files)
+
+
+def _changed(old: RunRecord, asked: RunRecord) -> list[str]:
+    """The fields of the recipe that make a difference to what the verb writes, and have another value than before."""
+    if not (old.recipe and asked.recipe):
+        return [] if old.recipe is asked.recipe is None else ["recipe"]
+    ignored = IGNORED.get(asked.inputs["verb"], ())
+    return [name for name in old.recipe.differences(asked.recipe) if not name.startswith(ignored)]
+
+
+def _set_aside(out: Path, changed: Sequence[str], watch: Watch) -> None:
+    """Move what hangs on the changed settings of the measurement into a folder of its own, out/earlier-1 and so on."""
+    patterns = {pattern for name in changed for pattern in MEASURED[name]}
+    found = sorted({path for pattern in patterns for path in out.glob(pattern)})
+    if found:
+        place = next(place for n in itertools.count(1) if not (place := out / f"earlier-{n}").exists())
+        place.mkdir()
+        for path in found:
+            path.rename(place / path.name)
+        watch.say(f"{', '.join(changed)} changed: measured again; what was measured before is in {place}")
 
 
 def _require_ours(out: Path) -> None:
@@ -106,12 +156,11 @@ def _require_ours(out: Path) -> None:
 
 
 def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
-    """The record with which the run in `out` goes on. Raises RunError where it is another one than is asked for."""
+    """The record with which the run in `out` goes on. Raises RunError where it is another one than is asked for, in
+    more than how it is measured."""
     old = RunRecord.load(out)
-    ignored = IGNORED.get(asked.inputs["verb"], ())
-    changed = [] if old.recipe is asked.recipe is None else ["recipe"]
-    if old.recipe and asked.recipe:
-        changed = [name for name in old.recipe.differences(asked.recipe) if not name.startswith(ignored)]
+    free = () if asked.inputs["verb"] == "features" else tuple(MEASURED)  # there the network is the result
+    changed = [name for name in _changed(old, asked) if name not in free]
     changed += [k for k, v in asked.inputs.items() if k not in CONTENT and old.inputs.get(k) != v]
     steadier = bool(changed) and _may_be_steadier(out, changed)
     if changed and not steadier:
@@ -134,8 +183,9 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
         watch.say(f"{out} was begun before runs knew their model and data by content: what lies there now is believed")
     if steadier and old.recipe:
         wild = {name: value for name, value in leaves(old.recipe) if name in changed}
-        return replace(old, inputs=asked.inputs, recipe=asked.recipe, diverged=[*old.diverged, wild])
-    return replace(old, inputs=asked.inputs)
+        old = replace(old, diverged=[*old.diverged, wild])
+    recipe = asked.recipe if _changed(old, asked) else old.recipe
+    return replace(old, inputs=asked.inputs, recipe=recipe)
 
 
 def _may_be_steadier(out: Path, changed: Sequence[str]) -> bool:
