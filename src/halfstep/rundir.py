@@ -85,9 +85,9 @@ def open_run(
     out, one = Path(out), PartialState()
     if one.is_main_process:
         inputs, read = {**inputs, **contents}, tuple(read)
-        if not (lock.holds(out.parent) and RunRecord.load(out.parent).read == read):
-            for line in read:
-                watch.say(line)
+        known = RunRecord.load(out.parent).read if lock.holds(out.parent) else ()
+        for line in [line for line in read if line not in known]:
+            watch.say(line)
         _open(out, RunRecord(inputs=inputs, recipe=recipe, read=read, machine=machine()), watch)
     one.wait_for_everyone()
     return out
