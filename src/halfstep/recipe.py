@@ -196,8 +196,8 @@ class SampleSpec:
 class SearchSpec:
     """Error table, frontier and NSGA-II.
 
-    `images`: images per candidate; `error_images`: trajectories of the error table. `weights`: how an error at a step
-    is weighted. `fit`: measured plans that the additive surrogate is fitted to (0: none).
+    `images`: images per candidate, four per feature or more; `error_images`: trajectories of the error table, whose
+    paired damages need no more than a few dozen. `weights`: how an error at a step is weighted. `fit`: measured plans that the additive surrogate is fitted to (0: none).
     `objective`: "budget" minimises quality under the budget, "scalar" is DDSM's quality + lambda * MACs share,
     "pareto" keeps both. `mutation` "released" is DDSM's code, whose mutation never acts; `rate` 0 means 1 / genes.
     `finalists`: the best plans (and the dearest uniform one) are measured again on `final_images` fresh images, and the
@@ -244,7 +244,8 @@ class ShrinkSpec:
 class EvalSpec:
     """The final measurement. `features`: "own" (a classifier trained on the data), "digits", "file:DIR",
     "inception:FILE", "dinov2" or, for tiny pictures, "pixels" (no network). `tolerance`: the loss, as a share of the
-    reference's distance, that counts as held."""
+    reference's distance, that counts as held; where that is within its floor (what perfect draws score by chance), as a
+    share of a hundredth of the data's spread. `images`: four per feature or more, or nothing is decided."""
 
     images: int = 4096
     features: str = "own"
