@@ -197,7 +197,8 @@ class SearchSpec:
     """Error table, frontier and NSGA-II.
 
     `images`: images per candidate, four per feature or more; `error_images`: trajectories of the error table, whose
-    paired damages need no more than a few dozen. `weights`: how an error at a step is weighted. `fit`: measured plans that the additive surrogate is fitted to (0: none).
+    paired damages need no more than a few dozen. `weights`: how an error at a step is weighted. `fit`: measured plans
+    that the additive surrogate is fitted to (0: none).
     `objective`: "budget" minimises quality under the budget, "scalar" is DDSM's quality + lambda * MACs share,
     "pareto" keeps both. `mutation` "released" is DDSM's code, whose mutation never acts; `rate` 0 means 1 / genes.
     `finalists`: the best plans (and the dearest uniform one) are measured again on `final_images` fresh images, and the
