@@ -432,6 +432,18 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, name: str, damage: str) -> None
     assert len(list(cache.iterdir())) == 1
 
 
+def test_a_changed_byte_anywhere_in_the_record_is_noticed(cache: Path) -> None:
+    first = load_images("digits", split="test")
+    file = next(cache.iterdir()) / "meta.json"
+    content = file.read_bytes()
+    for place in range(0, len(content), 3):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        found = data._open_cache(file.parent, "digits")
+        assert found is None or (found.left_out, found.sizes, found.classes) == ((), first.sizes, first.classes)
+    file.write_text("[" * 10**5)
+    assert data._open_cache(file.parent, "digits") is None
+
+
 def test_a_killed_decode_leaves_nothing_half(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 

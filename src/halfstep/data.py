@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from halfstep.disk import read_json
 from halfstep.pictures import decode, is_grey, opened
 from halfstep.sources import READERS as FILE_READERS
 from halfstep.sources import Source, bad, file_stats
@@ -28,7 +29,7 @@ from halfstep.tables import read_table
 from halfstep.watch import SILENT, Told, Watch
 
 READERS = {**FILE_READERS, "hub": read_table}
-CACHE_FORMAT = 5  # part of the cache key: raise it when the decoding below changes what it gives
+CACHE_FORMAT = 6  # part of the cache key: raise it when the decoding below changes what it gives
 VERIFY_BYTES = 1 << 28  # a cache up to this size is re-hashed when opened (0.2 s); a larger one only measured
 STALE_SECONDS = 24 * 3600  # a temporary folder older than this belongs to a decode that was killed
 
@@ -105,7 +106,8 @@ def load_images(
 ) -> Images:
     """Images of a source, from the cache if it was decoded before.
 
-    source: `digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`.
+    source: `digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`. `layout` says which folders are
+        splits and classes; what is left out stands in the answer.
     size: None keeps the one square size that all images share. Otherwise the largest centred square of each image is
         resampled to size x size: by area (Pillow's BOX) to shrink it, so that nothing aliases, BICUBIC to grow it.
     channels: 1 or 3; None is 1 if every image is grey and 3 otherwise. Transparency is laid on white, 16-bit grey is
@@ -187,7 +189,9 @@ def _survey(
 def _open_cache(folder: Path, source: str) -> Images | None:
     """The cached images, or None when they are absent, cut or changed."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json", what="what a cache holds", do="delete it")
+        if meta.pop("check") != _check(meta):
+            return None
         pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False) if meta["classes"] else None
         whole = list(pixels.shape) == meta["shape"] and pixels.dtype == np.uint8
@@ -251,4 +255,9 @@ def _write(decoded: Source, source: str, size: int | None, channels: int | None,
     fingerprint = _fingerprint(np.load(folder / "pixels.npy", mmap_mode="r"), labels)
     record = {"source": source, "shape": shape, "classes": decoded.classes, "fingerprint": fingerprint}
     record |= {"left_out": decoded.left_out, "sizes": sizes}
-    (folder / "meta.json").write_text(json.dumps(record))
+    (folder / "meta.json").write_text(json.dumps({**record, "check": _check(record)}))
+
+
+def _check(record: dict) -> str:
+    """Changes with anything in a cache's record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]

@@ -55,7 +55,7 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     steps = recipe.eval.feature_steps
     test = None
     try:
-        test = images_for(recipe, data, "test")
+        test = images_for(recipe, data, "test", watch=watch)
     except HalfstepError:
         watch.say("no test split: the accuracy is the training images'")
     with watch.stage("train features", steps) as told:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import lzma
 import math
 import os
 import re
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -84,9 +86,13 @@ def _names(root: Path) -> list[PurePosixPath]:
 def _require_file(path: Path) -> None:
     if is_system(path.name):
         return
-    if not path.exists():
-        raise bad(path, "a link that leads nowhere", "a file", "remove the link")
-    if not path.is_file():
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        raise bad(path, "a link that leads nowhere", "a file", "remove the link") from error
+    if not stat.S_ISREG(kind):
         raise bad(path, "a pipe, a socket or a device", "a file", "remove it")
 
 
