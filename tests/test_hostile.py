@@ -372,6 +372,7 @@ DENSE, BANK = (
     ["profile", "--repeats", "1", "--model", "dense"],
     ["sample", "--count", "1", "--out", "out", "--model", "bank"],
 )
+NOISE = ["spectrum", "--images", "4", "--timestep", "5", "--data", "digits", "--out", "out", "--model", "dense"]
 TENSOR = {"dtype": "F32", "shape": [10**11], "data_offsets": [0, 4 * 10**11]}
 MODELS: dict[str, tuple[Change, list[str]]] = {
     "channels of a million": (edited(UNET, block_out_channels=[1000000, 1000000]), DENSE),
@@ -386,12 +387,12 @@ MODELS: dict[str, tuple[Change, list[str]]] = {
     "a sample size that is a text": (edited(UNET, sample_size="large"), DENSE),
     "no sample size": (edited(UNET, sample_size=None), DENSE),
     "10**9 input channels": (edited(UNET, in_channels=10**9), DENSE),
-    "10**12 training timesteps": (edited(SCHEDULER, num_train_timesteps=10**12), DENSE),
-    "no training timesteps": (edited(SCHEDULER, num_train_timesteps=0), DENSE),
-    "-5 training timesteps": (edited(SCHEDULER, num_train_timesteps=-5), DENSE),
-    "10**8 trained betas": (edited(SCHEDULER, trained_betas=[0.1] * 10**6), DENSE),
-    "a scheduler config that is a list": (written(SCHEDULER, "[1, 2]"), DENSE),
-    "a scheduler config that is no JSON": (written(SCHEDULER, "{"), DENSE),
+    "10**12 training timesteps": (edited(SCHEDULER, num_train_timesteps=10**12), NOISE),
+    "no training timesteps": (edited(SCHEDULER, num_train_timesteps=0), NOISE),
+    "-5 training timesteps": (edited(SCHEDULER, num_train_timesteps=-5), NOISE),
+    "a million trained betas": (edited(SCHEDULER, trained_betas=[0.1] * 10**6), NOISE),
+    "a scheduler config that is a list": (written(SCHEDULER, "[1, 2]"), NOISE),
+    "a scheduler config that is no JSON": (written(SCHEDULER, "{"), NOISE),
     "a config 100,000 deep": (written(UNET, "[" * 100_000 + "]" * 100_000), DENSE),
     "a config with an integer of 5,000 digits": (written(UNET, '{"_class_name": ' + "9" * 5000 + "}"), DENSE),
     "a config that is no UTF-8": (written(UNET, b'{"a": "\xff"}'), DENSE),

@@ -95,11 +95,7 @@ def digest(*parts: Any) -> str:
         if isinstance(part, dict) and any(isinstance(v, torch.Tensor) for v in part.values()):
             for name, value in sorted(part.items()):
                 found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                found.update(
-                    value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                    if value.ndim
-                    else repr(value.item()).encode()
-                )
+                found.update(value.detach().cpu().flatten().clone().view(torch.uint8).numpy().tobytes())
         elif isinstance(part, np.ndarray):
             found.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
         else:
