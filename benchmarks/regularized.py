@@ -28,10 +28,11 @@ from rich.console import Console
 
 from fashion import DATA, MODELS, markdown
 from halfstep import compress, disk
+from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
 from halfstep.judge import Judge
-from halfstep.measured import judge_for, open_pipeline, save_arrays
+from halfstep.measured import judge_for, open_pipeline
 from halfstep.models import load_denoiser
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe

@@ -62,7 +62,7 @@ def _listen(reader: int, child: int) -> list[Any]:
     found = []
     with os.fdopen(reader) as lines:
         while True:
-            if not select.select([reader], [], [], 2 * WALL_SECONDS)[0]:
+            if not select.select([reader], [], [], 8 * WALL_SECONDS)[0]:
                 os.kill(child, signal.SIGKILL)
             line = lines.readline()
             if not line:
@@ -73,7 +73,7 @@ def _listen(reader: int, child: int) -> list[Any]:
 
 
 @contextlib.contextmanager
-def limits() -> Iterator[None]:
+def limits(patience: float = 1) -> Iterator[None]:
     """Raise Hung after seconds of computing or of waiting."""
 
     def ring(*_: object) -> None:
@@ -82,7 +82,7 @@ def limits() -> Iterator[None]:
     timers = ((signal.SIGPROF, signal.ITIMER_PROF, CPU_SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WALL_SECONDS))
     for kind, which, seconds in timers:
         signal.signal(kind, ring)
-        signal.setitimer(which, seconds, 1)  # again every second: a handler's exception may be swallowed
+        signal.setitimer(which, patience * seconds, 1)  # again every second: a handler's exception may be swallowed
     try:
         yield
     finally:

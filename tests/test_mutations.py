@@ -114,6 +114,7 @@ class Subject:
     unsealed: tuple[str, ...] = ()  # files whose other valid values are as good: nothing says what they were
     files: tuple[str, ...] = ()  # only these are damaged
     share: float = 1.0  # of the cases of other subjects; slow ones have less
+    patience: float = 1.0  # of the seconds that a case may take
 
 
 # ---------------------------------------------------------------------------------------------------------- subjects
@@ -452,8 +453,8 @@ RUNS = {
     "train": Subject(build_stock, lambda folder: open_stock(run.train("digits", folder, tiny()))),
     "train, stopped": Subject(build_half, open_half, share=0.4),
     "slimmable, stopped": Subject(build_half_slim, open_half_slim, share=0.3),
-    "optimize, stopped": Subject(build_searched, open_searched, unsealed=RECORDS, share=0.2),
-    "report": Subject(build_optimized, open_report, sealed=False, share=0.2),
+    "optimize, stopped": Subject(build_searched, open_searched, unsealed=RECORDS, share=0.2, patience=6),
+    "report": Subject(build_optimized, open_report, sealed=False, share=0.2, patience=3),
 }
 SUBJECTS = QUICK | RUNS
 
@@ -487,7 +488,7 @@ def case(name: str, seed: int, pristine: Path, room: Path, meaning: str) -> Outc
     change = damage(rng, folder, only or None)
     sealed = subject.sealed and not change.startswith(subject.unsealed or ("\0",))
     try:
-        with limits():
+        with limits(subject.patience):
             found = subject.open(folder)
         kind, told = ("same", "") if found == meaning else ("changed" if sealed else "other", "")
     except HalfstepError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from halfstep.arrays import open_array
 from halfstep.disk import read_json
 from halfstep.pictures import decode, is_grey, opened
 from halfstep.sources import READERS as FILE_READERS
@@ -192,8 +193,8 @@ def _open_cache(folder: Path, source: str) -> Images | None:
         meta = read_json(folder / "meta.json", what="what a cache holds", do="delete it")
         if meta.pop("check") != _check(meta):
             return None
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False) if meta["classes"] else None
+        pixels = open_array(folder / "pixels.npy")
+        labels = open_array(folder / "labels.npy") if meta["classes"] else None
         whole = list(pixels.shape) == meta["shape"] and pixels.dtype == np.uint8
         whole = whole and (labels is None or (labels.shape == pixels.shape[:1] and labels.dtype == np.int64))
         if not whole or (pixels.nbytes <= VERIFY_BYTES and _fingerprint(pixels, labels) != meta["fingerprint"]):
@@ -207,7 +208,7 @@ def _open_cache(folder: Path, source: str) -> Images | None:
             left_out=tuple(meta["left_out"]),
             sizes=tuple((width, height) for width, height in meta["sizes"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (ValueError, KeyError, TypeError):  # an error of ours is a ValueError
         return None
 
 

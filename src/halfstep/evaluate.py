@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 
+from halfstep.content import digest_tensors
 from halfstep.disk import write_atomic
 from halfstep.errors import DataError, HalfstepError, ModelError
 from halfstep.features import Extractor, extract, finite, slices_of
@@ -217,15 +218,24 @@ def reference_stats(extractor: Extractor, images: Images, *, cache: Path | None,
     if path is not None:
         arrays = {key: np.ascontiguousarray(getattr(reference, key)) for key in ("mu", "cov", "features")}
         about = {"n": str(reference.n), "features_name": extractor.name, "fingerprint": fingerprint}
+        about["digest"] = _digest(arrays)
         write_atomic(path, lambda temporary: save_arrays(arrays, temporary, about))
     return reference
 
 
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    return digest_tensors({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
 def _open_reference(path: Path, extractor: Extractor, fingerprint: str) -> Reference | None:
+    if not path.is_file():  # nor a pipe, which would wait for ever
+        return None
     try:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata()
             arrays = {key: file.get_tensor(key) for key in ("mu", "cov", "features")}
+        if about.pop("digest") != _digest(arrays):
+            return None
         found = Reference(**arrays, n=int(about.pop("n")), **about)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         return None

@@ -8,16 +8,15 @@ is the same.
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from halfstep.arrays import open_array, open_cached, write_cached
 from halfstep.data import Images, cache_root
-from halfstep.disk import write_atomic
 from halfstep.errors import DataError, ModelError
 from halfstep.watch import SILENT, Watch
 
@@ -108,10 +107,12 @@ def encode_images(vae: Any, images: Images, *, batch: int = 64, watch: Watch = S
             do="change --set data.size or data.channels, or bring another VAE",
         )
     file = cache_root() / "latents" / f"{images.fingerprint}-{_fingerprint(vae)}.npy"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, lambda path: _encode(vae, images, path, batch, watch))
-    moments = np.load(file, mmap_mode="r", allow_pickle=False)
+    side = images.size // step
+    shape = (len(images), 2, vae.config.latent_channels, side, side)
+    moments = open_cached(file, shape, "<f2")
+    if moments is None:
+        write_cached(file, shape, "<f2", _encode(vae, images, batch, watch))
+        moments = open_array(file)
     shift, scaling = _affine(vae)
     return Latents(
         name=images.name,
@@ -125,18 +126,14 @@ def encode_images(vae: Any, images: Images, *, batch: int = 64, watch: Watch = S
 
 
 @torch.no_grad()
-def _encode(vae: Any, images: Images, path: Path, batch: int, watch: Watch) -> None:
-    side = images.size // factor(vae)
-    shape = (len(images), 2, vae.config.latent_channels, side, side)
-    with path.open("wb") as file, watch.stage("encode images", len(images)) as told:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+def _encode(vae: Any, images: Images, batch: int, watch: Watch) -> Iterator[np.ndarray]:
+    """float16 [batch, 2, c, s, s], the posteriors' means and standard deviations, batch by batch."""
+    with watch.stage("encode images", len(images)) as told:
         for begin in range(0, len(images), batch):
             pixels = images.batch(slice(begin, begin + batch)).to(vae.device, vae.dtype)
             found = vae.encode(pixels).latent_dist
-            both = torch.stack([found.mean, found.std], dim=1)
-            file.write(both.cpu().to(torch.float16).numpy().astype("<f2").tobytes())
+            yield torch.stack([found.mean, found.std], dim=1).cpu().to(torch.float16).numpy()
             told(min(begin + batch, len(images)))
-        os.fsync(file.fileno())
 
 
 def _fingerprint(vae: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from halfstep import disk
+from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
 from halfstep.data import Images
 from halfstep.errors import DataError, HalfstepError, RunError
@@ -178,9 +178,3 @@ def write_and_tell(judge: Judge, verdict: Measured, out: Path, begun: float) -> 
     disk.write_atomic(out / "pictures.npz", lambda path: save_arrays(path, pictures))
     disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
     return tell(out)
-
-
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Arrays as one .npz file."""
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 
 from halfstep import disk
-from halfstep.errors import PlanError
+from halfstep.arrays import read_arrays
+from halfstep.errors import PlanError, RunError
 from halfstep.plan import StepPlan
 from halfstep.report import Curve, Grid, Heatmap, Pareto, PlanChart, Report, Series, Table, picture_grid, write_report
 from halfstep.restore import Restored
 from halfstep.results import Cost
 from halfstep.search import ErrorTable
+
+MAX_PICTURES = 1 << 28
+"""Bytes of pictures that a report is told from: the largest of ours has a few megabytes."""
 
 SETTINGS = ("device", "dtype", "threads", "batch", "layout", "backend")
 """Of a `Cost`: what its milliseconds hang on."""
@@ -297,8 +301,7 @@ def tell(out: Path) -> Path:
     if (out / "errors.json").is_file():  # a run of `compress` has searched nothing
         table = ErrorTable.from_json(disk.read_json(out / "errors.json", what="an error table", do=again))
     plan = StepPlan.load(out / "plan.json")
-    with np.load(out / "pictures.npz", allow_pickle=False) as arrays:
-        pictures = {name: arrays[name] for name in arrays.files}
+    pictures = _pictures(out / "pictures.npz", again)
     searched = disk.read_records(out / "search.jsonl")
     report = Report(
         title="Halfstep report",
@@ -323,6 +326,18 @@ def tell(out: Path) -> Path:
     side = picture_grid(np.concatenate([pictures["reference"][:16], pictures["plan"][:16]]), columns=16)
     disk.write_png(out / "samples.png", side)
     return write_report(report, out)
+
+
+def _pictures(file: Path, do: str) -> dict[str, np.ndarray]:
+    """The pictures of a run by the plan that drew them, uint8 [N, C, S, S]. Raises RunError."""
+    what = "pictures of the reference and of the plan, uint8 [N, C, S, S]"
+    found = read_arrays(file, MAX_PICTURES, what=what, do=do)
+    shapes = {array.shape[1:] if array.dtype == np.uint8 and len(array) else () for array in found.values()}
+    (shape, *others) = shapes or {()}
+    if others or len(shape) != 3 or shape[0] not in (1, 3) or not {"reference", "plan"} <= set(found):
+        told = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items())
+        raise RunError(got=told or "none", expected=what, where=file, do=do)
+    return found
 
 
 def tell_spectra(out: Path) -> Path:
