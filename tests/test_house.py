@@ -16,6 +16,7 @@ FLOORS = {
     "nets": ("content", "denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (
+        "arrays",
         "layout",
         "sources",
         "tables",
