@@ -285,7 +285,6 @@ DATA: dict[str, tuple[Change, str]] = {
 def test_hostile_data_is_refused(name, place):
     change, source = DATA[name]
     change(place)
-    seal(place)
     require_refusal([*TRAIN, "--data", source, "--set", "data.size=8"], place / "out")
 
 
@@ -710,6 +709,7 @@ def test_an_error_is_one_printable_line_whatever_it_quotes():
 def test_a_process_ends_with_two_and_one_line_on_standard_error(name, place):
     change, words = MODELS[name]
     change(place)
+    seal(place)
     done = subprocess.run(
         [sys.executable, "-c", "from halfstep.cli import main; main()", *words],
         capture_output=True,

@@ -331,7 +331,7 @@ class _Link:
     """What slices.json says."""
 
     of: str
-    slices: dict[str, tuple[Pieces, ...]] | None
+    slices: dict[str, tuple[Annotated[Pieces, Bounds(1, 4096)], ...]] | None
 
 
 @dataclass(frozen=True)

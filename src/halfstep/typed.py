@@ -136,8 +136,12 @@ def typed(
     if hint is Any:
         return value
     if origin is Annotated:
+        limits = [bounds for bounds in inner[1:] if isinstance(bounds, Bounds)]
+        many = isinstance(value, list | tuple | Mapping)  # their length first: a million values are not typed in vain
+        if many and not all(value in bounds for bounds in limits):
+            refuse(_describe(hint))
         found = typed(value, inner[0], path, where, error, do)
-        if not all(found in bounds for bounds in inner[1:] if isinstance(bounds, Bounds)):
+        if not all(found in bounds for bounds in limits):
             refuse(_describe(hint))
         return found
     if _is_union(hint):
