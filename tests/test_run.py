@@ -351,6 +351,7 @@ def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path)
         assert narrow.config.embed_dim == 8 and torch.equal(plain(x, t).sample, narrow(x, t).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", ["spectral.wavelet=true", "spectral.wavelet=false"])
 def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teacher(tmp_path, edit):
     edits = ["model.channels=32,64", "model.groups=8", "model.head_dim=16", "train.steps=6", edit]
