@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from halfstep.bank import Bank
+from halfstep.content import fingerprint
 from halfstep.errors import HalfstepError, ModelError, PlanError, RecipeError
 from halfstep.job import opened
 from halfstep.models import load_denoiser
@@ -21,7 +22,7 @@ from halfstep.recipe import Recipe, SampleSpec
 from halfstep.restore import restore
 from halfstep.sampling import StepAwarePipeline, image_generators, reference_plan, start_noise
 from halfstep.sampling import denoise as denoised
-from halfstep.train import Diffusion
+from halfstep.train import Diffusion, stamp
 
 PROCESSES = {
     "plain": DDPMScheduler(),
@@ -97,6 +98,8 @@ def test_a_process_survives_the_recipe_and_the_pipeline_of_every_sampler(stock, 
     recipe = replace(Recipe(), noise=process, sample=SampleSpec(steps=5))
     again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
     assert again.noise == process
+    if process.trained_betas:  # nothing of another process beside them
+        assert (process.beta_start, process.beta_end) == (process.trained_betas[0], process.trained_betas[-1])
     bank = Bank({"full": tiny()}, "full", process.prediction)
     for name in ("ddim", "ddpm", "dpmsolver++", "heun", "euler"):
         if name == "heun" and process.rescale_betas_zero_snr:
@@ -280,6 +283,13 @@ def test_latents_are_clipped_only_where_the_config_says_so():
     assert Process.of({"_class_name": "EulerDiscreteScheduler"}).clip_sample
     assert not Process.of({"_class_name": "EulerDiscreteScheduler"}, latent=True).clip_sample
     assert Process.of({"clip_sample": True}, latent=True).clip_sample
+
+
+def test_a_state_and_a_run_know_their_process_to_the_last_beta():
+    """What is printed of a process is short; what a run is known by is not."""
+    one, other = (Process(timesteps=2, trained_betas=(0.1, last)) for last in (0.2, 0.3))
+    assert str(one) == str(other)
+    assert stamp(one) != stamp(other) and fingerprint(one) != fingerprint(other)
 
 
 def test_recipes_of_before_open_with_the_process_that_they_meant():

@@ -36,4 +36,4 @@ def _digest(part: Any) -> str:
 def _text(record: Any) -> str:
     if isinstance(record, Mapping):
         record = {str(name): value for name, value in record.items() if not str(name).startswith("_")}
-    return json.dumps(record, sort_keys=True, default=str)
+    return json.dumps(record, sort_keys=True, default=repr)  # a text may leave out what a value holds

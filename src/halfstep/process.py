@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from halfstep.errors import HalfstepError, ModelError, RecipeError
@@ -22,11 +22,11 @@ class Process:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, by betas, and what the denoiser predicts of it.
 
     `timesteps`: how many. The betas follow `beta_schedule` from `beta_start` to `beta_end`, or are `trained_betas`, one
-    for each timestep; `rescale_betas_zero_snr` moves the last alpha_bar to 0 (arXiv 2305.08891).
-    What holds for every sampler that is put on it: `clip_sample` clamps the estimate of x_0 to +- `clip_sample_range`,
-    `thresholding` to a quantile of its magnitudes, at most `sample_max_value` (where the sampler can);
-    `timestep_spacing` "own" and `set_alpha_to_one` None leave the choice to the sampler; `steps_offset` moves "leading"
-    timesteps.
+    for each timestep (those two are then their first and last); `rescale_betas_zero_snr` moves the last alpha_bar to 0
+    (arXiv 2305.08891). What holds for every sampler that is put on it: `clip_sample` clamps the estimate of x_0 to
+    +- `clip_sample_range`, `thresholding` to a quantile of its magnitudes, at most `sample_max_value` (where a sampler
+    can); `timestep_spacing` "own" and `set_alpha_to_one` None leave the choice to the sampler; `steps_offset` moves
+    "leading" timesteps.
     """
 
     timesteps: Annotated[int, Bounds(1, 100_000)] = 1000
@@ -94,7 +94,10 @@ class Process:
         if latent:
             known.setdefault("clip_sample", False)
         do = "give the scheduler_config.json that the model was trained with"
-        return build(cls, known, "", where, error=error, do=do)
+        found: Process = build(cls, known, "", where, error=error, do=do)
+        if found.trained_betas:  # a record with diffusers' defaults beside them would look like another process
+            found = replace(found, beta_start=found.trained_betas[0], beta_end=found.trained_betas[-1])
+        return found
 
     def config(self) -> dict[str, Any]:
         """What any diffusers scheduler takes over of the process: betas and prediction always, the rest where it says

@@ -307,13 +307,12 @@ def spectrum(
     loaded, contents, read = [], [], []
     for source in models:
         bank, _, process = _bank_and_plan(source)
+        last = int((process.scheduler().alphas_cumprod > 0).sum()) - 1  # at zero SNR there is no picture to estimate
+        for timestep in timesteps:
+            if not 0 <= timestep <= last:
+                raise PlanError(got=timestep, expected=f"0 to {last}", where="--timestep", do="choose one of these")
         fitted = require_fit(bank, data, Recipe(), watch)
         pixels = fitted.images
-        for timestep in timesteps:
-            if not 0 <= timestep < process.timesteps:
-                raise PlanError(
-                    got=timestep, expected=f"0 to {process.timesteps - 1}", where="--timestep", do="choose one of these"
-                )
         loaded.append((source, bank, process, pixels))
         read += [about_images(fitted), about_bank(source, bank, process)]
         contents.append(contents_of(pixels, bank, bank.vae, process))

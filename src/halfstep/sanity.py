@@ -50,7 +50,8 @@ def control_plan(bank: Bank, reference: StepPlan) -> StepPlan | None:
         return None
     spec = SampleSpec(scheduler="ddim", steps=len(reference.rows))
     try:
-        return reference_plan(bank, reference.scheduler_config, spec, reference.entry_macs)
+        trained = {**reference.scheduler_config, "_class_name": reference.scheduler}
+        return reference_plan(bank, trained, spec, reference.entry_macs)
     except (HalfstepError, ValueError):
         return None
 

@@ -368,4 +368,4 @@ def _mix(*numbers: int) -> int:
 
 def stamp(*parts: object) -> str:
     """A text that is equal exactly when a state may be resumed."""
-    return json.dumps(parts, sort_keys=True, default=str)
+    return json.dumps(parts, sort_keys=True, default=repr)
