@@ -19,9 +19,10 @@ from halfstep.cli import app
 from halfstep.errors import HalfstepError, ModelError, RunError
 from halfstep.models import load_denoiser
 from halfstep.process import Process
-from halfstep.recipe import SampleSpec
+from halfstep.recipe import SampleSpec, TrainSpec
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.sums import FILE, compare, require_whole, write_sums
+from halfstep.train import TrainState
 from halfstep.verify import verify
 
 WEIGHTS = "bank/full/diffusion_pytorch_model.safetensors"
@@ -177,3 +178,16 @@ def test_a_failed_save_leaves_the_old_sums(folder, monkeypatch):
     with pytest.raises(HalfstepError):
         pipe.save_pretrained(folder)
     assert (folder / FILE).read_bytes() == before and require_whole(folder)
+
+
+def test_training_states_carry_their_own_digest(tmp_path):
+    state = TrainState.new(net(), TrainSpec())
+    file = tmp_path / "run" / "state" / "dense.safetensors"
+    state.save(file, "stamp")
+    assert [(one.file, one.state) for one in verify(tmp_path / "run")] == [("state/dense.safetensors", "whole")]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert [one.state for one in verify(tmp_path / "run")] == ["changed"]
+    file.write_bytes(content[:-9])
+    assert [one.state for one in verify(tmp_path / "run")] == ["changed"]

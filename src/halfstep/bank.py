@@ -92,6 +92,7 @@ class Bank(torch.nn.Module):
             self._check_stands_in(name)
         class_count(self.config)  # refuses a conditioning that no sampler here can give
         self._check_links()
+        self._macs: dict[str, int] = {}
         self.eval()
 
     def __getitem__(self, name: str) -> Any:
@@ -179,8 +180,10 @@ class Bank(torch.nn.Module):
 
     def macs(self) -> dict[str, int]:
         """MACs per image of one call of every entry; masked weights count by their pattern."""
-        layers = {name: masking.layers() for name, masking in self.masking.items()}
-        return {name: count_macs(self[name], densities=layers.get(name)) for name in self.names}
+        if not self._macs:  # a tenth of a second each, and no weight or layout changes them
+            layers = {name: masking.layers() for name, masking in self.masking.items()}
+            self._macs = {name: count_macs(self[name], densities=layers.get(name)) for name in self.names}
+        return dict(self._macs)
 
     def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
         """What every entry costs here, timed in turns: MACs as `macs`, bytes as stored by `save_pretrained`."""
@@ -379,10 +382,10 @@ def _links(places: Mapping[str, Path]) -> dict[str, Shared]:
         if file.exists():
             link = read_record(file, _Link, what="slices", do="save the bank again", error=ModelError)
             found[name] = Shared(link.of, link.slices)
-    for name, link in found.items():
-        if link.source not in places or link.source in found:
+    for name, shared in found.items():
+        if shared.source not in places or shared.source in found:
             raise ModelError(
-                got=f"a part of {shown(link.source)}",
+                got=f"a part of {shown(shared.source)}",
                 expected="one of an entry with weights of its own",
                 where=places[name] / "slices.json",
                 do="save the bank again",

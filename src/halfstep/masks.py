@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ class Masking:
             )
         layers = {f"{name}.weight": module for name, module in model.named_modules() if name}
         for name in self.names:
-            layer = layers.get(name)
+            layer: Any = layers.get(name)
             known = isinstance(layer, nn.Conv2d | nn.Linear)
             if not known or not self.pattern.fits(layer.weight.shape):
                 raise ModelError(
