@@ -90,7 +90,8 @@ def main() -> None:
     note = (
         f"Digits demo: {len(swaps)} swaps ({len(space.rows)} genes), {len(plans)} random plans; Spearman's correlation "
         f"with the change of FD on {args.images} images and with the plans' FD on as many of other noise; mean (least) "
-        f"of up to eight disjoint parts. `python benchmarks/error_table.py --images {args.images}`."
+        f"of up to eight disjoint parts. "
+        f"`python benchmarks/error_table.py --images {args.images} --plans {args.plans}`."
     )
     columns = ("measure of a swap", "images", "with changes of FD", "sums with plans' FD")
     shown = Table(title="The error table's measure", columns=columns, rows=tuple(rows), note=note)
