@@ -90,11 +90,12 @@ def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
 
 def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
     """The table of a finished run, its plan where that is the result, and the place of its report."""
-    from halfstep import disk, story
+    from halfstep import story
     from halfstep.plan import StepPlan
     from halfstep.report import rich_table
+    from halfstep.results import read_comparison
 
-    record = disk.read_json(out / "quality.json", what="qualities", do="run again")
+    record = read_comparison(out / "quality.json")
     console.print(rich_table(story.plans_table(record, brief=True)))
     if plan:
         chosen = StepPlan.load(out / "plan.json")

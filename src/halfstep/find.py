@@ -13,10 +13,11 @@ import numpy as np
 from halfstep import disk
 from halfstep import evolve as evolving
 from halfstep import search as searching
-from halfstep.errors import PlanError
+from halfstep.errors import PlanError, RunError
 from halfstep.judge import Judge
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, SearchSpec
+from halfstep.results import Final, read_finals
 from halfstep.sampling import fewer_steps
 from halfstep.shrink import shrink_plan
 from halfstep.watch import SILENT, Watch
@@ -151,17 +152,17 @@ def _best_on_fresh_seeds(
     judge: Judge, plans: Iterable[StepPlan], file: Path, count: int, seed: int, watch: Watch
 ) -> StepPlan:
     plans = list(plans)
-    known = disk.read_json(file, what="scores", do="delete it") if file.is_file() else {}
+    known = read_finals(file) if file.exists() else {}
     with watch.stage("numbers of steps", len(plans)) as told:
         for i, plan in enumerate(plans):
             name = f"{plan.steps} steps, {'corrected' if plan.corrected else 'plain'}"
             if name not in known:
-                known[name] = {"score": judge.score(plan, count, seed), "macs": plan.macs}
-                disk.write_json(file, known)
-            told(i + 1, f"{name}: {known[name]['score']:.3g}")
-    for name, one in sorted(known.items(), key=lambda item: item[1]["score"]):
-        watch.say(f"{name}: distance {one['score']:.3g}, {one['macs'] / 1e6:,.0f} MMACs")
-    scores = [known[f"{p.steps} steps, {'corrected' if p.corrected else 'plain'}"]["score"] for p in plans]
+                known[name] = Final(score=judge.score(plan, count, seed), macs=plan.macs)
+                disk.write_json(file, {name: vars(one) for name, one in known.items()})
+            told(i + 1, f"{name}: {known[name].score:.3g}")
+    for name, one in sorted(known.items(), key=lambda item: item[1].score):
+        watch.say(f"{name}: distance {one.score:.3g}, {one.macs / 1e6:,.0f} MMACs")
+    scores = [known[f"{p.steps} steps, {'corrected' if p.corrected else 'plain'}"].score for p in plans]
     return plans[int(np.argmin(scores))]
 
 
@@ -170,8 +171,14 @@ def _table(
 ) -> searching.ErrorTable:
     file = out / "errors.json"
     if file.is_file():
-        record = disk.read_json(file, what="an error table", do="delete it to measure again")
-        known = searching.ErrorTable.from_json(record)
+        known = searching.ErrorTable.load(file)
+        if (known.entries, known.shape) != (space.entries, (len(plan.rows), len(space.rows))):
+            raise RunError(
+                got=f"an error table of {known.shape} rows and genes of {', '.join(known.entries)}",
+                expected=f"{(len(plan.rows), len(space.rows))} of {', '.join(space.entries)}, as this plan",
+                where=file,
+                do="delete it to measure again",
+            )
         if known.measure == searching.ErrorTable.measure:
             return known
         watch.say(f"the error table of before holds another measure ({known.measure}): measured again")
@@ -201,7 +208,7 @@ class _Measured:
     def __init__(self, judge: Judge, plan: StepPlan, space: searching.Space, file: Path, count: int, seed: int):
         self.judge, self.plan, self.space, self.file = judge, plan, space, file
         self.count, self.seed = count, seed
-        self.known = {tuple(r["genes"]): r["score"] for r in disk.read_records(file)}
+        self.known = {one.genes: one.score for one in disk.read_records(file, evolving.SearchRecord)}
         self.records: list[evolving.SearchRecord] = []
 
     def __call__(self, stage: str, genes: searching.Genes) -> float:

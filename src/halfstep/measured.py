@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, fit_data, images_for, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.story import tell
+from halfstep.typed import typed
 from halfstep.watch import SILENT, Watch
 
 
@@ -112,11 +115,14 @@ def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) ->
     return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
 
 
+Layout = Literal["contiguous", "channels_last"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layouts:
     """state/layouts.json: the memory layout of every entry, and the setting in which the faster one was found."""
 
-    entries: dict[str, str]
+    entries: dict[str, Layout]
     device: str
     batch: int
     threads: int
@@ -129,12 +135,18 @@ def _settle_layouts(bank: Bank, file: Path, asked: str) -> None:
     if asked != "auto":
         bank.set_layouts(dict.fromkeys(bank, asked))
         return
-    known = disk.read_record(file, Layouts, what="layouts", do="delete it").entries if file.is_file() else {}
+    known: Mapping[str, str] = {}
+    if file.exists():
+        do = "delete it to choose them anew"
+        read = typed(
+            disk.read_json(file, what="layouts", do=do), Layouts | dict[str, Layout], "", file, error=RunError, do=do
+        )
+        known = read.entries if isinstance(read, Layouts) else read  # those of before 2026-11-26 are the entries alone
     if not set(bank) <= set(known):
         known = bank.fastest_layouts(TIMED_BATCH)
         about = machine()
         found = Layouts(
-            entries=known,
+            entries=known,  # type: ignore[arg-type]
             device=str(bank.device),
             batch=TIMED_BATCH,
             threads=torch.get_num_threads(),

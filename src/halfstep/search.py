@@ -15,15 +15,18 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from halfstep.bank import Bank
-from halfstep.errors import PlanError
+from halfstep.disk import read_json
+from halfstep.errors import PlanError, RunError
 from halfstep.plan import StepPlan
 from halfstep.sampling import Labels, build_scheduler, denoise, image_generators, labels_of, start_noise, to_images
+from halfstep.typed import build
 
 Genes = tuple[int, ...]
 """The entry's index of every gene."""
@@ -95,6 +98,9 @@ class Space:
 # ------------------------------------------------------------------------------------------------------ error table
 
 
+MEASURE_AGAIN = "delete it to measure again"
+
+
 @dataclass(frozen=True)
 class ErrorTable:
     """`local` [T, E]: mean squared distance of each entry's prediction from the reference's, at each row of the
@@ -127,12 +133,44 @@ class ErrorTable:
             "measure": self.measure,
         }
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of rows and of genes."""
+        return len(self.local), len(self.damage)
+
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> ErrorTable:
-        """Rebuild a table; those of before the paired measure say "change of distance"."""
-        local, damage = np.array(record["local"]), np.array(record["damage"])
-        kind = record.get("measure", "change of distance")
-        return cls(tuple(record["timesteps"]), tuple(record["entries"]), local, damage, record["images"], kind)
+    def load(cls, file: Path) -> ErrorTable:
+        """Read errors.json. Raises RunError."""
+        return cls.from_json(read_json(file, what="an error table", do=MEASURE_AGAIN), where=file)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], *, where: object = "errors.json") -> ErrorTable:
+        """Rebuild a table; those of before the paired measure say "change of distance".
+
+        Raises RunError for what is none, and for numbers that are not one for each of its rows and entries.
+        """
+        one = build(_Table, record, "", where, error=RunError, do=MEASURE_AGAIN)
+        sizes = [(len(table), {len(row) for row in table}) for table in (one.local, one.damage)]
+        if sizes[0][0] != len(one.timesteps) or any(found != {len(one.entries)} for _, found in sizes):
+            raise RunError(
+                got="tables of uneven sizes",
+                expected=f"a number for each of {len(one.entries)} entries in every row",
+                where=where,
+                do=MEASURE_AGAIN,
+            )
+        return cls(one.timesteps, one.entries, np.array(one.local), np.array(one.damage), one.images, one.measure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """errors.json."""
+
+    timesteps: tuple[float, ...]
+    entries: tuple[str, ...]
+    local: tuple[tuple[float, ...], ...]
+    damage: tuple[tuple[float, ...], ...]
+    images: int
+    measure: str = "change of distance"
 
 
 @torch.inference_mode()

@@ -26,6 +26,15 @@ NONE: Correction = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
+class ShrinkRecord:
+    """One measured plan: the correction of every row, its score, and on how many images."""
+
+    corrections: tuple[tuple[float, float], ...]
+    score: float
+    images: int
+
+
+@dataclass(frozen=True)
 class Shrunk:
     """What was found. `plans`: "none", "one scale" and "one threshold" (each at its own optimum) and "by stretch";
     `scores`: theirs, on the images of the search or on fresh ones."""
@@ -130,14 +139,14 @@ class _Measured:
 
     def __init__(self, judge: Judge, file: Path, count: int, seed: int, told: Told):
         self.judge, self.file, self.count, self.seed, self.told = judge, file, count, seed, told
-        self.known = {tuple(map(tuple, r["corrections"])): r["score"] for r in disk.read_records(file)}
+        self.known = {one.corrections: one.score for one in disk.read_records(file, ShrinkRecord)}
         self.done = 0
 
     def __call__(self, plan: StepPlan) -> float:
         if plan.corrections not in self.known:
             self.known[plan.corrections] = self.judge.score(plan, self.count, self.seed)
-            record = {"corrections": plan.corrections, "score": self.known[plan.corrections], "images": self.count}
-            disk.append_record(self.file, record)
+            record = ShrinkRecord(plan.corrections, self.known[plan.corrections], self.count)
+            disk.append_record(self.file, vars(record))
             self.done += 1
-            self.told(self.done, f"score {record['score']:.3g}")
+            self.told(self.done, f"score {record.score:.3g}")
         return self.known[plan.corrections]

@@ -11,11 +11,14 @@ import numpy as np
 from halfstep import disk
 from halfstep.arrays import read_arrays
 from halfstep.errors import PlanError, RunError
+from halfstep.evolve import SearchRecord
 from halfstep.plan import StepPlan
+from halfstep.recipe import Recipe, RunRecord
 from halfstep.report import Curve, Grid, Heatmap, Pareto, PlanChart, Report, Series, Table, picture_grid, write_report
 from halfstep.restore import Restored
-from halfstep.results import Cost
+from halfstep.results import Cost, GridScores, read_comparison, read_costs, read_finals
 from halfstep.search import ErrorTable
+from halfstep.train import Logged
 
 MAX_PICTURES = 1 << 28
 """Bytes of pictures that a report is told from: the largest of ours has a few megabytes."""
@@ -216,16 +219,15 @@ def _steps_table(out: Path, images: int) -> list[Table]:
     """What competed for the budget, where numbers of steps and corrections did; `images`: so many for each."""
     if not (out / "finals.json").is_file():
         return []
-    scores = disk.read_json(out / "finals.json", what="scores", do="run again")
-    ordered = sorted(scores.items(), key=lambda item: item[1]["score"])
-    rows = tuple((name, f"{one['macs'] / 1e6:,.0f}", f"{one['score']:.3g}") for name, one in ordered)
+    ordered = sorted(read_finals(out / "finals.json", "run again").items(), key=lambda item: item[1].score)
+    rows = tuple((name, f"{one.macs / 1e6:,.0f}", f"{one.score:.3g}") for name, one in ordered)
     note = f"The best plan of each on {images} images of the same fresh noise, which chose the first."
     return [Table(title="Numbers of steps", columns=("", "MMACs", "FD"), rows=rows, note=note, best=0)]
 
 
-def pareto(record: dict[str, Any], searched: list[dict], images: int = 0) -> Pareto:
+def pareto(record: dict[str, Any], searched: Sequence[SearchRecord], images: int = 0) -> Pareto:
     """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
-    dots = tuple((r["share"], r["score"], None, None) for r in searched if r["stage"] != "reference")
+    dots = tuple((one.share, one.score, None, None) for one in searched if one.stage != "reference")
     label = f"the search, on {images} images\n(uncorrected: higher)"
     series = [Series(name=label, points=dots, style="points")] if dots else []
     for name, row in record["plans"].items():
@@ -251,9 +253,9 @@ def plan_chart(plan: StepPlan) -> PlanChart:
 def training_curves(out: Path) -> list[Curve]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for file in (out / "log.jsonl", out / "supernet" / "log.jsonl", *sorted(out.glob("r=*/log.jsonl"))):
-        for record in disk.read_records(file):
-            tag = file.parent.name if file.parent.name.startswith("r=") else record["tag"]
-            lines.setdefault(tag, []).append((record["step"], record["loss"]))
+        for record in disk.read_records(file, Logged):
+            tag = file.parent.name if file.parent.name.startswith("r=") else record.tag
+            lines.setdefault(tag, []).append((record.step, record.loss))
     if not lines:
         return []
     points = {name: tuple(values) for name, values in lines.items()}
@@ -264,13 +266,16 @@ def _grid_curve(out: Path) -> list[Curve]:
     """How the score hangs on the weight of a penalty, where a grid of them was trained."""
     if not (out / "grid.json").is_file():
         return []
-    record = disk.read_json(out / "grid.json", what="a grid's scores", do="run again")
-    points = tuple((float(name.removeprefix("r=")), score) for name, score in record["scores"].items())
+    record = disk.read_record(out / "grid.json", GridScores, what="a grid's scores", do="run again")
+    try:
+        points = tuple((float(name.removeprefix("r=")), score) for name, score in record.scores.items())
+    except ValueError as error:
+        raise RunError(
+            got=error, expected="names like r=0.1", where=out / "grid.json", do="delete it and run again"
+        ) from error
     lines = {"trained with r": points}
-    lines |= {
-        f"r = 0, {name}": tuple((r, score) for r, _ in points) for name, score in record.get("controls", {}).items()
-    }
-    label = f"Fréchet distance, {record['images']} validation images"
+    lines |= {f"r = 0, {name}": tuple((r, score) for r, _ in points) for name, score in record.controls.items()}
+    label = f"Fréchet distance, {record.images} validation images"
     return [Curve(title="The choice of r", xlabel="r", ylabel=label, lines=lines)]
 
 
@@ -293,27 +298,26 @@ def tell(out: Path) -> Path:
     Returns the report's path. Raises RunError when a file of the run is missing.
     """
     out, again = Path(out), "finish the run with halfstep optimize"
-    record = disk.read_json(out / "quality.json", what="the qualities of a finished run", do=again)
-    run = disk.read_json(out / "recipe.json", what="a recipe", do=again)
-    known = disk.read_json(out / "cost.json", what="costs", do=again)
-    costs = {name: Cost.from_json(cost) for name, cost in known.items()}
-    table = None
-    if (out / "errors.json").is_file():  # a run of `compress` has searched nothing
-        table = ErrorTable.from_json(disk.read_json(out / "errors.json", what="an error table", do=again))
+    record = read_comparison(out / "quality.json", again)
+    run = RunRecord.load(out)
+    costs = read_costs(out / "cost.json", again)
+    table = ErrorTable.load(out / "errors.json") if (out / "errors.json").exists() else None  # `compress` searches none
     plan = StepPlan.load(out / "plan.json")
     pictures = _pictures(out / "pictures.npz", again)
-    searched = disk.read_records(out / "search.jsonl")
+    searched = disk.read_records(out / "search.jsonl", SearchRecord)
+    if run.recipe is None:
+        raise RunError(got="a run without a recipe", expected="one that was measured", where=out, do=again)
     report = Report(
         title="Halfstep report",
         summary=summary(record, plan),
-        facts=_facts(run, record, searched, table),
+        facts=_facts(run.inputs, run.recipe, record, len(searched), table),
         tables=(
             plans_table(record),
-            *_steps_table(out, run["recipe"]["search"]["final_images"]),
+            *_steps_table(out, run.recipe.search.final_images),
             costs_table(costs, plan.reference),
         ),
         figures=(
-            pareto(record, searched, run["recipe"]["search"]["images"]),
+            pareto(record, searched, run.recipe.search.images),
             *([plan_chart(plan)] if len(set(plan.entries)) > 1 or not plan.corrected else []),
             *_correction_curves(plan),
             *([_heatmap(table)] if table else []),
@@ -389,22 +393,20 @@ FILES = {
 
 
 def _facts(
-    run: dict[str, Any], record: dict[str, Any], searched: list[dict], table: ErrorTable | None
+    inputs: Mapping[str, str], recipe: Recipe, record: dict[str, Any], searched: int, table: ErrorTable | None
 ) -> dict[str, str]:
-    recipe, about = run["recipe"], record["about"]
-    search = {}
+    about, search = record["about"], {}
     if table:
         search["search"] = (
-            f"{len(searched)} plans of {recipe['search']['images']} images each, and an error table on "
-            f"{table.images} trajectories"
+            f"{searched} plans of {recipe.search.images} images each, and an error table on {table.images} trajectories"
         )
     return {
-        "model": run["inputs"]["model"],
-        "data": f"{run['inputs']['data']}, fingerprint {about['data']}",
-        "goal": run["inputs"].get("goal", run["inputs"]["verb"]),
-        "recipe": f"{recipe['name']}, seed {recipe['seed']}, {recipe['train']['steps']} training steps",
+        "model": inputs.get("model", ""),
+        "data": f"{inputs.get('data', '')}, fingerprint {about['data']}",
+        "goal": inputs.get("goal", inputs.get("verb", "")),
+        "recipe": f"{recipe.name}, seed {recipe.seed}, {recipe.train.steps} training steps",
         **search,
-        "time of the last call": f"{record['seconds']:.0f} s",
+        "time of the last call": f"{record.get('seconds', 0):.0f} s",
         **{key: str(value) for key, value in about["machine"].items()},
     }
 
