@@ -25,6 +25,7 @@ from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe, RunRecord, SampleSpec
 from halfstep.rundir import open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.sources import _names
 from halfstep.sums import write_sums
 
 INPUTS = {"verb": "train", "model": "m", "data": "d"}
@@ -183,6 +184,17 @@ def test_replaced_pictures_and_retrained_models_are_noticed_by_every_verb(pictur
     ):
         with pytest.raises(RunError, match="another data behind"):
             again()
+
+
+def test_a_run_inside_of_its_own_pictures_is_no_data_and_can_be_repeated(pictures: Path):
+    data, out = f"folder:{pictures}", pictures / "run"
+    first = run.train(data, out, tiny())
+    before = RunRecord.load(out)
+    assert run.train(data, out, tiny()) == first and RunRecord.load(out) == before
+    (pictures / "pizza").mkdir()
+    (pictures / "pizza" / "recipe.json").write_text('{"oven": 200}')  # somebody's own
+    Image.new("L", (8, 8)).save(pictures / "pizza" / "a.png")
+    assert any("pizza" in str(name) for name in _names(pictures)) and not any("run" in str(n) for n in _names(pictures))
 
 
 def test_a_feature_network_of_before_is_used_for_its_own_data_alone(pictures: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfstep.disk import read_record
-from halfstep.errors import RecipeError
+from halfstep.errors import HalfstepError, RecipeError
 from halfstep.process import Process
 from halfstep.typed import build, leaves, nearest, parse
 
@@ -332,6 +332,14 @@ class RunRecord:
         """Read it. Raises RunError when it is missing or no such record, RecipeError for a recipe that cannot be."""
         file = folder / "recipe.json"
         return read_record(file, cls, what="the record of a run", do="choose another --out")
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        """Whether a folder is a run's."""
+        try:
+            return (folder / "recipe.json").is_file() and bool(cls.load(folder))
+        except HalfstepError:
+            return False
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

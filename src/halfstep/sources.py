@@ -22,6 +22,7 @@ import numpy as np
 
 from halfstep.errors import DataError
 from halfstep.layout import arrange, is_system, sift
+from halfstep.recipe import RunRecord
 
 MAX_CLASSES = 1 << 16
 MAX_FILE_BYTES = 1 << 28  # of one image file: an archive member that claims more is not read into memory
@@ -66,7 +67,8 @@ def reading(where: object, expected: str) -> Iterator[None]:
 def _names(root: Path) -> list[PurePosixPath]:
     """Every file below a folder, relative and sorted; a system's folders by their own name, without looking inside.
 
-    Links are followed; a loop, a closed folder and what is no file (a pipe, a device) are refused.
+    Runs of ours are no data, so that `--out` may lie inside. Links are followed; a loop, a closed folder and what is no
+    file (a pipe, a device) are refused.
     """
     names, seen = [], set()
     with reading(root, "folders that can be listed"):
@@ -76,7 +78,7 @@ def _names(root: Path) -> list[PurePosixPath]:
                 raise bad(folder, "a folder that was met before", "links without loops", "remove the link")
             seen.add(real)
             names += [Path(folder, name) for name in inner if is_system(name)]
-            inner[:] = [name for name in inner if not is_system(name)]
+            inner[:] = [name for name in inner if not is_system(name) and not RunRecord.is_in(Path(folder, name))]
             for name in files:
                 _require_file(Path(folder, name))
             names += [Path(folder, name) for name in files]
