@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import warnings
@@ -13,8 +14,8 @@ import typer
 import typer.core
 
 import halfstep.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
-from halfstep.errors import HalfstepError
-from halfstep.recipe import Recipe
+from halfstep.errors import HalfstepError, RunError
+from halfstep.recipe import MAX_SEED, MOST_IN_A_BATCH, Recipe
 from halfstep.recipes import RECIPES, named
 from halfstep.terminal import RichWatch, accept_any_text, console, line, notes
 
@@ -290,9 +291,11 @@ def search(
 def sample(
     model: Model,
     out: Out,
-    count: Annotated[int, typer.Option(help="How many images.", min=1)] = 16,
-    seed: Annotated[int, typer.Option(help="Image k depends on the seed and k alone.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images per batch; changes the speed, not the images.", min=1)] = 64,
+    count: Annotated[int, typer.Option(help="How many images.", min=1, max=1_000_000)] = 16,
+    seed: Annotated[int, typer.Option(help="Image k depends on the seed and k alone.", min=0, max=MAX_SEED)] = 0,
+    batch: Annotated[
+        int, typer.Option(help="Images per batch; changes the speed, not the images.", min=1, max=MOST_IN_A_BATCH)
+    ] = 64,
     classes: Classes = None,
 ) -> None:
     """Draw images with a step-aware pipeline: one PNG each, and grid.png.
@@ -325,8 +328,8 @@ def evaluate(
 @app.command()
 def profile(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Batch size of the latency.", min=1)] = 1,
-    repeats: Annotated[int, typer.Option(help="Timed calls per entry.", min=1)] = 10,
+    batch: Annotated[int, typer.Option(help="Batch size of the latency.", min=1, max=MOST_IN_A_BATCH)] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed calls per entry.", min=1, max=10_000)] = 10,
     device: Annotated[
         str, typer.Option(help="Where to measure, e.g. `cpu` or `cuda:1`; default: where everything else runs.")
     ] = "",
@@ -377,7 +380,7 @@ def denoise(
         list[int] | None, typer.Option("--steps", help="Model calls per tile (default 1); may be repeated.", min=1)
     ] = None,
     noisy: Annotated[bool, typer.Option("--noisy", help="The pictures are noisy already: only restore them.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the added noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the added noise.", min=0, max=MAX_SEED)] = 0,
     classes: Classes = None,
     as_json: AsJson = False,
 ) -> None:
@@ -496,6 +499,12 @@ def main() -> None:
         app()
     except HalfstepError as error:
         line(f"error: {error}", to=notes, style="red")
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which even a question about a path raises; every door asks some
+            raise
+        told = RunError(got="a name too long for a file", expected="a path", where=error.filename, do="check it")
+        line(f"error: {told}", to=notes, style="red")
         raise SystemExit(2) from None
 
 

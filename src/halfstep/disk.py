@@ -25,6 +25,10 @@ MAX_DEPTH = 64
 """JSON within JSON that is read."""
 MAX_DIGITS = 100
 """Digits of an integer in JSON; Python itself refuses to write integers of more than 4,300."""
+_REFUSALS = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT),
+)
 Record = TypeVar("Record")
 
 
@@ -39,7 +43,7 @@ def plain_os_errors(path: Path) -> Iterator[None]:
             raise RunError(
                 got="a full disk", expected="room to write", where=path, do="free some space and run again to resume"
             ) from error
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if code in _REFUSALS:
             raise RunError(
                 got=os.strerror(code).lower(),
                 expected="a folder that can be written",

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 
 from halfstep.content import digest_tensors
@@ -29,6 +28,7 @@ from halfstep.disk import write_atomic
 from halfstep.errors import DataError, HalfstepError, ModelError
 from halfstep.features import Extractor, extract, finite, slices_of
 from halfstep.results import Quality
+from halfstep.weights import open_weights
 
 if TYPE_CHECKING:
     from halfstep.data import Images
@@ -228,16 +228,14 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _open_reference(path: Path, extractor: Extractor, fingerprint: str) -> Reference | None:
-    if not path.is_file():  # nor a pipe, which would wait for ever
-        return None
     try:
-        with safe_open(path, framework="numpy") as file:
+        with open_weights(path, framework="numpy") as file:
             about = file.metadata()
             arrays = {key: file.get_tensor(key) for key in ("mu", "cov", "features")}
         if about.pop("digest") != _digest(arrays):
             return None
         found = Reference(**arrays, n=int(about.pop("n")), **about)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # an error of ours is a ValueError
         return None
     f, features = extractor.n_features, found.features
     fits = found.mu.shape == (f,) and found.cov.shape == (f, f) and features.shape == (len(features), f)

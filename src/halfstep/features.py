@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from halfstep.disk import write_atomic, write_json
+from halfstep.disk import read_json, write_atomic, write_json
 from halfstep.errors import DataError, DivergedError, ModelError
 from halfstep.typed import nearest, shown
+from halfstep.weights import open_weights
 
 if TYPE_CHECKING:
     from halfstep.data import Images
@@ -101,19 +101,20 @@ class FeatureNet(nn.Module):
     def load(cls, folder: Path) -> FeatureNet:
         """Read what `save` wrote. Raises ModelError that names the file: missing, cut, or not belonging together."""
         path, weights = Path(folder) / "features.json", Path(folder) / "features.safetensors"
+        do = "run `halfstep features` or name another folder"
+        record = read_json(path, what="the record of a feature network", do=do, error=ModelError)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
             digest = record.pop("weights_sha256")
             with torch.device("meta"):  # a config that lies about its size is given no memory
                 net = cls(**record.pop("config"))
             net.record |= record
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise _bad_file(path, error, "the record of a feature network") from error
         try:
-            net.load_state_dict({key: value.float() for key, value in load_file(weights).items()}, assign=True)
-        except (OSError, SafetensorError, RuntimeError) as error:
+            net.load_state_dict({name: value.float() for name, value in _stored(weights).items()}, assign=True)
+        except RuntimeError as error:
             raise _bad_file(weights, error, "the weights of a feature network") from error
         if _digest(net) != digest:
             raise _bad_file(weights, f"weights that {path.name} does not describe", "the two files of one network")
@@ -261,6 +262,13 @@ def _digest(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _stored(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises ModelError."""
+    do = "run `halfstep features` or name another folder"
+    with open_weights(file, what="the weights of a feature network", do=do) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+
+
 def _bad_file(path: Path, error: object, expected: str) -> ModelError:
     got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable one ({error})"
     return ModelError(got=got, expected=expected, where=path, do="run `halfstep features` or name another folder")
@@ -357,9 +365,9 @@ def _inception(place: str, device: str) -> Extractor:
         net = models.inception_v3(weights=None, transform_input=False, aux_logits=False, init_weights=False)
     net.fc = nn.Identity()  # what is left ends in pool3
     try:
-        state = {key: v for key, v in load_file(place).items() if not key.startswith(("fc.", "AuxLogits."))}
+        state = {key: v for key, v in _stored(Path(place)).items() if not key.startswith(("fc.", "AuxLogits."))}
         net.load_state_dict(state, assign=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise _bad_file(Path(place), error, "safetensors of torchvision's inception_v3") from error
     net = net.float().eval().to(device)  # these weights take pixels in [-1, 1] as they are
     return Extractor(f"inception-{_digest(net)[:8]}", 2048, lambda x: net(_resized(x.to(device), 299)))

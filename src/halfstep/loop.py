@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +49,8 @@ def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -
         return model
     classes = new_classes(spec, images)
     if spec.kind == "uvit":
-        return UViT2DModel(
+        return _built(
+            "UViT2DModel",
             sample_size=images.size,
             in_channels=images.channels,
             out_channels=images.channels,
@@ -74,28 +76,30 @@ def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -
             where="model.head_dim",
             do=f"write --set model.head_dim={min(attended)}",
         )
+    return _built(
+        "UNet2DModel",
+        sample_size=images.size,
+        in_channels=images.channels,
+        out_channels=images.channels,
+        layers_per_block=spec.layers,
+        block_out_channels=spec.channels,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in spec.attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(spec.attention)),
+        norm_num_groups=spec.groups,
+        attention_head_dim=spec.head_dim,
+        dropout=spec.dropout,
+        num_class_embeds=classes,
+        num_train_timesteps=noise_timesteps,
+    )
+
+
+def _built(kind: str, **config: Any) -> Any:
+    """A fresh denoiser of a recipe's sizes, priced before it is built. Raises ModelError."""
     try:
-        return UNet2DModel(
-            sample_size=images.size,
-            in_channels=images.channels,
-            out_channels=images.channels,
-            layers_per_block=spec.layers,
-            block_out_channels=spec.channels,
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in spec.attention),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(spec.attention)),
-            norm_num_groups=spec.groups,
-            attention_head_dim=spec.head_dim,
-            dropout=spec.dropout,
-            num_class_embeds=classes,
-            num_train_timesteps=noise_timesteps,
-        )
-    except (ValueError, ZeroDivisionError) as error:
-        raise ModelError(
-            got=f"channels {spec.channels} with {spec.groups} groups",
-            expected="channels that are multiples of the groups",
-            where="model",
-            do="change --set model.channels or model.groups",
-        ) from error
+        return build_model({"_class_name": kind, **config}, where="model")
+    except ModelError as error:
+        do = "change --set model.channels (multiples of model.groups), model.layers or model.head_dim"
+        raise ModelError(got=error.got, expected=error.expected, where="model", do=do) from error
 
 
 def new_classes(spec: ModelSpec, images: Images | Latents) -> int | None:

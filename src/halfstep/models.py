@@ -155,6 +155,8 @@ def empty_model(
     try:
         with torch.device("meta"):
             model = kind.from_config(dict(config))
+    except ModelError:  # our own classes say it in their own words
+        raise
     except Exception as error:  # whatever a constructor makes of values that do not fit together
         name = config["_class_name"]
         raise ModelError(

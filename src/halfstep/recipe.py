@@ -413,6 +413,9 @@ _NOT_NEGATIVE = [
     "spectral.spatial",
     "spectral.freq",
 ]
+_BATCHES = ["train.batch", "sample.batch"]
+MAX_SEED, MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST = 2**63 - 1, 10**9, 1 << 16, 64
+"""Whole numbers, images in one batch and items of a list that a recipe may have: more is a slip of the fingers."""
 _SHARES = [
     "train.ema_decay",
     "model.dropout",
@@ -426,18 +429,33 @@ _SHARES = [
 ]
 
 
+def _numbers(value: object) -> list[int]:
+    return [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, int)]
+
+
 def _check(recipe: Recipe) -> None:
     values = dict(leaves(recipe))
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(got=value, expected="a finite number", where=name, do="change it with --set")
+        if name != "seed" and any(n > MOST for n in _numbers(value)):
+            raise RecipeError(got=value, expected=f"at most {MOST:,}", where=name, do="change it with --set")
+        if isinstance(value, tuple) and len(value) > MOST_IN_A_LIST:
+            raise RecipeError(
+                got=f"{len(value)} items", expected=f"at most {MOST_IN_A_LIST}", where=name, do="change it with --set"
+            )
+    for name in _BATCHES:
+        if values[name] > MOST_IN_A_BATCH:
+            raise RecipeError(
+                got=values[name], expected=f"at most {MOST_IN_A_BATCH:,}", where=name, do="change it with --set"
+            )
     for name in _POSITIVE:
         if not values[name] > 0:
             raise RecipeError(got=values[name], expected="a number above 0", where=name, do="change it with --set")
     for name in _NOT_NEGATIVE:
         if values[name] < 0:
             raise RecipeError(got=values[name], expected="0 or more", where=name, do="change it with --set")
-    if values["seed"] >= 2**63:
+    if values["seed"] > MAX_SEED:
         raise RecipeError(got=values["seed"], expected="below 2**63", where="seed", do="change it with --set")
     for name in _SHARES:
         if not 0 <= values[name] <= 1:
