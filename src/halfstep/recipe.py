@@ -13,7 +13,7 @@ from typing import Any, Literal
 from halfstep.disk import read_record
 from halfstep.errors import HalfstepError, RecipeError
 from halfstep.process import Process
-from halfstep.typed import build, leaves, nearest, parse
+from halfstep.typed import build, leaves, nearest, parse, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,8 +414,8 @@ _NOT_NEGATIVE = [
     "spectral.freq",
 ]
 _BATCHES = ["train.batch", "sample.batch"]
-MAX_SEED, MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST = 2**63 - 1, 10**9, 1 << 16, 64
-"""Whole numbers, images in one batch and items of a list that a recipe may have: more is a slip of the fingers."""
+MAX_SEED, MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST, MOST_LETTERS = 2**63 - 1, 10**9, 1 << 16, 64, 4096
+"""Seeds, whole numbers, images in one batch and items of a list that a recipe may have: more is a slip of the fingers."""
 _SHARES = [
     "train.ema_decay",
     "model.dropout",
@@ -438,6 +438,9 @@ def _check(recipe: Recipe) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(got=value, expected="a finite number", where=name, do="change it with --set")
+        if isinstance(value, str) and ("\0" in value or len(value) > MOST_LETTERS):
+            expected = f"a text of at most {MOST_LETTERS} letters without NUL"
+            raise RecipeError(got=shown(value), expected=expected, where=name, do="change it with --set")
         if name != "seed" and any(n > MOST for n in _numbers(value)):
             raise RecipeError(got=value, expected=f"at most {MOST:,}", where=name, do="change it with --set")
         if isinstance(value, tuple) and len(value) > MOST_IN_A_LIST:

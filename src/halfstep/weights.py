@@ -40,6 +40,8 @@ def open_weights(
         _require_short_header(path)
         with safe_open(path, framework=framework) as file:
             yield file
+    except FileNotFoundError:
+        raise error(got="no such file", expected=what, where=path, do=do) from None
     except (SafetensorError, OSError) as broken:
         raise error(got=f"an unreadable file ({broken})", expected=what, where=path, do=do) from broken
 
@@ -47,7 +49,7 @@ def open_weights(
 def _require_short_header(path: Path) -> None:
     """The first eight bytes say how many bytes of JSON follow."""
     if not path.is_file():  # also a named pipe, which would wait for ever
-        raise OSError("no such file" if not path.exists() else "not a regular file")
+        raise FileNotFoundError if not path.exists() else OSError("not a regular file")
     with path.open("rb") as file:
         first = file.read(8)
     if len(first) < 8:
