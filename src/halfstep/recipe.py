@@ -415,7 +415,7 @@ _NOT_NEGATIVE = [
 ]
 _BATCHES = ["train.batch", "sample.batch"]
 MAX_SEED, MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST, MOST_LETTERS = 2**63 - 1, 10**9, 1 << 16, 64, 4096
-"""Seeds, whole numbers, images in one batch and items of a list that a recipe may have: more is a slip of the fingers."""
+"""Seeds, whole numbers, images in a batch, items of a list, letters: a recipe with more is a slip of the fingers."""
 _SHARES = [
     "train.ema_decay",
     "model.dropout",
