@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench drills clean
 
 demo: $(READY)
 	$(BIN)/halfstep demo --out runs/demo
@@ -21,6 +21,11 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/train_overhead.py
 	$(BIN)/python benchmarks/fashion.py
+
+# Damaged files and hostile commands from fresh seeds, for HALFSTEP_DRILLS seconds and on from HALFSTEP_SEED
+drills: $(READY)
+	HALFSTEP_DRILLS=$${HALFSTEP_DRILLS:-600} $(BIN)/python -m pytest -m "" -s tests/test_mutations.py -k for_a_while
+	$(BIN)/python -m pytest -m "" tests/test_hostile.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Halfstep needs Python 3.11 or newer; use make PYTHON=...")'

@@ -49,12 +49,10 @@ from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, TrainSpec
 from halfstep.sampling import StepAwarePipeline, build_scheduler, plan_for, reference_plan
 from halfstep.slimmable import Supernet, width_name
+from halfstep.sums import write_sums
 from halfstep.train import TrainState
 from halfstep.watch import Watch
 from mutate import damage
-
-# Until the owners of every door have landed: HALFSTEP_DRILLS=60 pytest -m "" tests/test_mutations.py
-pytestmark = pytest.mark.skipif("HALFSTEP_DRILLS" not in os.environ, reason="not yet")
 
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=8 data.size=8 data.channels=1 train.steps=2 train.batch=4
@@ -115,6 +113,7 @@ class Subject:
     files: tuple[str, ...] = ()  # only these are damaged
     share: float = 1.0  # of the cases of other subjects; slow ones have less
     patience: float = 1.0  # of the seconds that a case may take
+    shipped: bool = False  # by somebody who wrote digests that fit the damage
 
 
 # ---------------------------------------------------------------------------------------------------------- subjects
@@ -208,6 +207,18 @@ def open_pipeline(folder: Path) -> str:
     rest = (bank.reference, bank.prediction_type, json.dumps(pipe.plan.to_json(), sort_keys=True))
     scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
     return digest(parts, rest, scheduler, bank.vae if bank.vae is not None else "")
+
+
+def use_pipeline(folder: Path) -> str:
+    """A pipeline whose digests fit whatever it holds must be whole, and draw."""
+    pipe = StepAwarePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert all(bool(v.isfinite().all()) for v in pipe.bank.state_dict().values()), "weights that are not finite"
+    pictures = pipe(batch_size=1, output_type="np").images
+    assert np.isfinite(pictures).all() and pictures.shape[0] == 1
+    for name in pipe.bank:
+        pipe(batch_size=1, output_type="pt", plan=pipe.plan.uniform(name))
+    return open_pipeline(folder)
 
 
 def open_bank(folder: Path) -> str:
@@ -437,6 +448,8 @@ QUICK = {
     "foreign": Subject(build_foreign, use, sealed=False, share=2),
     "vae": Subject(build_vae, open_pipeline),
     "foreign vae": Subject(build_foreign_vae, use, sealed=False),
+    "bank, shipped": Subject(build_bank, use_pipeline, sealed=False, shipped=True),
+    "vae, shipped": Subject(build_vae, use_pipeline, sealed=False, shipped=True),
     "plan": Subject(build_plan, open_plan, sealed=False, share=2),
     "recipe": Subject(build_recipe, open_recipe, sealed=False),
     "state": Subject(build_state, open_state, share=2),
@@ -486,6 +499,9 @@ def case(name: str, seed: int, pristine: Path, room: Path, meaning: str) -> Outc
     shutil.copytree(pristine, folder)
     only = [str(f.relative_to(folder)) for pattern in subject.files for f in sorted(folder.glob(pattern))]
     change = damage(rng, folder, only or None)
+    if subject.shipped and folder.is_dir():
+        with contextlib.suppress(OSError):  # a link to itself has no digest
+            write_sums(folder)
     sealed = subject.sealed and not change.startswith(subject.unsealed or ("\0",))
     try:
         with limits(subject.patience):
@@ -565,13 +581,13 @@ def count(name: str, full: int) -> range:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_damaged_files_are_refused_or_mean_what_they_meant(name, pristine):
-    check(name, count(name, 12), pristine)
+    check(name, count(name, 8), pristine)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_more_damaged_files(name, pristine):
-    seeds = count(name, 60)
+    seeds = count(name, 40)
     check(name, range(1000, 1000 + len(seeds)), pristine)
 
 

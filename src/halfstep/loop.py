@@ -147,7 +147,7 @@ def run_loop(
     methods = (recipe.slim, recipe.sparse, recipe.spectral)
     kept = {name: value for name, value in vars(spec).items() if name not in STEADIER}  # those, recipe.json answers for
     ours = stamp(kept, recipe.noise, recipe.model, methods, recipe.seed, images.fingerprint, tag, world)
-    if file.is_file():
+    if file.exists():  # a folder or a pipe in its place is refused, not trained over
         checked = "" if state.load(file, ours, spec.steps) else " (a state of before, without a digest)"
         watch.say(f"resuming {tag} at step {state.step} of {spec.steps}{checked}")
     diverged = out / DIVERGED

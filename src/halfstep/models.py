@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +165,29 @@ def empty_model(
     parameters, size = sum(p.numel() for p in model.parameters()), model.config.get("sample_size")
     if parameters > MAX_PARAMETERS:
         raise _unusable(f"a network of {parameters:,} parameters", f"at most {MAX_PARAMETERS:,}", where)
-    sides = [size, size] if isinstance(size, int) else size
-    if classes is MODEL_CLASSES and not (sides and len(sides) == 2 and all(isinstance(s, int) for s in sides)):
-        raise _unusable(f"sample_size {size}", "the side of the images, or two sides", where)
+    sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, list | tuple) else []
+    if classes is MODEL_CLASSES and not (len(sides) == 2 and all(isinstance(s, int) for s in sides)):
+        raise _unusable(f"sample_size {shown(size)}", "the side of the images, or two sides", where)
     if sides and math.prod(sides) * max(model.config["in_channels"], model.config["out_channels"]) > MAX_PIXELS:
         raise _unusable(f"samples of {size} pixels a side", f"at most {MAX_PIXELS:,} numbers in one", where)
+    if kind is diffusers.UNet2DModel:  # our own classes know what they can run
+        _require_runs(model, sides, where)
     return model
+
+
+@torch.no_grad()
+def _require_runs(model: Any, sides: Sequence[int], where: object) -> None:
+    """Raise ModelError unless a network on the meta device maps a sample to one of its size: many a config builds
+    what cannot be called."""
+    sample = torch.empty(1, model.config.in_channels, *sides, device="meta")
+    step = torch.zeros(1, dtype=torch.long, device="meta")
+    labels = {"class_labels": step} if model.config.num_class_embeds else {}
+    try:
+        found = tuple(model(sample, step, **labels).sample.shape[2:])
+    except Exception as error:  # whatever torch makes of layers that do not fit together
+        raise _unusable(f"a network that does not run ({error})", "layers that fit together", where) from error
+    if found != tuple(sides):
+        raise _unusable(f"a network from {tuple(sides)} pixels to {found}", "samples of one size", where)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
