@@ -107,3 +107,17 @@ def test_a_value_is_shown_in_a_bounded_line(value: object):
 
 def test_an_integer_that_python_does_not_write_is_shown_too():
     assert shown(10**5000) == "a number of thousands of digits"
+
+
+def test_the_length_of_a_collection_is_known_before_a_look_at_its_items():
+    class Counted(list):
+        looked = 0
+
+        def __iter__(self):
+            Counted.looked += 1
+            return super().__iter__()
+
+    hint = Annotated[tuple[float, ...], Bounds(0, 10)]
+    with pytest.raises(RecipeError, match="0 to 10 long"):
+        typed(Counted([1.0] * 11), hint, "betas", "a file")
+    assert Counted.looked == 0

@@ -84,7 +84,8 @@ class FeatureNet(nn.Module):
     def name(self) -> str:
         """Names the network in results: its data and 8 hex digits of its weights, so that a retrained one differs."""
         data = str(self.record["data"])
-        return f"own:{Path(data.partition(':')[2] or data).name}-{_digest(self)[:8]}"
+        last = Path(data.partition(":")[2] or data).name[:80]
+        return f"own:{''.join(c if c.isprintable() else '?' for c in last)}-{_digest(self)[:8]}"
 
     @property
     def device(self) -> torch.device:

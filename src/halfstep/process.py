@@ -33,7 +33,7 @@ class Process:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
     beta_start: Beta = 1e-4
     beta_end: Beta = 0.02
-    trained_betas: tuple[Beta, ...] = ()
+    trained_betas: Annotated[tuple[Beta, ...], Bounds(0, 100_000)] = ()
     rescale_betas_zero_snr: bool = False
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     clip_sample: bool = True
