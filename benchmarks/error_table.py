@@ -9,27 +9,28 @@ sums with the distances of random plans on other noise. Writes benchmarks/error_
 
 from __future__ import annotations
 
+import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from scipy.stats import spearmanr
 
-from halfstep import compress, disk, run
+from fashion import show_table
+from halfstep import compress, run
 from halfstep.cli import RichWatch
 from halfstep.evaluate import frechet_distance
 from halfstep.evolve import random_plans
 from halfstep.features import extract
 from halfstep.measured import judge_for
 from halfstep.recipes import named
-from halfstep.report import Table, rich_table
+from halfstep.report import Table
 from halfstep.sampling import reference_plan
 from halfstep.search import ErrorTable, Space, error_table
 
-PAGE = Path(__file__).parent / "error_table.md"
 SIZES = (16, 32, 64, 128, 256)
 """Images that a table may be made of; each size is tried on up to eight disjoint parts."""
 
@@ -94,11 +95,8 @@ def main() -> None:
         f"`python benchmarks/error_table.py --images {args.images} --plans {args.plans}`."
     )
     columns = ("measure of a swap", "images", "with changes of FD", "sums with plans' FD")
-    shown = Table(title="The error table's measure", columns=columns, rows=tuple(rows), note=note)
-    Console().print(rich_table(shown))
-    lines = ["# Which measure ranks single swaps at few images", "", note, "", f"| {' | '.join(columns)} |"]
-    lines += [f"|{' --- |' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    disk.write_text(PAGE, "\n".join(lines))
+    title = "Which measure ranks single swaps at few images"
+    show_table(Table(title=title, columns=columns, rows=tuple(rows), note=note), "error_table.md")
 
 
 def fd_damages(fd: Callable[[np.ndarray], float], features: list[np.ndarray]) -> np.ndarray:

@@ -507,6 +507,7 @@ def two_classes(count: int, seed: int) -> Batch:
     return Batch(2 * images[:, None] - 1, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2])
 def test_it_learns_and_needs_to_know_the_timestep(order):
     model = make(order=order, sample_size=16, attention_levels=(), zero_head=True, num_class_embeds=2).train()

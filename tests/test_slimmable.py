@@ -609,6 +609,7 @@ def test_a_supernet_of_one_width_trains_that_width():
     assert len(losses) == 1 and supernet.model.config.block_out_channels[0] * 2 == make().config.block_out_channels[0]
 
 
+@pytest.mark.slow
 def test_after_a_short_training_the_whole_net_is_no_worse_than_the_narrowest_at_any_noise():
     model, diffusion = make(block_out_channels=(16, 16)), Diffusion(Process())
     supernet = Supernet(model, WIDTHS)

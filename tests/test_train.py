@@ -145,8 +145,7 @@ def script(folder: Path, call: str) -> Path:
 
 
 # ---- resume --------------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_a_training_killed_twice_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path: Path):
     file, starter = tmp_path / "state" / "train.safetensors", script(tmp_path, "train_to_be_killed")
     last = 0
@@ -465,8 +464,7 @@ def test_epochs_and_seeds_shuffle_differently():
 
 
 # ---- whole trainings -----------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_a_short_training_on_digits_lowers_the_loss(digits: Images):
     model, spec = tiny(), replace(SPEC, steps=150, batch=64, lr=4e-3, warmup=10, log_every=1)
     records = run(TrainState.new(model, spec), digits, spec, dense_objective(model, Diffusion(Process())))

@@ -155,6 +155,8 @@ def run_loop(
     if main:
         diverged.unlink(missing_ok=True)
         disk.keep_records(log, lambda one: one.tag != tag or one.step <= state.step, Logged)
+        if not log.exists():
+            disk.write_text(log, "")  # there from the first step on, for whoever follows it
 
     def draw() -> None:
         disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
