@@ -706,6 +706,25 @@ def test_an_error_is_one_printable_line_whatever_it_quotes():
         assert told.isprintable() and len(told) < 1500 and told.endswith("; mend it")
 
 
+TWICE: dict[str, tuple[list[str], list[str]]] = {
+    "classes without labels": ([*TRAIN, "--data", "folder:pictures", "--set", "model.class_conditional=true"], TRAIN),
+    "a size that cannot be halved": ([*TRAIN, "--data", "folder:pictures", "--set", "data.size=7"], TRAIN),
+    "another model's channels": (
+        [*TRAIN, "--data", "folder:pictures", "--set", "data.channels=3", "--model", "dense"],
+        TRAIN,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWICE)
+def test_a_refused_command_does_not_refuse_the_corrected_one(name, place):
+    wrong, right = TWICE[name]
+    require_refusal(wrong, place / "out")
+    code, told = caged([0], lambda _: halfstep(*right, "--data", "folder:pictures"))[0]
+    assert code == 0, told
+
+
 # ------------------------------------------------------------------------------------------------- as a real process
 
 

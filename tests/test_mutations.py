@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -58,7 +59,8 @@ EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=8 data.size=8 data.channels=1 train.steps=2 train.batch=4
 train.warmup=0 train.save_every=1 train.log_every=1 slim.widths=0.5 sample.steps=4 sample.batch=8 search.images=8
 search.error_images=4 search.fit=2 search.population=4 search.generations=1 search.genes=2 search.finalists=1
-search.final_images=8 eval.images=8 eval.features=digits eval.bootstrap=4
+search.final_images=8 eval.images=8 eval.features=digits eval.bootstrap=4 shrink.images=8 shrink.final_images=8
+shrink.parts=1 shrink.scales=0.98,1.02 shrink.thresholds=0.01
 """.split()  # noqa: SIM905 (a list of thirty strings reads worse)
 
 
@@ -317,6 +319,26 @@ def build_tar(folder: Path) -> None:
     shutil.rmtree(folder / "packed")
 
 
+def build_parquet(folder: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = []
+    for one in pictures():
+        coded = io.BytesIO()
+        Image.fromarray(one).save(coded, "PNG")
+        rows.append({"bytes": coded.getvalue(), "path": None})
+    table = pyarrow.table({"image": rows, "label": [0, 1, 0, 1, 0, 1], "note": ["a"] * 6})
+    parquet.write_table(table, folder / "train-00000-of-00001.parquet")
+
+
+def open_parquet(folder: Path) -> str:
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = folder.parent / "tables"
+    return opener("hub:{}")(folder)
+
+
 def opener(source: str) -> Callable[[Path], str]:
     def opened(folder: Path) -> str:
         images = load_images(source.format(folder), size=8, cache=folder.parent / "cache")
@@ -435,13 +457,26 @@ def open_searched(folder: Path) -> str:
     return open_pipeline(folder / "pipeline")
 
 
+def build_shrunk(folder: Path) -> None:
+    run.shrink(beside(folder), "digits", folder, tiny())
+    for name in ("quality.json", "plan.json", "pictures.npz", "report.html"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "pipeline")
+    shutil.rmtree(folder / "figures")
+
+
+def open_shrunk(folder: Path) -> str:
+    run.shrink(beside(folder), "digits", folder, tiny())
+    return open_pipeline(folder / "pipeline")
+
+
 def open_report(folder: Path) -> str:
     text = run.report(folder).read_text(encoding="utf-8")
     assert "<html" in text.lower() and len(text) < 50 << 20
     return digest(re.sub(r'src="data:[^"]*"', "", text))
 
 
-RECORDS = ("search.jsonl", "finals.jsonl", "errors.json", "log.jsonl", "state/layouts.json")
+RECORDS = ("search.jsonl", "shrink.jsonl", "finals.jsonl", "errors.json", "log.jsonl", "state/layouts.json")
 QUICK = {
     "bank": Subject(build_bank, open_pipeline, share=2),
     "bank alone": Subject(build_bank, open_bank),
@@ -458,6 +493,7 @@ QUICK = {
     "npz": Subject(build_npz, opener("npz:{}/data.npz"), sealed=False, share=2),
     "idx": Subject(build_idx, opener("idx:{}"), sealed=False),
     "tar": Subject(build_tar, opener("tar:{}/data.tar.gz"), sealed=False),
+    "parquet": Subject(build_parquet, open_parquet, sealed=False, share=0.5, patience=2),
     "cache": Subject(build_cache, open_cache),
     "latents": Subject(build_latents, open_latents, files=("cache/latents/*",)),
     "reference": Subject(build_reference, open_reference),
@@ -467,6 +503,7 @@ RUNS = {
     "train, stopped": Subject(build_half, open_half, share=0.4),
     "slimmable, stopped": Subject(build_half_slim, open_half_slim, share=0.3),
     "optimize, stopped": Subject(build_searched, open_searched, unsealed=RECORDS, share=0.2, patience=6),
+    "shrink, stopped": Subject(build_shrunk, open_shrunk, unsealed=RECORDS, share=0.2, patience=6),
     "report": Subject(build_optimized, open_report, sealed=False, share=0.2, patience=3),
 }
 SUBJECTS = QUICK | RUNS
@@ -518,7 +555,7 @@ def case(name: str, seed: int, pristine: Path, room: Path, meaning: str) -> Outc
         lines = [line.strip() for line in traceback.format_exc().splitlines() if "halfstep/" in line][-2:]
         kind, told = "crashed", f"{type(error).__name__}: {str(error)[:160]} ({'; '.join(lines)})"
     for level in (room, top, top / "a", top / "a" / "b"):
-        if stray := sorted(set(os.listdir(level)) - {"case", "a", "b", "c", "cache", "pristine"}):
+        if stray := sorted(set(os.listdir(level)) - {"case", "a", "b", "c", "cache", "tables", "pristine"}):
             kind, told = "escaped", f"{stray} in {level}"
     return Outcome(kind, seed, change, told)
 
