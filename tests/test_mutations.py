@@ -616,7 +616,22 @@ def count(name: str, full: int) -> range:
     return range(max(1, round(full * SUBJECTS[name].share)))
 
 
-@pytest.mark.parametrize("name", QUICK)
+SMOKE = (
+    "bank",
+    "bank, shipped",
+    "foreign",
+    "plan",
+    "recipe",
+    "state",
+    "features",
+    "npz",
+    "tar",
+    "latents",
+    "reference",
+)
+
+
+@pytest.mark.parametrize("name", SMOKE)
 def test_damaged_files_are_refused_or_mean_what_they_meant(name, pristine):
     check(name, count(name, 4), pristine)
 

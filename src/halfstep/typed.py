@@ -165,7 +165,7 @@ def typed(
     if origin is list and isinstance(value, list | tuple):
         return each(value, inner * len(value))
     if origin in (dict, Mapping) and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {n: typed(v, inner[1], f"{path}.{n[:80]}", where, error, do) for n, v in value.items()}
+        return {n: typed(v, inner[1], f"{path}.{n[:80]}".lstrip("."), where, error, do) for n, v in value.items()}
     if origin is Literal and any(type(value) is type(known) and value == known for known in inner):
         return value
     if hint is float and type(value) is int and value.bit_length() < 1024:  # a larger one is no float
