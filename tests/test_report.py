@@ -179,7 +179,7 @@ def plan_of_one() -> StepPlan:
 def test_a_change_within_the_floor_is_told_without_a_percentage_and_undecided_with_the_images_it_takes():
     record = record_of()
     table, said = plans_table(record), summary(record, plan_of_one())
-    assert table.rows[1][6] == "+0.05 [-0.10, +0.20]" and table.rows[1][7] == "not decided"
+    assert table.rows[1][4] == "+0.05 [-0.10, +0.20]" and table.rows[1][5] == "not decided"
     assert "13,000 images would decide it" in said and "hundredth of the data's spread" in said
     assert "0.14" in table.note and "0.08" in table.note and "0.3" in table.note  # the floor, before and after
 
@@ -201,4 +201,4 @@ def test_a_record_of_before_the_correction_is_still_told_and_says_so():
     record["plans"]["reference"] = record["plans"]["plan"]
     assert "quality held within the tolerance of 5%" in summary(record, plan_of_one())
     table = plans_table(record)
-    assert table.rows[1][7] == "held" and "before distances were corrected" in table.note
+    assert table.rows[1][5] == "held" and "before distances were corrected" in table.note
