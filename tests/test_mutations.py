@@ -502,8 +502,8 @@ RUNS = {
     "train": Subject(build_stock, lambda folder: open_stock(run.train("digits", folder, tiny()))),
     "train, stopped": Subject(build_half, open_half, share=0.4),
     "slimmable, stopped": Subject(build_half_slim, open_half_slim, share=0.3),
-    "optimize, stopped": Subject(build_searched, open_searched, unsealed=RECORDS, share=0.2, patience=6),
-    "shrink, stopped": Subject(build_shrunk, open_shrunk, unsealed=RECORDS, share=0.2, patience=6),
+    "optimize, stopped": Subject(build_searched, open_searched, unsealed=RECORDS, share=0.1, patience=6),
+    "shrink, stopped": Subject(build_shrunk, open_shrunk, unsealed=RECORDS, share=0.1, patience=6),
     "report": Subject(build_optimized, open_report, sealed=False, share=0.2, patience=3),
 }
 SUBJECTS = QUICK | RUNS
@@ -639,7 +639,7 @@ def test_damaged_files_are_refused_or_mean_what_they_meant(name, pristine):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_more_damaged_files(name, pristine):
-    seeds = count(name, 40)
+    seeds = count(name, 20)
     check(name, range(1000, 1000 + len(seeds)), pristine)
 
 

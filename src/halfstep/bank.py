@@ -23,6 +23,7 @@ from halfstep.models import load_denoiser as load_denoiser  # scripts of before 
 from halfstep.profiling import call_times, count_macs, latency, layout_of
 from halfstep.results import Cost
 from halfstep.slices import Pieces, Slices, cut_all, require_inside, slices_to_json
+from halfstep.sums import require_whole
 from halfstep.typed import Bounds, shown
 from halfstep.weights import (
     open_weights,
@@ -292,13 +293,17 @@ class Bank(torch.nn.Module):
         torch_dtype: torch.dtype | None = None,
         use_safetensors: bool | None = True,
         local_files_only: bool = True,
+        checked: bool = False,
     ) -> Bank:
-        """Read a bank, in float32 or `torch_dtype`. Raises ModelError for missing, foreign or cut files.
+        """Read a bank, in float32 or `torch_dtype`. Raises ModelError for missing, foreign, changed or cut files.
 
-        `local_files_only`: as diffusers has it; nothing is ever fetched.
+        `local_files_only`: as diffusers has it; nothing is ever fetched. `checked`: that the digests of the pipeline
+        around it were compared already.
         """
         require_safetensors(use_safetensors, "use_safetensors")
         folder = Path(folder)
+        if not checked:
+            require_whole(folder.absolute().parent)
         do = "give a folder that Bank.save_pretrained wrote"
         record = read_record(folder / "bank.json", _Record, what="a bank.json", do=do, error=ModelError)
         check_names(record.entries, folder / "bank.json")  # before any of them is joined to a path

@@ -18,7 +18,7 @@ from halfstep.bank import Bank
 from halfstep.classes import numbers_of, read_classes, write_classes
 from halfstep.denoiser import class_count, corrected_as, require_same_shape
 from halfstep.disk import read_json, write_atomic
-from halfstep.errors import PlanError
+from halfstep.errors import ModelError, PlanError
 from halfstep.latents import decode
 from halfstep.models import load_vae
 from halfstep.plan import Row, StepPlan
@@ -195,8 +195,19 @@ def labels_of(bank: Bank, first: int, count: int, labels: Labels | None = None) 
 
 
 def to_images(bank: Bank, sample: torch.Tensor) -> torch.Tensor:
-    """What `denoise` gives, decoded where the bank works on latents, clamped to [-1, 1]."""
-    return (sample if bank.vae is None else decode(bank.vae, sample)).clamp(-1, 1)
+    """What `denoise` gives, decoded where the bank works on latents, clamped to [-1, 1].
+
+    Raises ModelError for pictures that are not finite, which would be stored as black ones.
+    """
+    images = sample if bank.vae is None else decode(bank.vae, sample)
+    if not bool(images.isfinite().all()):
+        raise ModelError(
+            got="pictures that are not finite",
+            expected="numbers",
+            where="sampling",
+            do="try another sampler or float32; if neither helps, the weights are broken",
+        )
+    return images.clamp(-1, 1)
 
 
 class StepAwarePipeline(DiffusionPipeline):
@@ -336,7 +347,7 @@ class StepAwarePipeline(DiffusionPipeline):
                 f"`halfstep verify {folder} --accept` writes them",
                 stacklevel=2,
             )
-        bank = Bank.from_pretrained(folder / "bank")
+        bank = Bank.from_pretrained(folder / "bank", checked=True)
         bank.vae, bank.classes = load_vae(folder, checked=True), read_classes(folder, class_count(bank.config))
         plan = _with_macs_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
         pipe = cls(bank, plan)
