@@ -264,7 +264,7 @@ def test_a_state_of_before_has_no_digest_and_is_believed(started: TrainState, tm
 
 
 def test_a_missing_state_is_a_run_error(tmp_path: Path):
-    with pytest.raises(RunError, match="unreadable file"):
+    with pytest.raises(RunError, match="no such file"):
         TrainState.new(tiny(), SPEC).load(tmp_path / "none.safetensors", "mine")
 
 
