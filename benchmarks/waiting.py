@@ -23,6 +23,8 @@ KINDS = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
     "2 threads, as OpenMP comes": {"OMP_NUM_THREADS": "2"},
     "2 threads, passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
+    "2 threads, as here": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"},
+    "2 threads, a longer spin": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000"},
 }
 
 

@@ -1,8 +1,10 @@
 """Threads that wait asleep. Imported for its effect, by whatever begins a process, before torch is imported.
 
 By default OpenMP's threads spin while they wait for one another. Beside any other busy process they spin away the time
-slice that the thread they wait for needs, and a call of some milliseconds takes seconds. The OpenMP library reads the
-variable once, when torch loads it; processes that are started later inherit it.
+slice that the thread they wait for needs, and a call of some milliseconds takes seconds. Here they sleep, after a spin
+so short that it costs nothing there and saves, on an idle machine, some of what falling asleep costs small nets
+(`benchmarks/waiting.py`). The OpenMP library reads the variables once, when torch loads it; processes that are started
+later inherit them.
 """
 
 from __future__ import annotations
@@ -13,4 +15,4 @@ _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"
 """What a user who knows better may have set: OpenMP's own variable, and GNU's and LLVM's for the same thing."""
 
 if not any(name in os.environ for name in _SETTINGS):
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
