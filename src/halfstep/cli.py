@@ -110,7 +110,7 @@ def demo(
     budget: Budget = 0.5,
     edits: Edits = None,
 ) -> None:
-    """The main job on the bundled digits and model: at most 5 minutes on 2 CPU cores.
+    """The main job on the bundled digits and model: about 6 minutes on 2 CPU cores.
 
     Example: `halfstep demo --out runs/demo`
     """
