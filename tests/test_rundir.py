@@ -338,3 +338,25 @@ def test_locks_nest_and_are_given_back_in_their_order(tmp_path: Path):
 
     outer()
     assert not list(tmp_path.rglob(".holder.json"))
+
+
+def test_a_home_of_hidden_files_is_no_empty_folder_and_what_systems_leave_is(tmp_path: Path):
+    home, empty = tmp_path / "home", tmp_path / "empty"
+    for folder, names in ((home, (".bashrc", ".ssh")), (empty, (".DS_Store", ".lock", ".log.jsonl.1.halfstep-tmp"))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("x")
+    with pytest.raises(RunError, match=r"other files \(.bashrc, .ssh\)"):
+        open_run(home, None, {"verb": "sample"}, {})
+    assert sorted(p.name for p in home.iterdir()) == [".bashrc", ".ssh"]
+    assert open_run(empty, None, {"verb": "sample"}, {}) == empty
+
+
+def test_a_picture_too_small_to_be_measured_is_refused_before_a_folder_is_made(tmp_path: Path):
+    file = tmp_path / "small.png"
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(file)
+    with pytest.raises(HalfstepError, match="at least 11 pixels.*--noisy"):
+        run.denoise(["digits"], [file], tmp_path / "out", noise=0.1)
+    assert not (tmp_path / "out").exists()
+    assert run.denoise(["digits"], [file], tmp_path / "out", noise=0.1, noisy=True) == []
+    assert (tmp_path / "out" / "report.html").is_file()

@@ -346,6 +346,11 @@ def recover(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def is_left(name: str) -> bool:
+    """Whether a name is of a file that a killed process of ours left."""
+    return bool(_LEFT.fullmatch(name))
+
+
 _LEFT = re.compile(r"\.(.+)\.(\d+)\.halfstep-(tmp|old)")
 
 

@@ -283,15 +283,22 @@ def psnr(found: torch.Tensor, clean: torch.Tensor) -> float:
     return -10 * math.log10(error) if error else math.inf
 
 
+def require_scorable(clean: torch.Tensor) -> None:
+    """Raise DataError for a picture that is too small for SSIM, HalfstepError where scikit-image is not installed."""
+    if min(clean.shape[1:]) < 11:
+        got = f"a picture of {clean.shape[2]}x{clean.shape[1]}"
+        do = "give larger pictures, or restore them without a measure (--noisy)"
+        raise DataError(got=got, expected="sides of at least 11 pixels", where="SSIM", do=do)
+    _extra("skimage.metrics")
+
+
 def ssim(found: torch.Tensor, clean: torch.Tensor) -> float:
     """Structural similarity of pictures whose range is 1, with the 11-pixel Gaussian window of Wang et al. (2004).
 
     Mean over pixels and channels. Raises: DataError (shapes differ, or a side below 11 pixels).
     """
     _same_shape(found, clean)
-    if min(clean.shape[1:]) < 11:
-        do = "leave SSIM out"
-        raise DataError(got=f"{list(clean.shape)}", expected="sides of at least 11 pixels", where="SSIM", do=do)
+    require_scorable(clean)
     a, b = (picture.cpu().double().numpy() for picture in (found, clean))
     measure = _extra("skimage.metrics").structural_similarity
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}

@@ -54,6 +54,7 @@ from halfstep.restore import (
     compare_denoisers,
     matching_timestep,
     require_channels,
+    require_scorable,
     restore_picture,
     timesteps_from,
 )
@@ -393,6 +394,8 @@ def denoise(
     clean = [torch.from_numpy(read_picture(Path(file)).copy()).float() / 255 for file in pictures]
     for given, (bank, _, _) in itertools.product(clean, banks.values()):
         require_channels(given, bank.config["in_channels"])
+    for given in clean if not noisy else ():
+        require_scorable(given)
     names = [Path(file).stem for file in pictures]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -140,13 +140,17 @@ def _set_aside(out: Path, changed: Sequence[str], watch: Watch) -> None:
         watch.say(f"{', '.join(changed)} changed: measured again; what was measured before is in {place}")
 
 
+_NOBODYS = (".lock", ".holder.json", ".DS_Store", ".gitignore", ".gitkeep")
+"""Names in a folder that is empty all the same: of our lock, and of what systems and git leave anywhere."""
+
+
 def _require_ours(out: Path) -> None:
     """Raise RunError for a folder that is neither empty nor of a run: it is not even probed."""
     with disk.plain_os_errors(out):
         names = [path.name for path in out.iterdir()] if out.exists() else []
     if "recipe.json" in names:
         RunRecord.load(out)
-    elif others := sorted(name for name in names if not name.startswith(".")):
+    elif others := sorted(name for name in names if name not in _NOBODYS and not disk.is_left(name)):
         raise RunError(
             got=f"a folder with other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''})",
             expected="an empty or a run folder",
