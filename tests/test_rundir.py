@@ -355,7 +355,7 @@ def test_a_home_of_hidden_files_is_no_empty_folder_and_what_systems_leave_is(tmp
 def test_a_picture_too_small_to_be_measured_is_refused_before_a_folder_is_made(tmp_path: Path):
     file = tmp_path / "small.png"
     Image.fromarray(np.full((8, 8), 90, np.uint8)).save(file)
-    with pytest.raises(HalfstepError, match="at least 11 pixels.*--noisy"):
+    with pytest.raises(HalfstepError, match=r"at least 11 pixels.*--noisy"):
         run.denoise(["digits"], [file], tmp_path / "out", noise=0.1)
     assert not (tmp_path / "out").exists()
     assert run.denoise(["digits"], [file], tmp_path / "out", noise=0.1, noisy=True) == []

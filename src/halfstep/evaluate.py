@@ -27,7 +27,7 @@ from halfstep.content import digest_tensors
 from halfstep.disk import write_atomic
 from halfstep.errors import DataError, HalfstepError, ModelError
 from halfstep.features import Extractor, extract, finite, slices_of
-from halfstep.results import Quality
+from halfstep.results import Floor, Quality
 from halfstep.weights import open_weights
 
 if TYPE_CHECKING:
@@ -282,26 +282,14 @@ def distances(
     return Distances(float(raw), np.array(resamples) - 2 * bias, len(x), seed)
 
 
-@dataclass(frozen=True)
-class Floor:
-    """What n perfect draws from the real images score, by chance alone.
-
-    `raw`: in the mean, before the correction.  `high`: corrected, 95 of 100 sets of draws stay below.  `fresh`: as
-    `raw`, for fresh real images that are not in the reference, which is a sample too.
-    """
-
-    raw: float
-    high: float
-    fresh: float
-
-
 def floor(reference: Reference, n: int, *, seed: int = 0, n_boot: int = 100) -> Floor:
     """The floor of n images, by drawing from the reference's kept features."""
     real = reference.features.astype(np.float64)
     draws = np.random.default_rng(seed).multinomial(n, np.full(len(real), 1 / len(real)), size=n_boot).astype(float)
     found = _fd_of(real, real.mean(0), np.atleast_2d(np.cov(real, rowvar=False)), draws)
     raw = float(found.mean())
-    return Floor(raw, float(np.quantile(found, 0.95)) - raw, raw * (1 + n / reference.n))
+    high = float(np.quantile(found, 0.95)) - raw
+    return Floor(raw=raw, high=high, fresh=raw * (1 + n / reference.n))
 
 
 def evaluate(

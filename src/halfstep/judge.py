@@ -19,7 +19,6 @@ from halfstep.denoiser import class_count
 from halfstep.errors import ModelError
 from halfstep.evaluate import (
     Distances,
-    Floor,
     Reference,
     difference,
     distances,
@@ -34,7 +33,7 @@ from halfstep.fit import fit
 from halfstep.plan import StepPlan
 from halfstep.profiling import interleave, machine
 from halfstep.recipe import Recipe
-from halfstep.results import Quality
+from halfstep.results import Floor, Quality
 from halfstep.sampling import Labels, denoise, image_generators, labels_of, sample_images, start_noise, to_images
 from halfstep.watch import SILENT, Watch
 

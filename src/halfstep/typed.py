@@ -177,10 +177,6 @@ def typed(
     return refuse(_describe(hint))
 
 
-def _is_longer(value: Any, bounds: Any) -> bool:
-    return isinstance(bounds, Bounds) and bounds.high is not None and len(value) > bounds.high
-
-
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
