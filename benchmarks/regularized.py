@@ -39,6 +39,7 @@ from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.report import Curve, Grid, Report, Table, picture_grid, rich_table, write_report
 from halfstep.sampling import reference_plan
+from halfstep.seeds import Stage, stage_seed
 from halfstep.shrink import corrected_plans
 from halfstep.terminal import RichWatch
 
@@ -106,7 +107,7 @@ def measure_cell(judge: Judge, plans: dict[str, StepPlan], count: int, seed: int
     """Fréchet distance, precision, recall and correction of every plan, on the same noise; the first pictures."""
     rows, shown = {}, {}
     for name, plan in plans.items():
-        features, shown[name] = judge.features(plan, count, seed + 3, SHOWN)
+        features, shown[name] = judge.features(plan, count, stage_seed(seed, Stage.REPORT), SHOWN)
         fd = judge.distances(features, seed, 2)
         found = judge.quality(features, fd)
         rows[name] = {"fd": fd.raw} | {metric: found[metric].value for metric in ("precision", "recall")}

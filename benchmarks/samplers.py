@@ -31,6 +31,7 @@ from halfstep.report import Table
 from halfstep.samplers import SCHEDULERS
 from halfstep.sampling import plan_for, reference_plan
 from halfstep.sanity import at_limits
+from halfstep.seeds import Stage, stage_seed
 
 
 def main() -> None:
@@ -51,7 +52,8 @@ def main() -> None:
         for name in SCHEDULERS:
             cells = []
             for plan in (as_it_comes(bank, process, name, args.steps), as_put(bank, process, name, args.steps)):
-                features, pictures = judge.features(plan, args.images, recipe.seed + 3, keep=args.images)
+                seed = stage_seed(recipe.seed, Stage.REPORT)
+                features, pictures = judge.features(plan, args.images, seed, keep=args.images)
                 found = distances(features, judge.reference, n_boot=recipe.eval.bootstrap, seed=0)
                 low, high = (max(0.0, end) for end in found.interval)
                 cells += [f"{max(0.0, found.value):.2f} [{low:.2f}, {high:.2f}]", f"{at_limits(pictures):.0%}"]

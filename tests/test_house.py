@@ -12,7 +12,20 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
 FLOORS = {
-    "values": ("errors", "disk", "lock", "typed", "process", "recipe", "results", "plan", "watch", "threads", "sums"),
+    "values": (
+        "errors",
+        "disk",
+        "lock",
+        "typed",
+        "process",
+        "recipe",
+        "results",
+        "plan",
+        "watch",
+        "threads",
+        "sums",
+        "seeds",
+    ),
     "nets": ("content", "denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
     "methods": ("slimmable", "sparse", "regularized"),
     "workers": (

@@ -19,6 +19,7 @@ from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, SearchSpec
 from halfstep.results import Final, read_finals
 from halfstep.sampling import fewer_steps
+from halfstep.seeds import Stage, stage_seed
 from halfstep.shrink import shrink_plan
 from halfstep.watch import SILENT, Watch
 
@@ -56,7 +57,7 @@ def search_plan(
     macs = space.require_budget(budget) if budget is not None else space.full_macs
     table = _table(judge, plan, space, recipe, out, watch)
     costs = table.costs(spec.weights, space.rows)
-    log = _Measured(judge, plan, space, out / "search.jsonl", spec.images, recipe.seed + 2)
+    log = _Measured(judge, plan, space, out / "search.jsonl", spec.images, stage_seed(recipe.seed, Stage.SEARCH))
     reference = log("reference", (space.reference,) * len(space.rows))
     points = searching.frontier(costs, space.gene_macs)
     if spec.fit and spec.method != "nsga2":
@@ -75,7 +76,9 @@ def search_plan(
         _evolve(log, space, goal, spec, _seeds(space, points, macs, log) if spec.method == "both" else [], watch)
     best = _best_measured(log, space, goal, macs)
     if spec.finalists and goal.kind in ("budget", "loss"):
-        fresh = _Measured(judge, plan, space, out / "finals.jsonl", spec.final_images, recipe.seed + 5)
+        fresh = _Measured(
+            judge, plan, space, out / "finals.jsonl", spec.final_images, stage_seed(recipe.seed, Stage.FINALS)
+        )
         best = _final_round(log, fresh, space, spec.finalists, macs, tolerated, watch)
     chosen = plan.with_entries(space.expand(best))
     chosen = chosen if plan.baseline else chosen.replacing(plan)
@@ -143,7 +146,9 @@ def search_steps(
         if spec.shrink:
             shrunk = shrink_plan(judge, one.plan, recipe.shrink, folder, seed=recipe.seed, watch=watch)
             found[shrunk.plan] = replace(one, plan=shrunk.plan)
-    best = _best_on_fresh_seeds(judge, found, out / "finals.json", spec.final_images, recipe.seed + 6, watch)
+    best = _best_on_fresh_seeds(
+        judge, found, out / "finals.json", spec.final_images, stage_seed(recipe.seed, Stage.STEPS), watch
+    )
     found[best].plan.save(out / "plan.json")
     return found[best]
 
@@ -188,7 +193,7 @@ def _table(
         space,
         judge.moved,
         images=recipe.search.error_images,
-        seed=recipe.seed + 1,
+        seed=stage_seed(recipe.seed, Stage.TABLE),
         batch=judge.batch,
         labels=judge.class_of,
     )

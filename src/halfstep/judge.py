@@ -35,6 +35,7 @@ from halfstep.profiling import interleave, machine
 from halfstep.recipe import Recipe
 from halfstep.results import Floor, Quality
 from halfstep.sampling import Labels, denoise, image_generators, labels_of, sample_images, start_noise, to_images
+from halfstep.seeds import Stage, stage_seed
 from halfstep.watch import SILENT, Watch
 
 TIMED_BATCH = 64
@@ -211,7 +212,7 @@ def measure_plans(
     """Quality with intervals, paired change from the first plan with its verdict, MACs and wall-clock of several plans,
     same seeds. Beside a broken first plan the verdict on all others is "broken reference"; what is wrong is said, and
     stands in the record as `warnings`."""
-    seed, count, tolerance = recipe.seed + 3, recipe.eval.images, recipe.eval.tolerance
+    seed, count, tolerance = stage_seed(recipe.seed, Stage.REPORT), recipe.eval.images, recipe.eval.tolerance
     features, pictures = {}, {}
     first = next(iter(plans))
     with watch.stage("evaluate", len(plans) + 1) as told:

@@ -26,6 +26,7 @@ from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.seeds import Stage, stage_seed
 from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
 from halfstep.story import tell
@@ -111,7 +112,7 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     with watch.stage("choose r", len(bank)) as told:
         curve = {}
         for i, name in enumerate(bank):
-            curve[name] = judge.score(plan.uniform(name), recipe.shrink.images, recipe.seed + 2)
+            curve[name] = judge.score(plan.uniform(name), recipe.shrink.images, stage_seed(recipe.seed, Stage.SEARCH))
             told(i + 1, f"{name}: {curve[name]:.3g}")
     best = min(curve, key=lambda name: curve[name])
     found = corrected_plans(judge, plan, replace(recipe.shrink, rounds=0), out, seed=recipe.seed, watch=watch)

@@ -17,6 +17,7 @@ from halfstep import disk
 from halfstep.judge import Judge
 from halfstep.plan import StepPlan
 from halfstep.recipe import ShrinkSpec
+from halfstep.seeds import Stage, stage_seed
 from halfstep.watch import SILENT, Told, Watch
 
 Correction = tuple[float, float]
@@ -62,7 +63,7 @@ def shrink_plan(
     """
     found = corrected_plans(judge, plan, spec, out, seed=seed, watch=watch)
     with watch.stage("final round", len(found.plans)) as told:
-        log = _Measured(judge, out / "shrink_finals.jsonl", spec.final_images, seed + 5, told)
+        log = _Measured(judge, out / "shrink_finals.jsonl", spec.final_images, stage_seed(seed, Stage.FINALS), told)
         scores = {name: log(one) for name, one in found.plans.items()}
         told(len(scores), "")
     return replace(found, scores=scores)
@@ -84,7 +85,7 @@ def corrected_plans(
     if warning := judge.too_few(spec.images, "shrink.images"):
         watch.say(f"warning: {warning}")
     with watch.stage("shrink", total) as told:
-        log = _Measured(judge, out / "shrink.jsonl", spec.images, seed + 2, told)
+        log = _Measured(judge, out / "shrink.jsonl", spec.images, stage_seed(seed, Stage.SEARCH), told)
 
         def score(corrections: Sequence[Correction]) -> float:
             return log(by_stretch(plan, corrections))
