@@ -39,7 +39,6 @@ from halfstep.bank import Bank
 from halfstep.continuous import with_solver
 from halfstep.data import load_images
 from halfstep.denoiser import predictor
-from halfstep.evaluate import compare
 from halfstep.features import extract
 from halfstep.judge import Judge, measure_plans
 from halfstep.loop import new_model
@@ -47,6 +46,7 @@ from halfstep.measured import judge_for, open_pipeline
 from halfstep.models import load_denoiser
 from halfstep.plan import StepPlan
 from halfstep.profiling import call_times, count_macs, interleave, peak_mib
+from halfstep.quality import compare
 from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
 from halfstep.recipes import named
 from halfstep.report import Curve, Report, Table, picture_grid, rich_table, write_report

@@ -22,10 +22,10 @@ from scipy.stats import spearmanr
 from fashion import show_table
 from halfstep import compress, run
 from halfstep.cli import RichWatch
-from halfstep.evaluate import frechet_distance
 from halfstep.evolve import random_plans
 from halfstep.features import extract
 from halfstep.measured import judge_for
+from halfstep.quality import frechet_distance
 from halfstep.recipes import named
 from halfstep.report import Table
 from halfstep.sampling import reference_plan

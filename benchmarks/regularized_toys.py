@@ -31,7 +31,7 @@ from torch import nn
 
 from halfstep import disk
 from halfstep.denoiser import corrected
-from halfstep.evaluate import frechet_distance, precision_recall
+from halfstep.quality import frechet_distance, precision_recall
 from halfstep.recipe import RegularSpec
 from halfstep.regularized import regular_objective
 from halfstep.shrink import climb

@@ -20,11 +20,11 @@ from fashion import show_table
 from halfstep import run
 from halfstep.bank import Bank
 from halfstep.cli import RichWatch
-from halfstep.evaluate import distances
 from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
 from halfstep.plan import StepPlan
 from halfstep.process import Process
+from halfstep.quality import distances
 from halfstep.recipe import SampleSpec
 from halfstep.recipes import named
 from halfstep.report import Table

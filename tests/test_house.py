@@ -48,7 +48,7 @@ FLOORS = {
         "evolve",
         "profiling",
         "features",
-        "evaluate",
+        "quality",
         "sanity",
         "judge",
         "restore",

@@ -41,12 +41,12 @@ from halfstep import compress, run
 from halfstep.bank import Bank, Shared
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
-from halfstep.evaluate import reference_stats
 from halfstep.features import FeatureNet, raw_pixels
 from halfstep.latents import encode_images
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.models import load_denoiser, load_vae
 from halfstep.plan import StepPlan
+from halfstep.quality import reference_stats
 from halfstep.recipe import Recipe, TrainSpec
 from halfstep.sampling import StepAwarePipeline, build_scheduler, plan_for, reference_plan
 from halfstep.slimmable import Supernet, width_name

@@ -184,15 +184,7 @@ def train_features(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     net.train()
     for step in range(1, steps + 1):
-        index = torch.randint(len(images), (batch,), generator=generator)
-        x = images.batch(index)
-        if augment:
-            x = _shift(x, 1 if images.size < 16 else 2, generator)
-        if _by_rotation(images):
-            target = torch.randint(4, (batch,), generator=generator)
-            x = torch.stack([x.rot90(turn, (2, 3)) for turn in range(4)], 1)[torch.arange(batch), target]
-        else:
-            target = _labels(images, index)
+        x, target = _drawn(images, batch, augment, generator)
         logits, target = net(x.to(net.device)), target.to(net.device)
         loss = F.cross_entropy(logits, target)
         optimizer.zero_grad()
@@ -209,6 +201,18 @@ def train_features(
         yield FeatureRecord(step, loss.item(), (logits.argmax(1) == target).float().mean().item())
     net.eval()
     net.record["accuracy"] = accuracy(net, images if test is None else test)
+
+
+def _drawn(images: Images, batch: int, augment: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch of a feature training: images [B, C, S, S] and what is to be told of them, labels or rotations [B]."""
+    index = torch.randint(len(images), (batch,), generator=generator)
+    x = images.batch(index)
+    if augment:
+        x = _shift(x, 1 if images.size < 16 else 2, generator)
+    if not _by_rotation(images):
+        return x, _labels(images, index)
+    target = torch.randint(4, (batch,), generator=generator)
+    return torch.stack([x.rot90(turn, (2, 3)) for turn in range(4)], 1)[torch.arange(batch), target], target
 
 
 @torch.no_grad()

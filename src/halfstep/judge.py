@@ -17,7 +17,11 @@ from halfstep.classes import spread
 from halfstep.data import Images
 from halfstep.denoiser import class_count
 from halfstep.errors import ModelError
-from halfstep.evaluate import (
+from halfstep.features import Extractor, load_features, raw_pixels
+from halfstep.fit import fit
+from halfstep.plan import StepPlan
+from halfstep.profiling import interleave, machine
+from halfstep.quality import (
     Distances,
     Reference,
     difference,
@@ -28,10 +32,6 @@ from halfstep.evaluate import (
     frechet_distance,
     reference_stats,
 )
-from halfstep.features import Extractor, load_features, raw_pixels
-from halfstep.fit import fit
-from halfstep.plan import StepPlan
-from halfstep.profiling import interleave, machine
 from halfstep.recipe import Recipe
 from halfstep.results import Floor, Quality
 from halfstep.sampling import Labels, denoise, image_generators, labels_of, sample_images, start_noise, to_images

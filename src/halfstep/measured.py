@@ -16,12 +16,12 @@ from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
 from halfstep.data import Images
 from halfstep.errors import DataError, HalfstepError, RunError
-from halfstep.evaluate import NEIGHBOURS
 from halfstep.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.fit import Fitted, fit
 from halfstep.judge import TIMED_BATCH, Judge, Measured, default_device, extractor_for, measure_plans
 from halfstep.lock import releasing
 from halfstep.profiling import machine
+from halfstep.quality import NEIGHBOURS
 from halfstep.reading import about_images
 from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, fit_data, images_for, open_run

@@ -104,7 +104,7 @@ class GridScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """What n perfect draws from the real images score, by chance alone (`evaluate.floor`).
+    """What n perfect draws from the real images score, by chance alone (`quality.floor`).
 
     `raw`: in the mean, before the correction.  `high`: corrected, 95 of 100 sets of draws stay below.  `fresh`: as
     `raw`, for fresh real images that are not in the reference, which is a sample too.
@@ -117,7 +117,7 @@ class Floor:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """See `evaluate.Difference`; results of before 2026-11-26 have no `scale` and no `least`."""
+    """See `quality.Difference`; results of before 2026-11-26 have no `scale` and no `least`."""
 
     value: float
     low: float

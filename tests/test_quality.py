@@ -17,7 +17,18 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from halfstep.data import load_images
 from halfstep.errors import DataError, HalfstepError, ModelError
-from halfstep.evaluate import (
+from halfstep.features import (
+    Extractor,
+    FeatureNet,
+    accuracy,
+    extract,
+    extractor_of,
+    feature_net_for,
+    load_features,
+    raw_pixels,
+    train_features,
+)
+from halfstep.quality import (
     METRICS,
     Reference,
     compare,
@@ -30,17 +41,6 @@ from halfstep.evaluate import (
     kid,
     precision_recall,
     reference_stats,
-)
-from halfstep.features import (
-    Extractor,
-    FeatureNet,
-    accuracy,
-    extract,
-    extractor_of,
-    feature_net_for,
-    load_features,
-    raw_pixels,
-    train_features,
 )
 
 
@@ -127,7 +127,7 @@ def test_kid_is_torchmetrics():
 
 
 def test_kid_by_hand_with_unequal_counts_and_several_chunks(monkeypatch):
-    monkeypatch.setattr("halfstep.evaluate.CHUNK", 7)
+    monkeypatch.setattr("halfstep.quality.CHUNK", 7)
     x, y = draw(20), draw(33, seed=1)
     k = lambda a, b: (a @ b / 6 + 1) ** 3  # noqa: E731
     within = lambda z: np.mean([k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j])  # noqa: E731
@@ -150,7 +150,7 @@ def brute_force(real, fake, k):
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_neighbour_metrics_are_brute_force(k, monkeypatch):
-    monkeypatch.setattr("halfstep.evaluate.CHUNK", 7)
+    monkeypatch.setattr("halfstep.quality.CHUNK", 7)
     real, fake = draw(30, f=3), draw(24, f=3, shift=0.7, seed=1)
     expected = brute_force(real, fake, k)
     assert min(expected) > 0 and min(expected[0], expected[1], expected[3]) < 1, "an oracle that could tell"
@@ -185,7 +185,7 @@ def test_evaluate_gives_the_plain_values_and_labels_them():
 
 
 def test_a_resample_has_the_distance_of_the_images_it_repeats():
-    from halfstep.evaluate import _fd_of, _resamples
+    from halfstep.quality import _fd_of, _resamples
 
     x, reference = draw(60), reference_of(draw(90, seed=1))
     weights = _resamples(60, 4, seed=0)

@@ -318,29 +318,26 @@ def evaluate(
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         got, expected = f"metric {unknown[0]!r}", f"of {', '.join(METRICS)}"
         raise HalfstepError(got=got, expected=expected, where="evaluate", do="name one of these")
-    real, found = reference.features.astype(np.float64), {}
+    real = reference.features.astype(np.float64)
     weights = _resamples(len(x), n_boot, seed)
-    if set(metrics) - {"fd", "kid"}:
-        found = _neighbours(real, x, k)
+    scores = _neighbours(real, x, k) if set(metrics) - {"fd", "kid"} else {}
     results = {}
     for metric in metrics:
-        raw = None
+        raw, n_reference = None, len(real)
         if metric == "fd":
             fd = fd or distances(x, reference, n_boot=n_boot, seed=seed)
-            raw, (value, low, high) = fd.raw, (max(0.0, end) for end in (fd.value, *fd.interval))
+            raw, n_reference, (value, low, high) = fd.raw, reference.n, (max(0.0, e) for e in (fd.value, *fd.interval))
         elif metric == "kid":
             value, low, high = _interval(_kid_of(x, real, weights))
         else:
-            scores = found[metric]
-            rows = weights if len(scores) == len(x) else _resamples(len(scores), n_boot, seed)
-            value, low, high = _interval(rows @ scores / len(scores), biased=False)
+            value, low, high = _interval_of_scores(scores[metric], weights, seed)
         results[metric] = Quality(
             metric=metric,
             value=value,
             low=low,
             high=high,
             n=len(x),
-            n_reference=reference.n if metric == "fd" else len(real),
+            n_reference=n_reference,
             features=reference.features_name,
             reference=reference.fingerprint,
             seed=seed,
@@ -486,3 +483,9 @@ def _interval(statistics: np.ndarray, *, biased: bool = True) -> tuple[float, fl
     value, resampled = statistics[0], statistics[1:]
     low, high = np.quantile(resampled, (0.025, 0.975)) + (value - resampled.mean() if biased else 0.0)
     return float(value), float(low), float(high)
+
+
+def _interval_of_scores(scores: np.ndarray, weights: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """(mean, low, high) of scores per image: generated ones, which `weights` [1 + R, n] resample, or real ones."""
+    rows = weights if len(scores) == weights.shape[1] else _resamples(len(scores), len(weights) - 1, seed)
+    return _interval(rows @ scores / len(scores), biased=False)
