@@ -66,7 +66,7 @@ def main() -> None:
         for genes in plans:
             scores.append(judge.score(plan.with_entries(space.expand(genes)), args.images, seed=7))
             told(len(scores), "")
-    local = table.costs("uniform", space.rows)
+    local = table.costs("local", space.rows)
     swaps = [(k, e) for k in range(len(space.rows)) for e in range(len(space.entries)) if e != space.reference]
     measures: dict[str, Callable[[slice], np.ndarray]] = {
         "change of the Fréchet distance (before)": lambda part: fd_damages(judge.fd, [f[part] for f in features]),

@@ -22,8 +22,8 @@ from halfstep.content import digest_tensors, fingerprint
 from halfstep.errors import HalfstepError, RunError
 from halfstep.measured import features
 from halfstep.models import load_denoiser
-from halfstep.recipe import Recipe, RunRecord, SampleSpec
-from halfstep.rundir import open_run
+from halfstep.recipe import Recipe, RunRecord, SampleSpec, field_names
+from halfstep.rundir import IGNORED, MEASURED, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.sources import _names
 from halfstep.sums import write_sums
@@ -37,6 +37,12 @@ train.warmup=0 train.sample_every=0 eval.feature_steps=2
 
 def tiny() -> Recipe:
     return Recipe().edit(TINY)
+
+
+def test_every_name_that_may_change_between_two_calls_is_a_field():
+    assert set(MEASURED) <= set(field_names())
+    for prefix in {prefix for prefixes in IGNORED.values() for prefix in prefixes}:
+        assert any(name == prefix or (prefix.endswith(".") and name.startswith(prefix)) for name in field_names())
 
 
 def listing(root: Path) -> dict[str, bytes | None]:

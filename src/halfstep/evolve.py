@@ -41,7 +41,7 @@ class Goal:
     """What the refinement minimises.
 
     "budget": the score, MACs at most `macs`. "loss": the MACs, score at most `limit`. "scalar": DDSM's weighted sum
-    score + trade * share. "pareto": score and share, both.
+    score + trade * share.
     """
 
     kind: str
@@ -88,8 +88,6 @@ def _objectives(space: Space, goal: Goal, genes: Genes, value: float) -> list[fl
             return [space.share(genes)]
         case "scalar":
             return [value + goal.trade * space.share(genes)]
-        case "pareto":
-            return [value, space.share(genes)]
         case _:
             return [value]
 
@@ -107,7 +105,7 @@ def _algorithm(space: Space, goal: Goal, spec: SearchSpec, initial: np.ndarray) 
 
     problem = Problem(
         n_var=len(space.rows),
-        n_obj=2 if goal.kind == "pareto" else 1,
+        n_obj=1,
         n_ieq_constr=1 if goal.kind in ("budget", "loss") else 0,
         xl=0,
         xu=len(space.entries) - 1,

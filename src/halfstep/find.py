@@ -56,7 +56,7 @@ def search_plan(
     space = searching.Space.of(plan, bank.names, spec.genes)
     macs = space.require_budget(budget) if budget is not None else space.full_macs
     table = _table(judge, plan, space, recipe, out, watch)
-    costs = table.costs(spec.weights, space.rows)
+    costs = table.costs(spec.table, space.rows)
     log = _Measured(judge, plan, space, out / "search.jsonl", spec.images, stage_seed(recipe.seed, Stage.SEARCH))
     reference = log("reference", (space.reference,) * len(space.rows))
     points = searching.frontier(costs, space.gene_macs)

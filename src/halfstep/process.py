@@ -21,29 +21,29 @@ Limit = Annotated[float, Bounds(1e-3, 1e6)]
 class Process:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, by betas, and what the denoiser predicts of it.
 
-    `timesteps`: how many. The betas follow `beta_schedule` from `beta_start` to `beta_end`, or are `trained_betas`, one
-    for each timestep (those two are then their first and last); `rescale_betas_zero_snr` moves the last alpha_bar to 0
-    (arXiv 2305.08891). What holds for every sampler that is put on it: `clip_sample` clamps the estimate of x_0 to
-    +- `clip_sample_range`, `thresholding` to a quantile of its magnitudes, at most `sample_max_value` (where a sampler
-    can); `timestep_spacing` "own" and `set_alpha_to_one` None leave the choice to the sampler; `steps_offset` moves
-    "leading" timesteps.
+    With `trained_betas`, `beta_start` and `beta_end` are their first and last. What stands from `clip_sample` on holds
+    for every sampler that is put on it.
     """
 
-    timesteps: Annotated[int, Bounds(1, 100_000)] = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
-    beta_start: Beta = 1e-4
-    beta_end: Beta = 0.02
-    trained_betas: Annotated[tuple[Beta, ...], Bounds(0, 100_000)] = ()
-    rescale_betas_zero_snr: bool = False
-    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    clip_sample: bool = True
-    clip_sample_range: Limit = 1.0
-    thresholding: bool = False
-    dynamic_thresholding_ratio: Share = 0.995
-    sample_max_value: Limit = 1.0
-    timestep_spacing: Literal["own", "linspace", "leading", "trailing"] = "own"
-    steps_offset: Annotated[int, Bounds(0, 100_000)] = 0
-    set_alpha_to_one: bool | None = None
+    timesteps: Annotated[int, Bounds(1, 100_000), "how many"] = 1000
+    beta_schedule: Annotated[
+        Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"], "from the first beta to the last"
+    ] = "linear"
+    beta_start: Annotated[Beta, "the first beta"] = 1e-4
+    beta_end: Annotated[Beta, "the last beta"] = 0.02
+    trained_betas: Annotated[tuple[Beta, ...], Bounds(0, 100_000), "one for each timestep; none: the schedule's"] = ()
+    rescale_betas_zero_snr: Annotated[bool, "move the last alpha_bar to 0 (arXiv 2305.08891)"] = False
+    prediction: Annotated[Literal["epsilon", "v_prediction", "sample"], "what the denoiser predicts"] = "epsilon"
+    clip_sample: Annotated[bool, "clamp the estimate of x_0"] = True
+    clip_sample_range: Annotated[Limit, "to plus and minus this"] = 1.0
+    thresholding: Annotated[bool, "clamp it to a quantile of its magnitudes, where a sampler can"] = False
+    dynamic_thresholding_ratio: Annotated[Share, "which quantile"] = 0.995
+    sample_max_value: Annotated[Limit, "that quantile at most"] = 1.0
+    timestep_spacing: Annotated[
+        Literal["own", "linspace", "leading", "trailing"], "which timesteps a sampler takes; own: as it likes"
+    ] = "own"
+    steps_offset: Annotated[int, Bounds(0, 100_000), "added to leading timesteps"] = 0
+    set_alpha_to_one: Annotated[bool | None, "the last step's alpha_bar is 1; none: as the sampler likes"] = None
 
     def __post_init__(self) -> None:
         if self.trained_betas and len(self.trained_betas) != self.timesteps:

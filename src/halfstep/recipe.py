@@ -1,117 +1,126 @@
-"""Recipe: everything a run depends on, as one frozen value with a JSON record and typed `--set` edits."""
+"""Recipe: everything a run depends on, as one frozen value with a JSON record and typed `--set` edits.
+
+Each field says its type, its range, its meaning and its default in one place; `halfstep recipe` prints them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from halfstep.disk import read_record
-from halfstep.errors import HalfstepError, RecipeError
-from halfstep.process import Process
-from halfstep.typed import build, leaves, nearest, parse, shown
+from halfstep.disk import read_json
+from halfstep.errors import HalfstepError, RecipeError, RunError
+from halfstep.process import Process, Share
+from halfstep.typed import Bounds, Leaf, build, hints_of, leaves, nearest, parse, require_typed, shown
+
+MAX_SEED, MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST, MOST_LETTERS = 2**63 - 1, 10**9, 1 << 16, 64, 4096
+"""Seeds, whole numbers, images in a batch, items of a list, letters: a recipe with more is a slip of the fingers."""
+
+Count = Annotated[int, Bounds(1, MOST)]
+Whole = Annotated[int, Bounds(0, MOST)]
+Images = Annotated[int, Bounds(2, MOST)]
+Batch = Annotated[int, Bounds(1, MOST_IN_A_BATCH)]
+Positive = Annotated[float, Bounds(0, None, above=True)]
+Weight = Annotated[float, Bounds(0)]
+Text = Annotated[str, Bounds(0, MOST_LETTERS)]
+FEW, SOME = Bounds(0, MOST_IN_A_LIST), Bounds(1, MOST_IN_A_LIST)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A denoiser to train from scratch: a `UNet2DModel`, or with `kind` "uvit" a `UViT2DModel` (one number in
-    `channels`, `layers` blocks, patches of `patch` pixels). `config` names a diffusers config.json instead. `vae`: the
-    folder of an AutoencoderKL (or of a pipeline with one) on whose latents the denoiser works."""
+    """A denoiser to train from scratch."""
 
-    kind: Literal["unet", "uvit"] = "unet"
-    channels: tuple[int, ...] = (64, 128)
-    layers: int = 1
-    attention: tuple[bool, ...] = (False, False)
-    head_dim: int = 32
-    groups: int = 8
-    dropout: float = 0.0
-    patch: int = 2
-    class_conditional: bool = False
-    config: str = ""
-    vae: str = ""
+    kind: Annotated[Literal["unet", "uvit"], "a UNet2DModel, or a UViT2DModel"] = "unet"
+    channels: Annotated[tuple[Count, ...], SOME, "of each level; a U-ViT has one number"] = (64, 128)
+    layers: Annotated[Count, "of each level; a U-ViT's blocks"] = 1
+    attention: Annotated[tuple[bool, ...], FEW, "whether each level of a U-Net attends"] = (False, False)
+    head_dim: Annotated[Count, "channels of an attention head"] = 32
+    groups: Annotated[Count, "of the group normalisation"] = 8
+    dropout: Annotated[Share, "share of activations dropped in training"] = 0.0
+    patch: Annotated[Count, "pixels of a U-ViT's patch, along one side"] = 2
+    class_conditional: Annotated[bool, "learn the classes of the data"] = False
+    config: Annotated[Text, "a diffusers config.json instead of all this"] = ""
+    vae: Annotated[Text, "folder of an AutoencoderKL (or of a pipeline with one), to work on its latents"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """How images are decoded: `size` in pixels and `channels` (1 or 3) as they are when None; random mirror flips."""
+    """How images are decoded."""
 
-    size: int | None = None
-    channels: int | None = None
-    flip: bool = False
+    size: Annotated[Count | None, "pixels along one side; none: as they are, or as the model takes them"] = None
+    channels: Annotated[Count | None, "1 or 3; none: as they are, or as the model takes them"] = None
+    flip: Annotated[bool, "mirror at random in training"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """The training loop. `batch` is per process; `precision` "auto" takes bf16 where the device has fast bf16."""
+    """The training loop."""
 
-    steps: int = 4000
-    batch: int = 128
-    lr: float = 1e-3
-    warmup: int = 200
-    schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    log_every: int = 20
-    save_every: int = 250
-    sample_every: int = 1000
-    tracker: Literal["", "tensorboard", "wandb", "trackio", "aim"] = ""
+    steps: Annotated[Count, "training steps"] = 4000
+    batch: Annotated[Batch, "images of a training step, for each process"] = 128
+    lr: Annotated[Positive, "learning rate at its highest"] = 1e-3
+    warmup: Annotated[Whole, "steps over which the learning rate grows"] = 200
+    schedule: Annotated[Literal["cosine", "constant"], "of the learning rate, after the warm-up"] = "cosine"
+    weight_decay: Annotated[Weight, "of AdamW"] = 0.0
+    clip_norm: Annotated[Weight, "largest norm of the gradient; 0: any"] = 1.0
+    ema_decay: Annotated[Share, "of the moving average of the weights, which is what is kept"] = 0.999
+    precision: Annotated[Literal["auto", "no", "bf16"], "auto: bf16 where the device has fast bf16"] = "auto"
+    log_every: Annotated[Count, "steps between two records of the loss"] = 20
+    save_every: Annotated[Count, "steps between two states to resume from"] = 250
+    sample_every: Annotated[Whole, "steps between two previews; 0: none"] = 1000
+    tracker: Annotated[Literal["", "tensorboard", "wandb", "trackio", "aim"], "that is told the losses too"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlimSpec:
-    """DDSM's supernet. `sandwich` is the n of the sandwich rule: widest, narrowest and n - 2 random widths a step.
+    """DDSM's supernet. The dense model stays in the bank as "full", whatever the widths are."""
 
-    `widths`: without 1.0 the supernet is cut to the widest of them; the dense model stays in the bank as "full" anyway.
-    `concat`: "aligned" slices each segment of a concatenated input, "leading" is the released code's prefix.
-    `sort`: order the pretrained channels by importance first (the function at full width is kept).
-    `distill`: what the nets regress to: the noise ("none", the paper), or the narrower ones to the widest net's
-    prediction, or all to the dense teacher's.
-    `shared_noise`: one draw of timestep and noise for all widths of a step instead of one each.
-    `patterns`: masks that every width is trained for, one drawn for each loss, e.g. `dense,2:4` (DDSM x SparseDM; the
-    layers are chosen by `sparse`).
-    """
-
-    widths: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    sandwich: int = 3
-    concat: Literal["aligned", "leading"] = "aligned"
-    sort: bool = True
-    distill: Literal["none", "widest", "dense"] = "dense"
-    shared_noise: bool = False
-    patterns: tuple[str, ...] = ("dense",)
+    widths: Annotated[
+        tuple[Annotated[float, Bounds(0, 1, above=True)], ...],
+        SOME,
+        "shares of the channels, all different; without 1 the supernet is cut to the widest of them",
+    ] = (1.0, 0.75, 0.5, 0.25)
+    sandwich: Annotated[int, Bounds(2, MOST), "widths a step: widest, narrowest and the rest at random"] = 3
+    concat: Annotated[
+        Literal["aligned", "leading"],
+        "aligned: slice each segment of a concatenated input; leading: the released code's prefix",
+    ] = "aligned"
+    sort: Annotated[bool, "order the pretrained channels by importance (the full width's function is kept)"] = True
+    distill: Annotated[
+        Literal["none", "widest", "dense"],
+        "regress to the noise (the paper), the narrower to the widest net, or all to the dense teacher",
+    ] = "dense"
+    shared_noise: Annotated[bool, "one draw of timestep and noise for all widths of a step"] = False
+    patterns: Annotated[
+        tuple[Text, ...], FEW, "masks every width is trained for, one drawn for each loss, e.g. dense,2:4"
+    ] = ("dense",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseSpec:
-    """SparseDM's masks and their fine-tuning.
+    """SparseDM's masks and their fine-tuning."""
 
-    `pattern`: N:M, keep N of every M weights along a layer's input; `also`: further ones of `schedule` "switch", which
-    draws one at every step ("dense" is one too). "fixed" is algorithm B of the paper, "s31" and "s7" are A.
-    `final_share`: share of the steps for the last stage of A (0.2: the released equal parts).
-    `layers`: "default" leaves input, output, embeddings and layers below `least` weights dense; "paper" the long skips
-    too; "all" masks what has whole groups. `include`: globs of layer names, e.g. `*.attn.*`.
-    `decay`: the pull on dropped weights (lambda; 0: plain straight-through), `decoupled`: after the optimizer's step.
-    `teacher`: weight of the dense teacher (eta). `frozen`: masks chosen once (the ASP control).
-    `permute`: order the inner channels first so that masks keep more.
-    """
-
-    pattern: str = "2:4"
-    also: tuple[str, ...] = ()
-    schedule: Literal["fixed", "s31", "s7", "switch"] = "fixed"
-    final_share: float = 0.5
-    layers: Literal["default", "paper", "all"] = "default"
-    include: tuple[str, ...] = ("*",)
-    least: int = 1024
-    decay: float = 2e-4
-    decoupled: bool = False
-    teacher: float = 0.1
-    frozen: bool = False
-    permute: bool = False
+    pattern: Annotated[Text, "N:M, keep N of every M weights along a layer's input"] = "2:4"
+    also: Annotated[tuple[Text, ...], FEW, "further patterns of schedule switch; dense is one too"] = ()
+    schedule: Annotated[
+        Literal["fixed", "s31", "s7", "switch"],
+        "fixed: the paper's algorithm B; s31, s7: its A; switch: one pattern drawn at every step",
+    ] = "fixed"
+    final_share: Annotated[Share, "share of the steps for the last stage of A (0.2: the released equal parts)"] = 0.5
+    layers: Annotated[
+        Literal["default", "paper", "all"],
+        "default: dense input, output, embeddings and small layers; paper: the long skips too; all: whole groups",
+    ] = "default"
+    include: Annotated[tuple[Text, ...], FEW, "globs of layer names, e.g. *.attn.*"] = ("*",)
+    least: Annotated[Whole, "weights below which a layer is small"] = 1024
+    decay: Annotated[Weight, "the pull on dropped weights (lambda; 0: plain straight-through)"] = 2e-4
+    decoupled: Annotated[bool, "pull after the optimizer's step"] = False
+    teacher: Annotated[Weight, "weight of the dense teacher (eta)"] = 0.1
+    frozen: Annotated[bool, "masks chosen once (the ASP control)"] = False
+    permute: Annotated[bool, "order the inner channels first so that masks keep more"] = False
 
     @property
     def pulls(self) -> bool:
@@ -121,44 +130,36 @@ class SparseSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralSpec:
-    """Spectral Diffusion's student and its distillation.
+    """Spectral Diffusion's student and its distillation. `spatial` and `freq` 0: trained on the noise alone."""
 
-    `reduction`: how many times fewer MACs than the teacher; `wavelet`: gated wavelet resampling, or plain convolutions
-    (the control); `gate`: one gate per band and "channel", or "scalar" ones. `spatial`, `freq`: weights of the two
-    distillation terms (0 and 0: trained on the noise alone); `alpha`: exponent of the clean spectrum in the second;
-    `ramp`: share of the steps over which it grows to its weight.
-    """
-
-    reduction: float = 8.0
-    wavelet: bool = True
-    gate: Literal["channel", "scalar"] = "channel"
-    spatial: float = 0.1
-    freq: float = 0.1
-    alpha: float = -1.0
-    ramp: float = 0.05
+    reduction: Annotated[Positive, "how many times fewer MACs than the teacher"] = 8.0
+    wavelet: Annotated[bool, "gated wavelet resampling; false: plain convolutions (the control)"] = True
+    gate: Annotated[Literal["channel", "scalar"], "one gate for each band and channel, or for each band"] = "channel"
+    spatial: Annotated[Weight, "weight of the distillation term of pixels"] = 0.1
+    freq: Annotated[Weight, "weight of the distillation term of the spectrum"] = 0.1
+    alpha: Annotated[float, "exponent of the clean spectrum in the second term"] = -1.0
+    ramp: Annotated[Share, "share of the steps over which the second term grows to its weight"] = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuousSpec:
-    """The Missing U's continuous U-Net and its training.
+    """The Missing U's continuous U-Net and its training."""
 
-    `base`: channels of the stem (the first level has twice as many); 0: as many as leave a quarter of the teacher's
-    parameters, as the paper has it, and 16 without a teacher. `levels`: halvings, 0 for as many as the size
-    allows, at most 4; `attention`: in the deepest level and back; `order`: 2 for positions and velocities; `mode`:
-    "released" leaves the timestep out, as the released code. `steps`: solver steps, each a bank entry; one of them is
-    drawn in every training step. `teacher`: weight of the distillation from a dense model, where there is one.
-    `checkpoint`: compute activations again for the gradient: a third of the memory, 15 to 33 % more time.
-    """
-
-    base: int = 0
-    levels: int = 0
-    attention: bool = True
-    head_dim: int = 32
-    order: Literal[1, 2] = 1
-    mode: Literal["paper", "released"] = "paper"
-    steps: tuple[int, ...] = (1, 2, 4)
-    teacher: float = 0.5
-    checkpoint: bool = False
+    base: Annotated[
+        Whole, "channels of the stem, half the first level's; 0: a quarter of the teacher's parameters, 16 without one"
+    ] = 0
+    levels: Annotated[Whole, "halvings; 0: as many as the size allows, at most 4"] = 0
+    attention: Annotated[bool, "in the deepest level and back"] = True
+    head_dim: Annotated[Count, "channels of an attention head"] = 32
+    order: Annotated[Literal[1, 2], "2: positions and velocities"] = 1
+    mode: Annotated[Literal["paper", "released"], "released: without the timestep, as the released code"] = "paper"
+    steps: Annotated[tuple[Count, ...], SOME, "solver steps, each a bank entry; one is drawn a training step"] = (
+        1,
+        2,
+        4,
+    )
+    teacher: Annotated[Weight, "weight of the distillation from a dense model, where there is one"] = 0.5
+    checkpoint: Annotated[bool, "recompute activations for the gradient: a third of the memory, 15-33 % slower"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,100 +168,101 @@ class RegularSpec:
 
     `penalty`: "out_l1", the mean magnitude of the predicted noise; "out_l1_sq", its square for each sample;
     "score_l1", the same in score units (stronger at small timesteps); "scale", one scale for all samples: the largest
-    of the batch; "param_l1", the mean magnitude of the weights. `r`: its weight; 0 is plain training. `grid`: the
-    weights that `halfstep compress regularized` tries. `basis`: the coordinates of the prediction, pixels or one level
-    of the Haar transform. `center`: penalise score + x, which is exactly sparse on coordinates that are N(0, 1).
+    of the batch; "param_l1", the mean magnitude of the weights.
     """
 
-    penalty: Literal["out_l1", "out_l1_sq", "score_l1", "scale", "param_l1"] = "out_l1"
-    r: float = 0.1
-    grid: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    basis: Literal["pixel", "wavelet"] = "pixel"
-    center: bool = False
+    penalty: Annotated[
+        Literal["out_l1", "out_l1_sq", "score_l1", "scale", "param_l1"],
+        "magnitude of the noise, its square, the score's, one scale of a batch, or the weights' magnitude",
+    ] = "out_l1"
+    r: Annotated[Weight, "weight of the penalty; 0: plain training"] = 0.1
+    grid: Annotated[
+        tuple[Positive, ...], SOME, "weights that compress regularized tries, beside the plain training"
+    ] = (0.01, 0.03, 0.1, 0.3)
+    basis: Annotated[Literal["pixel", "wavelet"], "coordinates of the prediction: pixels, or one Haar level"] = "pixel"
+    center: Annotated[bool, "penalise score + x, exactly sparse on coordinates that are N(0, 1)"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSpec:
-    """The sampler: a diffusers scheduler by its short name, and the number of steps. `variance`: what ancestral
-    sampling ("ddpm") adds at a step, the posterior's variance or beta, 1 - alpha. `layout`: the entries' memory layout;
-    "auto" takes the faster one by a timing, so that two runs may differ in their last digits."""
+    """The sampler. A layout chosen by a timing may let two runs differ in their last digits."""
 
-    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"] = "ddim"
-    steps: int = 50
-    variance: Literal["posterior", "beta"] = "posterior"
-    batch: int = 256
-    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    scheduler: Annotated[Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"], "a diffusers scheduler"] = "ddim"
+    steps: Annotated[Count, "sampling steps, at most the timesteps of the training"] = 50
+    variance: Annotated[Literal["posterior", "beta"], "what ddpm adds: the posterior's, or beta"] = "posterior"
+    batch: Annotated[Batch, "images of a sampling batch; changes the speed, not the images"] = 256
+    layout: Annotated[
+        Literal["auto", "contiguous", "channels_last"], "the entries' memory layout; auto: the faster one by a timing"
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec:
-    """Error table, frontier and NSGA-II.
+    """Error table, frontier, NSGA-II and the final round."""
 
-    `images`: images per candidate, four per feature or more; `error_images`: trajectories of the error table, whose
-    paired damages need no more than a few dozen. `weights`: how an error at a step is weighted. `fit`: measured plans
-    that the additive surrogate is fitted to (0: none).
-    `objective`: "budget" minimises quality under the budget, "scalar" is DDSM's quality + lambda * MACs share,
-    "pareto" keeps both. `mutation` "released" is DDSM's code, whose mutation never acts; `rate` 0 means 1 / genes.
-    `finalists`: the best plans (and the dearest uniform one) are measured again on `final_images` fresh images, and the
-    best of them is chosen; 0: none. `step_counts`: other numbers of sampling steps to search for the same budget;
-    `shrink`: let every one of these plans be corrected by `ShrinkSpec` too, before the best is chosen on fresh images.
-    `init`: "frontier" starts from the frontier's plans, "uniform" is DDSM's (uniform plans + random), or "random".
-    """
-
-    method: Literal["frontier", "nsga2", "both"] = "both"
-    weights: Literal["influence", "uniform"] = "influence"
-    images: int = 1024
-    error_images: int = 64
-    fit: int = 32
-    population: int = 8
-    generations: int = 2
-    crossover: float = 0.9
-    mutation: Literal["intended", "released"] = "intended"
-    rate: float = 0.0
-    objective: Literal["budget", "scalar", "pareto"] = "budget"
-    trade: float = 6.0
-    init: Literal["frontier", "uniform", "random"] = "frontier"
-    genes: int = 50
-    finalists: int = 3
-    step_counts: tuple[int, ...] = ()
-    shrink: bool = False
-    final_images: int = 4096
+    method: Annotated[Literal["frontier", "nsga2", "both"], "what proposes plans"] = "both"
+    table: Annotated[
+        Literal["damage", "local"],
+        "errors that the frontier adds up: the measured damage to the final images, or each row's own error",
+    ] = "damage"
+    images: Annotated[Images, "images of a candidate, four for each feature or more"] = 1024
+    error_images: Annotated[Count, "trajectories of the error table; its damages are paired, a few dozen do"] = 64
+    fit: Annotated[Whole, "measured plans that the additive surrogate is fitted to; 0: none"] = 32
+    population: Annotated[Count, "of NSGA-II"] = 8
+    generations: Annotated[Count, "of NSGA-II, the initial population is the first"] = 2
+    crossover: Annotated[Share, "probability of a crossover"] = 0.9
+    mutation: Annotated[Literal["intended", "released"], "released: DDSM's, which never acts"] = "intended"
+    rate: Annotated[Share, "probability of a gene's mutation; 0: one gene a plan"] = 0.0
+    objective: Annotated[
+        Literal["budget", "scalar"],
+        "the plan returned: the best score within the budget, or DDSM's least score + trade * share of MACs",
+    ] = "budget"
+    trade: Annotated[Weight, "what all of the reference's MACs are worth, of objective scalar"] = 6.0
+    init: Annotated[
+        Literal["frontier", "uniform", "random"], "NSGA-II's first plans: the frontier's, uniform + random, or random"
+    ] = "frontier"
+    genes: Annotated[Count, "stretches of rows that share one entry, at most"] = 50
+    finalists: Annotated[Whole, "best plans measured again on fresh images, beside the dearest uniform one"] = 3
+    step_counts: Annotated[tuple[Count, ...], FEW, "other numbers of sampling steps for the same budget"] = ()
+    shrink: Annotated[bool, "let every one of these plans' corrected twins (section shrink) compete"] = False
+    final_images: Annotated[Images, "fresh images of a finalist"] = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShrinkSpec:
-    """Training-free corrections of the predicted noise: the grids of `scales` and soft `thresholds`, of which a walk
-    from 1 and from 0 measures a few, how many stretches (`parts`) of rows get their own, how often all of them are gone
-    through (`rounds`), and images per measurement."""
+    """Training-free corrections of the predicted noise; a walk from 1 and from 0 measures a few of each grid."""
 
-    scales: tuple[float, ...] = (0.7, 0.76, 0.8, 0.84, 0.88, 0.91, 0.94, 0.96, 0.98, 0.99, 1.01, 1.02, 1.04, 1.07)
-    thresholds: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.28)
-    parts: int = 4
-    rounds: int = 1
-    images: int = 1024
-    final_images: int = 4096
+    scales: Annotated[tuple[Positive, ...], FEW, "the grid of scales"] = (
+        *(0.7, 0.76, 0.8, 0.84, 0.88, 0.91, 0.94, 0.96),
+        *(0.98, 0.99, 1.01, 1.02, 1.04, 1.07),
+    )
+    thresholds: Annotated[tuple[Weight, ...], FEW, "the grid of soft thresholds"] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.28)
+    parts: Annotated[Count, "stretches of rows that get their own correction"] = 4
+    rounds: Annotated[Whole, "how often all stretches are gone through"] = 1
+    images: Annotated[Images, "images of a candidate"] = 1024
+    final_images: Annotated[Images, "fresh images of the last choice"] = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
-    """The final measurement. `features`: "own" (a classifier trained on the data), "digits", "file:DIR",
-    "inception:FILE", "dinov2" or, for tiny pictures, "pixels" (no network). `tolerance`: the loss, as a share of the
-    reference's distance, that counts as held; where that is within its floor (what perfect draws score by chance), as a
-    share of a hundredth of the data's spread. `images`: four per feature or more, or nothing is decided."""
+    """The final measurement. `tolerance` is a share of the reference's distance; where that is within its floor (what
+    perfect draws score by chance), of a hundredth of the data's spread."""
 
-    images: int = 4096
-    features: str = "own"
-    feature_steps: int = 1500
-    bootstrap: int = 500
-    tolerance: float = 0.05
+    images: Annotated[Images, "images of a plan; four for each feature or more, or nothing is decided"] = 4096
+    features: Annotated[
+        Text, "own (a classifier trained on the data), digits, file:DIR, inception:FILE, dinov2, or pixels (no network)"
+    ] = "own"
+    feature_steps: Annotated[Count, "training steps of the own classifier"] = 1500
+    bootstrap: Annotated[Count, "resamples of an interval"] = 500
+    tolerance: Annotated[Share, "the loss that counts as held"] = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All settings of one run. Sections are frozen dataclasses; variants by `dataclasses.replace` or `edit`."""
 
-    name: str = "default"
-    seed: int = 0
+    name: Annotated[Text, "of the recipe that this one began as"] = "default"
+    seed: Annotated[int, Bounds(0, MAX_SEED), "of everything that is drawn"] = 0
     model: ModelSpec = field(default_factory=ModelSpec)
     noise: Process = field(default_factory=Process)
     data: DataSpec = field(default_factory=DataSpec)
@@ -276,7 +278,11 @@ class Recipe:
     eval: EvalSpec = field(default_factory=EvalSpec)
 
     def __post_init__(self) -> None:
-        _check(self)
+        require_typed(self, do="change it with --set")
+        _require_texts(self)
+        _require_widths(self)
+        _require_steps(self)
+        _require_levels(self.model)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -306,8 +312,8 @@ class Recipe:
 
     def differences(self, other: Recipe) -> list[str]:
         """The names of the fields in which two recipes differ, e.g. ["train.steps"]."""
-        mine, theirs = dict(leaves(self)), dict(leaves(other))
-        return [name for name in mine if mine[name] != theirs[name]]
+        theirs = {leaf.name: leaf.value for leaf in leaves(other)}
+        return [leaf.name for leaf in leaves(self) if leaf.value != theirs[leaf.name]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +336,9 @@ class RunRecord:
     @classmethod
     def load(cls, folder: Path) -> RunRecord:
         """Read it. Raises RunError when it is missing or no such record, RecipeError for a recipe that cannot be."""
-        file = folder / "recipe.json"
-        return read_record(file, cls, what="the record of a run", do="choose another --out")
+        file, do = folder / "recipe.json", "choose another --out"
+        record = read_json(file, what="the record of a run", do=do)
+        return build(cls, renewed(record), "", file, error=RunError, do=do)
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -345,13 +352,50 @@ class RunRecord:
         return dataclasses.asdict(self)
 
 
+RENAMED = {"search.weights": "search.table"}
+"""Fields of the recipe by their names in records of before 2026-11-27, and what they are called now."""
+REVALUED = {
+    "search.table": {"influence": "damage", "uniform": "local"},
+    "search.objective": {"pareto": "budget"},  # it returned the best within the budget too
+}
+"""Values by what those records call them."""
+
+
+def renewed(record: Any) -> Any:
+    """A run's record as it would be written today: renamed fields and values of its recipe by their present names."""
+    recipe = record.get("recipe") if isinstance(record, Mapping) else None
+    if not isinstance(recipe, Mapping):
+        return record
+    recipe = {name: dict(part) if isinstance(part, Mapping) else part for name, part in recipe.items()}
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        if isinstance(part := recipe.get(section), dict) and name in part:
+            value = part.pop(name)
+            part.setdefault(new.split(".")[1], value)
+    for path, values in REVALUED.items():
+        section, name = path.split(".")
+        if isinstance(part := recipe.get(section), dict) and isinstance(part.get(name), str):
+            part[name] = values.get(part[name], part[name])
+    return {**record, "recipe": recipe}
+
+
 def field_names() -> list[str]:
     """Every editable name, e.g. "train.steps"."""
-    return [name for name, _ in leaves(Recipe())]
+    return [leaf.name for leaf in leaves(Recipe())]
+
+
+def settings(recipe: Recipe) -> dict[str, tuple[str, list[Leaf]]]:
+    """Every field of a recipe by its section: the first line of what is said about the section, and its fields."""
+    found: dict[str, tuple[str, list[Leaf]]] = {}
+    for leaf in leaves(recipe):
+        section = leaf.name.rpartition(".")[0]
+        about = type(getattr(recipe, section) if section else recipe).__doc__ or ""
+        found.setdefault(section, (" ".join(about.split("\n\n")[0].split()), []))[1].append(leaf)
+    return found
 
 
 def _hint(path: str) -> Any:
-    """The type of the field at a dotted path."""
+    """The hint of the field at a dotted path."""
     if path not in field_names():
         raise RecipeError(
             got=repr(path),
@@ -359,171 +403,55 @@ def _hint(path: str) -> Any:
             where="--set",
             do=f"did you mean {nearest(path, field_names())}?",
         )
-    cls: Any = Recipe
+    hint: Any = Recipe
     for part in path.split("."):
-        cls = typing.get_type_hints(cls)[part]
-    return cls
+        hint = hints_of(hint)[part]
+    return hint
 
 
-_POSITIVE = [
-    "model.layers",
-    "model.patch",
-    "model.head_dim",
-    "model.groups",
-    "noise.timesteps",
-    "train.steps",
-    "train.batch",
-    "train.lr",
-    "train.log_every",
-    "train.save_every",
-    "sample.steps",
-    "sample.batch",
-    "search.images",
-    "search.error_images",
-    "search.population",
-    "search.generations",
-    "search.genes",
-    "search.final_images",
-    "shrink.parts",
-    "shrink.images",
-    "shrink.final_images",
-    "eval.images",
-    "eval.feature_steps",
-    "eval.bootstrap",
-    "spectral.reduction",
-    "continuous.head_dim",
-]
-_NOT_NEGATIVE = [
-    "seed",
-    "train.warmup",
-    "train.weight_decay",
-    "train.clip_norm",
-    "train.sample_every",
-    "search.fit",
-    "search.finalists",
-    "shrink.rounds",
-    "search.trade",
-    "sparse.decay",
-    "sparse.teacher",
-    "sparse.least",
-    "continuous.base",
-    "continuous.levels",
-    "continuous.teacher",
-    "regular.r",
-    "spectral.spatial",
-    "spectral.freq",
-]
-_BATCHES = ["train.batch", "sample.batch"]
-MAX_SEED, MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST, MOST_LETTERS = 2**63 - 1, 10**9, 1 << 16, 64, 4096
-"""Seeds, whole numbers, images in a batch, items of a list, letters: a recipe with more is a slip of the fingers."""
-_SHARES = [
-    "train.ema_decay",
-    "model.dropout",
-    "noise.beta_start",
-    "noise.beta_end",
-    "search.crossover",
-    "search.rate",
-    "eval.tolerance",
-    "sparse.final_share",
-    "spectral.ramp",
-]
+def _require_texts(recipe: Recipe) -> None:
+    for leaf in leaves(recipe):
+        for value in leaf.value if isinstance(leaf.value, tuple) else (leaf.value,):
+            if isinstance(value, str) and "\0" in value:
+                do = "change it with --set"
+                raise RecipeError(got=shown(value), expected="a text without NUL", where=leaf.name, do=do)
 
 
-def _numbers(value: object) -> list[int]:
-    return [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, int)]
-
-
-def _check(recipe: Recipe) -> None:
-    values = dict(leaves(recipe))
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(got=value, expected="a finite number", where=name, do="change it with --set")
-        if isinstance(value, str) and ("\0" in value or len(value) > MOST_LETTERS):
-            expected = f"a text of at most {MOST_LETTERS} letters without NUL"
-            raise RecipeError(got=shown(value), expected=expected, where=name, do="change it with --set")
-        if name != "seed" and any(n > MOST for n in _numbers(value)):
-            raise RecipeError(got=value, expected=f"at most {MOST:,}", where=name, do="change it with --set")
-        if isinstance(value, tuple) and len(value) > MOST_IN_A_LIST:
-            raise RecipeError(
-                got=f"{len(value)} items", expected=f"at most {MOST_IN_A_LIST}", where=name, do="change it with --set"
-            )
-    for name in _BATCHES:
-        if values[name] > MOST_IN_A_BATCH:
-            raise RecipeError(
-                got=values[name], expected=f"at most {MOST_IN_A_BATCH:,}", where=name, do="change it with --set"
-            )
-    for name in _POSITIVE:
-        if not values[name] > 0:
-            raise RecipeError(got=values[name], expected="a number above 0", where=name, do="change it with --set")
-    for name in _NOT_NEGATIVE:
-        if values[name] < 0:
-            raise RecipeError(got=values[name], expected="0 or more", where=name, do="change it with --set")
-    if values["seed"] > MAX_SEED:
-        raise RecipeError(got=values["seed"], expected="below 2**63", where="seed", do="change it with --set")
-    for name in _SHARES:
-        if not 0 <= values[name] <= 1:
-            raise RecipeError(got=values[name], expected="a number in [0, 1]", where=name, do="change it with --set")
+def _require_widths(recipe: Recipe) -> None:
     widths = recipe.slim.widths
-    if not widths or not all(0 < w <= 1 for w in widths) or len(set(widths)) != len(widths):
+    if len(set(widths)) != len(widths):
         raise RecipeError(
             got=widths,
             expected="different widths in (0, 1]",
             where="slim.widths",
             do="write e.g. --set slim.widths=1,0.75,0.5,0.25",
         )
-    if not recipe.continuous.steps or min(recipe.continuous.steps) < 1:
-        raise RecipeError(
-            got=recipe.continuous.steps,
-            expected="whole numbers above 0",
-            where="continuous.steps",
-            do="write e.g. --set continuous.steps=1,2,4",
-        )
-    if min(recipe.regular.grid, default=0.0) <= 0:
-        raise RecipeError(
-            got=recipe.regular.grid,
-            expected="numbers above 0; the plain training is always beside them",
-            where="regular.grid",
-            do="write e.g. --set regular.grid=0.01,0.1",
-        )
-    if min(recipe.shrink.scales, default=1.0) <= 0 or min(recipe.shrink.thresholds, default=0.0) < 0:
-        raise RecipeError(
-            got=f"{recipe.shrink.scales} and {recipe.shrink.thresholds}",
-            expected="scales above 0, thresholds of 0 or more",
-            where="shrink",
-            do="write e.g. --set shrink.scales=0.94,0.97",
-        )
-    if recipe.sample.steps > recipe.noise.timesteps:
+
+
+def _require_steps(recipe: Recipe) -> None:
+    """No sampler has more steps than the training has timesteps."""
+    most = recipe.noise.timesteps
+    if recipe.sample.steps > most:
         raise RecipeError(
             got=recipe.sample.steps,
-            expected=f"at most {recipe.noise.timesteps}, the timesteps of the training",
+            expected=f"at most {most}, the timesteps of the training",
             where="sample.steps",
             do="take fewer steps",
         )
-    if not all(1 <= steps <= recipe.noise.timesteps for steps in recipe.search.step_counts):
+    if any(steps > most for steps in recipe.search.step_counts):
         raise RecipeError(
             got=recipe.search.step_counts,
-            expected=f"whole numbers from 1 to {recipe.noise.timesteps}",
+            expected=f"whole numbers from 1 to {most}",
             where="search.step_counts",
             do="write e.g. --set search.step_counts=10,30",
         )
-    if recipe.slim.sandwich < 2:
+
+
+def _require_levels(model: ModelSpec) -> None:
+    if model.kind == "unet" and len(model.attention) != len(model.channels):
         raise RecipeError(
-            got=recipe.slim.sandwich, expected="2 or more", where="slim.sandwich", do="use 3, as the paper"
-        )
-    for name in ("eval.images", "search.images", "search.final_images", "shrink.images", "shrink.final_images"):
-        if values[name] < 2:
-            raise RecipeError(got=values[name], expected="2 images or more", where=name, do="change it with --set")
-    if not recipe.model.channels or min(recipe.model.channels) < 1:
-        raise RecipeError(
-            got=recipe.model.channels,
-            expected="channels above 0, one number for each level",
-            where="model.channels",
-            do="write e.g. --set model.channels=64,128",
-        )
-    if recipe.model.kind == "unet" and len(recipe.model.attention) != len(recipe.model.channels):
-        raise RecipeError(
-            got=f"{len(recipe.model.attention)} flags",
-            expected=f"one for each of the {len(recipe.model.channels)} levels",
+            got=f"{len(model.attention)} flags",
+            expected=f"one for each of the {len(model.channels)} levels",
             where="model.attention",
             do="write e.g. --set model.attention=false,true",
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from halfstep.errors import RecipeError
-from halfstep.recipe import DataSpec, EvalSpec, ModelSpec, Recipe, SampleSpec, SearchSpec, SlimSpec, TrainSpec, nearest
+from halfstep.recipe import DataSpec, EvalSpec, ModelSpec, Recipe, SampleSpec, SearchSpec, SlimSpec, TrainSpec
+from halfstep.typed import nearest
 
 
 def default() -> Recipe:

@@ -19,8 +19,9 @@ from halfstep.judge import default_device
 from halfstep.latents import Latents, encode_images, shape_for
 from halfstep.loop import DIVERGED, require_tracker
 from halfstep.profiling import machine
-from halfstep.recipe import Recipe, RunRecord, field_names, leaves
+from halfstep.recipe import Recipe, RunRecord, field_names
 from halfstep.train import STEADIER
+from halfstep.typed import leaves
 from halfstep.watch import SILENT, Watch
 
 _PLANS = ("name", "search.", "shrink.")
@@ -186,7 +187,7 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
     if not set(CONTENT) & set(old.inputs) and set(CONTENT) & set(asked.inputs):
         watch.say(f"{out} was begun before runs knew their model and data by content: what lies there now is believed")
     if steadier and old.recipe:
-        wild = {name: value for name, value in leaves(old.recipe) if name in changed}
+        wild = {leaf.name: leaf.value for leaf in leaves(old.recipe) if leaf.name in changed}
         old = replace(old, diverged=[*old.diverged, wild])
     recipe = asked.recipe if _changed(old, asked) else old.recipe
     return replace(old, inputs=asked.inputs, recipe=recipe)

@@ -117,9 +117,9 @@ class ErrorTable:
     images: int
     measure: str = "moved features"
 
-    def costs(self, weights: str, rows: Sequence[int]) -> np.ndarray:
-        """The additive error model [K, E]: measured damage ("influence") or unweighted local errors ("uniform")."""
-        if weights == "influence":
+    def costs(self, table: str, rows: Sequence[int]) -> np.ndarray:
+        """The additive error model [K, E]: the measured "damage", or the "local" errors."""
+        if table == "damage":
             return self.damage
         return np.add.reduceat(self.local, np.cumsum([0, *rows[:-1]]), axis=0)
 

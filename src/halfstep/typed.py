@@ -1,7 +1,8 @@
 """Frozen dataclasses of plain fields from text and JSON, checked by their type hints; errors name the nearest field.
 
 The one typed reader of the house. It understands int, float, str, bool, None, `Any`, `Literal`, unions,
-`tuple[X, ...]`, `tuple[A, B]`, `list[X]`, `dict[str, X]`, nested dataclasses and `Annotated[hint, Bounds(low, high)]`.
+`tuple[X, ...]`, `tuple[A, B]`, `list[X]`, `dict[str, X]`, nested dataclasses and `Annotated`: `Bounds` of the value,
+and a text that says what the field means, e.g. `steps: Annotated[int, Bounds(1, 1000), "sampling steps"] = 50`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, NoReturn
 
 from halfstep.errors import HalfstepError, RecipeError
@@ -21,19 +23,51 @@ from halfstep.errors import HalfstepError, RecipeError
 
 @dataclass(frozen=True)
 class Bounds:
-    """From `low` to `high`, both allowed, None: open. Of a number its value, of a text or a collection its length."""
+    """From `low` to `high`, both allowed, None: open. Of a number its value, of a text or a collection its length.
+
+    `above`: `low` itself is not allowed.
+    """
 
     low: float | None = None
     high: float | None = None
+    above: bool = False
 
     def __contains__(self, value: Any) -> bool:
         size = value if isinstance(value, int | float) else len(value)
-        return (self.low is None or size >= self.low) and (self.high is None or size <= self.high)
+        if self.low is not None and (size < self.low or (self.above and size == self.low)):
+            return False
+        return self.high is None or size <= self.high
 
     def __str__(self) -> str:
+        low, high = _figure(self.low), _figure(self.high)
+        if self.above:
+            return f"above {low}" if self.high is None else f"above {low}, at most {high}"
         if self.high is None:
-            return f"{self.low:g} or more"
-        return f"at most {self.high:g}" if self.low is None else f"{self.low:g} to {self.high:g}"
+            return f"{low} or more" if self.low is not None else "any"
+        return f"at most {high}" if self.low is None else f"{low} to {high}"
+
+
+def _figure(value: float | None) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value or 0:g}"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A plain field somewhere in nested dataclasses: its dotted name, its value, and its hint as it was declared."""
+
+    name: str
+    value: Any
+    hint: Any
+
+    @property
+    def meaning(self) -> str:
+        """The text that stands in the hint; "" where none does."""
+        return next((note for note in _notes(self.hint) if isinstance(note, str)), "")
+
+    @property
+    def allowed(self) -> str:
+        """Type and range in words, e.g. "a whole number, 1 to 64"."""
+        return describe(self.hint)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -42,20 +76,28 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return match[0] if match else ""
 
 
-def leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Every plain field of nested dataclasses, as (dotted name, value)."""
+@cache
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The hints of a dataclass's fields, with their `Annotated`."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[Leaf]:
+    """Every plain field of nested dataclasses, in their order."""
+    cls: Any = type(value)
+    hints = hints_of(cls)
     for item in dataclasses.fields(value):
         inner = getattr(value, item.name)
         if dataclasses.is_dataclass(inner):
             yield from leaves(inner, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name}", inner
+            yield Leaf(f"{prefix}{item.name}", inner, hints[item.name])
 
 
 def parse(text: str, hint: Any, path: str) -> Any:
     """A value of type `hint` from its text; tuples are separated by commas."""
     refuse = RecipeError(
-        got=shown(text), expected=_describe(hint), where=f"--set {path}", do="give a value of that type"
+        got=shown(text), expected=describe(hint), where=f"--set {path}", do="give a value of that type"
     )
     if typing.get_origin(hint) is Annotated:
         return parse(text, typing.get_args(hint)[0], path)
@@ -92,7 +134,7 @@ def build(
     Raises `error`, which says `where` and what to `do`, for what is no section of fields, for unknown and for missing
     fields, and for values of another type or out of their bounds.
     """
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     if not isinstance(record, Mapping):
         raise error(
             got=shown(record), expected="a section of fields", where=where, do=do or f"mend {prefix or 'the file'}"
@@ -110,7 +152,7 @@ def build(
         if item.default is item.default_factory is dataclasses.MISSING and item.name not in record:
             raise error(
                 got=f"no {prefix}{item.name}",
-                expected=_describe(hints[item.name]),
+                expected=describe(hints[item.name]),
                 where=where,
                 do=do or "add that field",
             )
@@ -127,45 +169,26 @@ def typed(
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
 
     def refuse(expected: str) -> NoReturn:
-        place = f"{where}: {path}" if path else where
-        raise error(got=shown(value), expected=expected, where=place, do=do or "give a value of that type")
+        place = ": ".join(part for part in (str(where), path) if part)
+        raise error(got=shown(value), expected=expected, where=place, do=do or "give such a value")
 
-    def each(values: Iterable[Any], hints: Iterable[Any]) -> list:
-        return [typed(v, h, path, where, error, do) for v, h in zip(values, hints, strict=False)]
+    def one(value: Any, hint: Any, path: str = path) -> Any:
+        return typed(value, hint, path, where, error, do)
 
     if hint is Any:
         return value
     if origin is Annotated:
-        limits = [bounds for bounds in inner[1:] if isinstance(bounds, Bounds)]
-        many = isinstance(value, list | tuple | Mapping)  # their length first: a million values are not typed in vain
-        if many and not all(value in bounds for bounds in limits):
-            refuse(_describe(hint))
-        found = typed(value, inner[0], path, where, error, do)
-        if not all(found in bounds for bounds in limits):
-            refuse(_describe(hint))
-        return found
+        return _within(value, hint, one, refuse)
     if _is_union(hint):
-        others = [one for one in inner if one is not type(None)]
-        if value is None and len(others) < len(inner):
-            return None
-        for one in others:
-            try:
-                return typed(value, one, path, where, error, do)
-            except HalfstepError:
-                if len(others) == 1:  # its own error says more than the union's
-                    raise
-        refuse(_describe(hint))
+        return _one_of(value, hint, one, refuse)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, f"{path}.", where, error=error, do=do)
-    if origin is tuple and isinstance(value, list | tuple):
-        if inner[-1] is Ellipsis:
-            return tuple(each(value, inner[:1] * len(value)))
-        if len(value) == len(inner):
-            return tuple(each(value, inner))
+    if origin is tuple and isinstance(value, list | tuple) and (inner[-1] is Ellipsis or len(value) == len(inner)):
+        return tuple(map(one, value, inner[:1] * len(value) if inner[-1] is Ellipsis else inner))
     if origin is list and isinstance(value, list | tuple):
-        return each(value, inner * len(value))
+        return [one(item, inner[0]) for item in value]
     if origin in (dict, Mapping) and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {n: typed(v, inner[1], f"{path}.{n[:80]}".lstrip("."), where, error, do) for n, v in value.items()}
+        return {name: one(item, inner[1], f"{path}.{name[:80]}".lstrip(".")) for name, item in value.items()}
     if origin is Literal and any(type(value) is type(known) and value == known for known in inner):
         return value
     if hint is float and type(value) is int and value.bit_length() < 1024:  # a larger one is no float
@@ -174,34 +197,90 @@ def typed(
         if isinstance(value, float) and not math.isfinite(value):
             refuse("a finite number")
         return value
-    return refuse(_describe(hint))
+    return refuse(describe(hint))
+
+
+def _within(value: Any, hint: Any, one: Callable[..., Any], refuse: Callable[[str], NoReturn]) -> Any:
+    """A value of an `Annotated` hint, within all of its bounds."""
+    limits = [note for note in _notes(hint) if isinstance(note, Bounds)]
+    many = isinstance(value, list | tuple | Mapping)  # their length first: a million values are not typed in vain
+    if many and not all(value in bounds for bounds in limits):
+        refuse(describe(hint))
+    found = one(value, typing.get_args(hint)[0])
+    if not all(found in bounds for bounds in limits):
+        refuse(describe(hint))
+    return found
+
+
+def _one_of(value: Any, hint: Any, one: Callable[..., Any], refuse: Callable[[str], NoReturn]) -> Any:
+    """A value of a union: as the first of its hints that takes it."""
+    hints = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if value is None and len(hints) < len(typing.get_args(hint)):
+        return None
+    for kind in hints:
+        try:
+            return one(value, kind)
+        except HalfstepError:
+            if len(hints) == 1:  # its own error says more than the union's
+                raise
+    return refuse(describe(hint))
+
+
+def require_typed(value: Any, *, where: object = "", error: type[HalfstepError] = RecipeError, do: str = "") -> None:
+    """Raise `error` where a field of nested dataclasses that were put together by hand is not as its hint has it."""
+    for leaf in leaves(value):
+        typed(leaf.value, leaf.hint, leaf.name, where, error, do)
+
+
+def _notes(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
 
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _describe(hint: Any) -> str:
+_KINDS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false, several"),
+    str: ("a text", "texts"),
+    Any: ("any value", "any values"),
+}
+"""Words for one and for several."""
+
+
+def describe(hint: Any) -> str:
+    """What a hint takes, in words: "a whole number, 1 to 64", "one of 'a', 'b'"."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        kind, bounds = _describe(inner[0]), ", ".join(str(b) for b in inner[1:])
+        kind, bounds = describe(inner[0]), ", ".join(str(note) for note in inner[1:] if isinstance(note, Bounds))
+        if not bounds:
+            return kind
         return f"{kind}, {bounds}" if inner[0] in (int, float) else f"{kind}, {bounds} long"
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in inner)
     if origin is tuple and inner[-1] is not Ellipsis:
-        return "a list of " + ", ".join(_describe(h) for h in inner)
+        return "a list of " + ", ".join(describe(h) for h in inner)
     if origin is tuple:
-        return f"{_describe(inner[0])}s separated by commas"
+        return f"{_several(inner[0])} separated by commas"
     if origin is list:
-        return f"a list of {_describe(inner[0])}s"
+        return f"a list of {_several(inner[0])}"
     if origin in (dict, Mapping):
-        return f"names, each with {_describe(inner[1])}"
+        return f"names, each with {describe(inner[1])}"
     if _is_union(hint):
-        return " or ".join(_describe(h) for h in inner)
+        return " or ".join(describe(h) for h in inner)
     if dataclasses.is_dataclass(hint):
         return "a section of fields"
-    known = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "any value"}
-    return known.get(hint, "none")
+    return _KINDS.get(hint, ("none", ""))[0]
+
+
+def _several(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        bounds = ", ".join(str(note) for note in _notes(hint) if isinstance(note, Bounds))
+        long = "" if typing.get_args(hint)[0] in (int, float) else " long"
+        return f"{_several(typing.get_args(hint)[0])}, each {bounds}{long}," if bounds else _several(hint.__origin__)
+    return _KINDS[hint][1] if hint in _KINDS else f"{describe(hint)}s"
 
 
 _SHORT = reprlib.Repr()
