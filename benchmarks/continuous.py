@@ -36,7 +36,6 @@ from rich.console import Console
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
 from halfstep import compress, disk, story
 from halfstep.bank import Bank
-from halfstep.continuous import with_solver
 from halfstep.data import load_images
 from halfstep.denoiser import predictor
 from halfstep.features import extract
@@ -44,6 +43,7 @@ from halfstep.judge import Judge, measure_plans
 from halfstep.loop import new_model
 from halfstep.measured import judge_for, open_pipeline
 from halfstep.models import load_denoiser
+from halfstep.ode import with_solver
 from halfstep.plan import StepPlan
 from halfstep.profiling import call_times, count_macs, interleave, peak_mib
 from halfstep.quality import compare

@@ -31,7 +31,7 @@ from halfstep.recipe import SpectralSpec
 from halfstep.recipes import named
 from halfstep.report import Grid, Report, Table, rich_table, write_report
 from halfstep.sampling import fewer_steps, reference_plan
-from halfstep.spectral import power_spectrum, radial_mean
+from halfstep.spectrum import power_spectrum, radial_mean
 from halfstep.terminal import RichWatch
 
 STUDENTS = {

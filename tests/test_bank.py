@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from halfstep import bank as bank_module
 from halfstep.bank import Bank, Shared
-from halfstep.continuous import ContinuousUNet2DModel, with_solver
 from halfstep.denoiser import copy_of
 from halfstep.errors import HalfstepError, ModelError
 from halfstep.masks import Masking, Pattern
 from halfstep.models import load_denoiser
+from halfstep.ode import ContinuousUNet2DModel, with_solver
 from halfstep.recipe import SparseSpec
 from halfstep.slices import cut_all
 from halfstep.slimmable import Supernet, width_name

@@ -26,8 +26,8 @@ FLOORS = {
         "sums",
         "seeds",
     ),
-    "nets": ("content", "denoiser", "slices", "masks", "uvit", "channels", "spectral", "continuous", "weights"),
-    "methods": ("slimmable", "sparse", "regularized"),
+    "nets": ("content", "denoiser", "slices", "masks", "unet", "uvit", "wavelet", "ode", "channels", "weights"),
+    "methods": ("slimmable", "sparse", "spectral", "continuous", "regularized"),
     "workers": (
         "arrays",
         "layout",
@@ -48,6 +48,7 @@ FLOORS = {
         "evolve",
         "profiling",
         "features",
+        "spectrum",
         "quality",
         "sanity",
         "judge",

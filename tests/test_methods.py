@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from halfstep import compress, methods, run
-from halfstep.continuous import ContinuousUNet2DModel
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.models import load_denoiser
+from halfstep.ode import ContinuousUNet2DModel
 from halfstep.recipe import Recipe
 from halfstep.sampling import StepAwarePipeline
 

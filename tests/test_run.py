@@ -31,7 +31,7 @@ from halfstep.recipe import Recipe, RunRecord
 from halfstep.recipes import named
 from halfstep.rundir import images_for, open_run
 from halfstep.sampling import StepAwarePipeline
-from halfstep.spectral import radial_mean
+from halfstep.spectrum import radial_mean
 from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.uvit import UViT2DModel
 from halfstep.watch import SILENT, Watch

@@ -20,7 +20,6 @@ from halfstep.recipe import SlimSpec
 from halfstep.slices import cut
 from halfstep.slimmable import (
     Supernet,
-    narrow_config,
     sandwich_objective,
     skeleton,
     slices_for,
@@ -28,6 +27,7 @@ from halfstep.slimmable import (
     supernet_of,
 )
 from halfstep.train import Batch, Diffusion
+from halfstep.unet import narrow_config
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 CIFAR = {

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DModel
 
 from halfstep.bank import Bank, Shared
-from halfstep.continuous import ContinuousUNet2DModel, continuous_objective, with_solver
+from halfstep.continuous import continuous_objective
 from halfstep.data import Images
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
@@ -20,14 +20,16 @@ from halfstep.latents import Latents
 from halfstep.lock import releasing
 from halfstep.loop import new_classes, new_model
 from halfstep.masks import Masking, Pattern, mask_all
+from halfstep.ode import ContinuousUNet2DModel, with_solver
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
 from halfstep.regularized import coordinates, regular_objective
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of, width_name
 from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
-from halfstep.spectral import Pupil, SpectralUNet2DModel, spectral_objective, student_configs
+from halfstep.spectral import Pupil, spectral_objective, student_configs
 from halfstep.train import TrainState
 from halfstep.watch import SILENT, Watch
+from halfstep.wavelet import SpectralUNet2DModel
 
 
 @releasing

@@ -16,15 +16,15 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
 from halfstep.classes import read_classes
-from halfstep.continuous import ContinuousUNet2DModel
 from halfstep.denoiser import class_count
 from halfstep.disk import read_json
 from halfstep.errors import ModelError
+from halfstep.ode import ContinuousUNet2DModel
 from halfstep.process import Process
-from halfstep.spectral import SpectralUNet2DModel
 from halfstep.sums import require_whole
 from halfstep.typed import shown
 from halfstep.uvit import UViT2DModel
+from halfstep.wavelet import SpectralUNet2DModel
 from halfstep.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
 DIGITS_MODEL = Path(__file__).parent / "assets" / "digits_model"

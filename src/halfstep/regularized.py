@@ -45,7 +45,7 @@ from torch import nn
 from halfstep.denoiser import Draw, clean_and_noise, predictor, soft
 from halfstep.errors import DataError, HalfstepError
 from halfstep.recipe import RegularSpec
-from halfstep.spectral import haar
+from halfstep.wavelet import haar
 
 Rule = Literal["posterior", "beta", "beta_over_alpha"]
 """The variance of a reverse step: (1 - a_t)(1 - abar_{t-1}) / (1 - abar_t), 1 - a_t, or (1 - a_t) / a_t."""

@@ -63,7 +63,7 @@ from halfstep.rundir import CONTENT, contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
-from halfstep.spectral import spectra
+from halfstep.spectrum import spectra
 from halfstep.story import tell, tell_restored, tell_spectra
 from halfstep.sums import write_sums
 from halfstep.train import Diffusion, TrainState, dense_objective

@@ -23,7 +23,6 @@ What differs, and why:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -31,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
-from halfstep import uvit
+from halfstep import unet, uvit
 from halfstep.channels import free_channels
 from halfstep.denoiser import Draw, Predict, copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.recipe import SlimSpec
-from halfstep.slices import Pieces, Slices, cut_all, nearest_frequencies
+from halfstep.slices import Pieces, Slices, cut_all
 from halfstep.uvit import UViT2DModel
 
 Net: TypeAlias = UNet2DModel | UViT2DModel
@@ -53,60 +52,9 @@ def width_name(width: float) -> str:
 # ----------------------------------------------------------------------------------------- which weights a width uses
 
 
-def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
-    """The `UNet2DModel` config at `width` in (0, 1]. Raises ModelError when a level gets no whole channel groups."""
-    narrow = {key: value for key, value in config.items() if not key.startswith("_")}
-    groups = config["norm_num_groups"] or 1
-    channels = []
-    for full in config["block_out_channels"]:
-        c = round(full * width, 2)  # so that 1/3 may be written 0.333333, as the message below does
-        if c != int(c) or c < 1 or c % groups:
-            expected = f"a multiple of the model's {groups} norm groups"
-            raise _refused_width(config, f"{full} channels x {width} = {c:g}", expected)
-        channels.append(int(c))
-    _require_whole_frequencies(config, channels[0], width)
-    narrow["block_out_channels"] = tuple(channels)
-    if config.get("class_embed_type") == "identity":  # the caller hands in embeddings of the full size
-        narrow["time_embedding_dim"] = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
-    elif config.get("time_embedding_dim"):
-        narrow["time_embedding_dim"] = max(2, round(config["time_embedding_dim"] * width))
-    if head := config.get("attention_head_dim"):  # a head must not be wider than the narrowest attended level
-        narrow["attention_head_dim"] = min(head, *(_attended(config, channels) or [head]))
-    return narrow
-
-
-def _require_whole_frequencies(config: Mapping[str, Any], first: int, width: float) -> None:
-    """A narrow net has a sinusoid of its own, pairs of a sine and a cosine: its first level has even channels."""
-    full = config["block_out_channels"][0]
-    if first % 2 and first != full and config.get("time_embedding_type", "positional") == "positional":
-        got = f"{full} channels x {width} = {first} in the first level"
-        raise _refused_width(config, got, "an even number, for the sines and cosines of its time embedding")
-
-
-def _refused_width(config: Mapping[str, Any], got: str, expected: str) -> ModelError:
-    groups, full = config["norm_num_groups"] or 1, config["block_out_channels"]
-    shared = math.gcd(*(c // groups for c in full))
-    even = config.get("time_embedding_type", "positional") == "positional"
-    usable = [k / shared for k in range(1, shared + 1) if k == shared or not (even and full[0] * k // shared % 2)]
-    do = f"choose widths such as {', '.join(f'{u:g}' for u in _some(usable))}"
-    return ModelError(got=got, expected=expected, where="slim.widths", do=do)
-
-
-def _some(values: Sequence[float]) -> Sequence[float]:
-    return values if len(values) <= 8 else [values[round(i * (len(values) - 1) / 7)] for i in range(8)]
-
-
-def _attended(config: Mapping[str, Any], channels: Sequence[int]) -> list[int]:
-    found = [c for kind, c in zip(config["down_block_types"], channels, strict=True) if "Attn" in kind]
-    found += [c for kind, c in zip(config["up_block_types"], reversed(channels), strict=True) if "Attn" in kind]
-    if config.get("mid_block_type", "UNetMidBlock2D") and config.get("add_attention", True):
-        found.append(channels[-1])
-    return found
-
-
 def narrowed(kind: type[Net], config: Mapping[str, Any], width: float) -> dict[str, Any]:
     """The config of a denoiser of class `kind` at `width`. Raises ModelError for widths that do not divide it."""
-    return uvit.narrow_config(config, width) if kind is UViT2DModel else narrow_config(config, width)
+    return uvit.narrow_config(config, width) if kind is UViT2DModel else unet.narrow_config(config, width)
 
 
 def skeleton(config: Mapping[str, Any], kind: type[Net] = UNet2DModel) -> Net:
@@ -123,7 +71,7 @@ def slices_for(
     full_shapes = {name: value.shape for name, value in skeleton(config, kind).state_dict().items()}
     slim_shapes = {name: value.shape for name, value in skeleton(narrow, kind).state_dict().items()}
     slices: dict[str, tuple[Pieces, ...]] = {name: tuple(((0, n),) for n in s) for name, s in slim_shapes.items()}
-    found = uvit.slice_exceptions if kind is UViT2DModel else _exceptions
+    found = uvit.slice_exceptions if kind is UViT2DModel else unet.slice_exceptions
     for name, dim, pieces in found(config, narrow, slim_shapes, concat):
         slices[name] = (*slices[name][:dim], pieces, *slices[name][dim + 1 :])
     for name, dims in slices.items():
@@ -131,58 +79,6 @@ def slices_for(
             fits = all(start + length <= full_shapes[name][dim] for start, length in pieces)
             assert fits and sum(n for _, n in pieces) == slim_shapes[name][dim], (name, dim, pieces)
     return slices
-
-
-def _exceptions(
-    config: Mapping[str, Any], narrow: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], concat: str
-) -> Iterator[tuple[str, int, Pieces]]:
-    """The dimensions that are no plain prefix, as (parameter, dimension, pieces)."""
-    for name in shapes:
-        if name in ("time_embedding.linear_1.weight", "class_embedding.linear_1.weight"):
-            yield name, 1, _time_columns(config, narrow)
-        if ".time_emb_proj." in name and config.get("resnet_time_scale_shift") == "scale_shift":
-            half = shapes[name][0] // 2  # scale and shift are the two halves of one output
-            yield name, 0, ((0, half), (_full_out(config, name), half))
-    if concat == "leading":
-        return
-    for name, shape in shapes.items():
-        parts = name.split(".")
-        if parts[:1] != ["up_blocks"] or parts[2] != "resnets" or parts[4] not in ("norm1", "conv1", "conv_shortcut"):
-            continue
-        dim = 0 if parts[4] == "norm1" else 1
-        if dim >= len(shape):  # a bias of a convolution sees no input
-            continue
-        hidden, slim = (
-            _hidden_channels(c["block_out_channels"], int(parts[1]), int(parts[3])) for c in (config, narrow)
-        )
-        yield name, dim, ((0, slim), (hidden, shape[dim] - slim))
-
-
-def _hidden_channels(channels: Sequence[int], block: int, resnet: int) -> int:
-    """Channels of the hidden part of the concatenation that enters `up_blocks[block].resnets[resnet]`."""
-    upward = list(reversed(channels))
-    return upward[max(0, block - 1)] if resnet == 0 else upward[block]
-
-
-def _full_out(config: Mapping[str, Any], name: str) -> int:
-    """Output channels of the full ResNet block that owns a `time_emb_proj` parameter."""
-    where, *rest = name.split(".")
-    channels = list(config["block_out_channels"])
-    if where == "mid_block":
-        return channels[-1]
-    level = int(rest[0])
-    return channels[level] if where == "down_blocks" else channels[::-1][level]
-
-
-def _time_columns(config: Mapping[str, Any], narrow: Mapping[str, Any]) -> Pieces:
-    """Columns of the first time layer: the features that the narrow net's own time embedding has."""
-    full, slim = config["block_out_channels"][0], narrow["block_out_channels"][0]
-    kind = config.get("time_embedding_type", "positional")
-    if kind == "learned":
-        return ((0, slim),)
-    if kind == "fourier":  # sin and cos of `slim` random frequencies, which are a prefix of the full ones
-        return ((0, slim), (full, slim))
-    return nearest_frequencies(full // 2, slim // 2, config.get("freq_shift", 0))
 
 
 # ----------------------------------------------------------------------------------------------------------- supernet
