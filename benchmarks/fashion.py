@@ -26,6 +26,7 @@ from rich.console import Console
 from halfstep import compress, disk, run, story
 from halfstep.bank import Bank
 from halfstep.data import load_images
+from halfstep.denoiser import Memo, predictor
 from halfstep.evolve import random_plans
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
@@ -250,7 +251,8 @@ def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
     noisy = DDPMScheduler.from_config(noise).add_noise(clean, target, timestep)
     losses = {}
     for name in bank:
-        found = [bank[name](x, t).sample for x, t in zip(noisy.split(128), timestep.split(128), strict=True)]
+        predict = predictor(bank[name])
+        found = [predict(x, t, {}, Memo()) for x, t in zip(noisy.split(128), timestep.split(128), strict=True)]
         losses[name] = (torch.cat(found) - target).square().mean((1, 2, 3))
     rows = []
     for name, loss in losses.items():

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -112,13 +111,13 @@ class ToyNet(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
         self.register_buffer("frequencies", torch.logspace(0, 2.5, 32))
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> SimpleNamespace:
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
         phase = ((timestep.float() + 1) / LEVELS)[:, None] * self.frequencies
         waves = torch.cat([phase.sin(), phase.cos()], dim=1)
         h = self.start(sample)
         for time_in, block in zip(self.time, self.blocks, strict=True):
             h = h + block(nn.functional.silu(h + time_in(waves)))
-        return SimpleNamespace(sample=self.end(nn.functional.silu(h)))
+        return (self.end(nn.functional.silu(h)),)
 
 
 def trained(toy: Toy, spec: RegularSpec, steps: int, seed: int, told: Callable[[int], None]) -> tuple[ToyNet, float]:
@@ -140,7 +139,7 @@ def trained(toy: Toy, spec: RegularSpec, steps: int, seed: int, told: Callable[[
     began = time.process_time()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / steps))
-        for loss in objective(Batch(toy.train[torch.randint(len(toy.train), (BATCH,))], None, step)):
+        for loss in objective(Batch(toy.train[torch.randint(len(toy.train), (BATCH,))], {}, step)):
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -166,7 +165,7 @@ def sample(
     for i in range(steps):
         here, there = levels[i], levels[i + 1]
         now = times[i : i + 1] * LEVELS - 1
-        found = torch.cat([net(part, now).sample for part in x.split(500)])  # 500 rows stay in the cache
+        found = torch.cat([net(part, now)[0] for part in x.split(500)])  # 500 rows stay in the cache
         noise = corrected(found, scale, threshold)
         if sampler == "ddim":
             clean = (x - (1 - here).sqrt() * noise) / here.sqrt()

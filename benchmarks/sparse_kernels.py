@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from fashion import markdown
+from halfstep.denoiser import Memo, predictor
 from halfstep.kernels import use_semi_structured
 from halfstep.masks import Masking, Pattern, masked
 from halfstep.profiling import example_inputs, interleave
@@ -67,7 +68,9 @@ def model_rows() -> list[tuple[str, ...]]:
         inputs = example_inputs(dense, batch)
         for backend in ("eager", "compiled"):
             nets = [torch.compile(m) if backend == "compiled" else m for m in (dense, sparse)]
-            calls = {kind: partial(m, **inputs) for kind, m in zip(("dense", "sparse"), nets, strict=True)}
+            calls = {
+                kind: partial(predictor(m), *inputs, Memo()) for kind, m in zip(("dense", "sparse"), nets, strict=True)
+            }
             times = {kind: median(found) for kind, found in interleave(calls, repeats=20, warmup=5).items()}
             ratio = times["dense"] / times["sparse"]
             what = f"{name}, batch {batch}, {backend}"

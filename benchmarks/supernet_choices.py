@@ -48,7 +48,7 @@ def held_out_losses(supernet: Supernet, diffusion: Diffusion, clean: torch.Tenso
     losses = []
     for width in supernet.widths:
         torch.manual_seed(99)
-        parts = [diffusion.loss(supernet.predict(width), Batch(part, None)) for part in clean.split(256)]
+        parts = [diffusion.loss(supernet.predict(width), Batch(part, {})) for part in clean.split(256)]
         losses.append(float(torch.stack(parts).mean()))
     return losses
 

@@ -32,18 +32,19 @@ def work(model: str, batch: int) -> None:
     """The measured process: a call for every line read, its milliseconds on a line of their own."""
     import torch  # here, and not above: the process that counts the turns must not load OpenMP
 
+    from halfstep.denoiser import Memo, predictor
     from halfstep.models import load_denoiser
     from halfstep.profiling import example_inputs
     from halfstep.recipe import SlimSpec
     from halfstep.slimmable import supernet_of
 
     net = supernet_of(load_denoiser(model)[0], SlimSpec(widths=(0.25,))).subnet(0.25).eval()
-    inputs = example_inputs(net, batch)
+    predict, inputs = predictor(net), example_inputs(net, batch)
     with torch.no_grad():
-        net(**inputs)
+        predict(*inputs, Memo())
         for _ in sys.stdin:
             begun = time.perf_counter()
-            net(**inputs)
+            predict(*inputs, Memo())
             print(1e3 * (time.perf_counter() - begun), flush=True)
 
 

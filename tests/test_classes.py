@@ -17,7 +17,7 @@ from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, read_classes, spread
 from halfstep.compress import continuous_net
 from halfstep.data import Images
-from halfstep.denoiser import predictor
+from halfstep.denoiser import cond_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.features import Extractor
 from halfstep.fit import fit
@@ -275,9 +275,8 @@ def test_denoise_restores_as_the_class_asked_for_and_refuses_to_guess(tmp_path):
     found = {record.name: record.psnr_db for record in call(classes=["eel", 0])}
     config = {**DDPMScheduler().config, "prediction_type": "epsilon"}
     for name, label in (("full as eel, 1 step", 2), ("full as 0, 1 step", 0)):
-        restored = restore_picture(
-            predictor(bank["full"]), with_noise(clean, 0.1, 0, 0), 0.1, config, steps=1, size=8, channels=1, label=label
-        )
+        noisy, cond = with_noise(clean, 0.1, 0, 0), cond_of(torch.tensor([label]))
+        restored = restore_picture(predictor(bank["full"]), noisy, 0.1, config, steps=1, size=8, channels=1, cond=cond)
         error = (restored.clamp(0, 1) - clean).square().mean()
         assert found[name] == pytest.approx(float(-10 * error.log10()), abs=1e-3)
     assert found["full as eel, 1 step"] != found["full as 0, 1 step"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from halfstep.continuous import continuous_objective
-from halfstep.denoiser import predictor
+from halfstep.denoiser import cond_of, predictor
 from halfstep.errors import ModelError
 from halfstep.process import Process
 from halfstep.train import Batch, Diffusion
@@ -21,14 +21,14 @@ class Spy(torch.nn.Module):
         super().__init__()
         self.weight, self.asked = torch.nn.Parameter(torch.tensor(0.5)), []
 
-    def forward(self, sample, timestep, class_labels=None, solver_steps=None):
+    def forward(self, sample, timestep, class_labels=None, solver_steps=None, return_dict=True):
         self.asked.append((sample, timestep, class_labels, solver_steps))
-        return type("Out", (), {"sample": self.weight.expand_as(sample)})
+        return (self.weight.expand_as(sample),)
 
 
 def test_every_step_count_is_drawn_and_the_noise_does_not_depend_on_it():
     draw, labels = Diffusion(Process()).draw, torch.tensor([1, 0])
-    batch, spies = Batch(torch.randn(2, 1, 8, 8), labels), (Spy(), Spy())
+    batch, spies = Batch(torch.randn(2, 1, 8, 8), cond_of(labels)), (Spy(), Spy())
     for spy, steps in zip(spies, ((1, 2, 4), (1,)), strict=True):
         objective = continuous_objective(spy, draw, steps)
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_every_step_count_is_drawn_and_the_noise_does_not_depend_on_it():
 
 def test_the_loss_is_the_noise_loss_plus_the_weighted_distance_to_the_teacher():
     model, teacher, diffusion = ode_unet(), ode_unet(seed=3, order=2), Diffusion(Process())
-    batch = Batch(torch.randn(2, 1, 8, 8), None)
+    batch = Batch(torch.randn(2, 1, 8, 8), {})
     found = []
     for args in ((), (predictor(teacher), 0.0), (predictor(teacher), 0.5)):
         torch.manual_seed(4)
@@ -71,7 +71,7 @@ def two_classes(count: int, seed: int) -> Batch:
     y, x = torch.arange(16)[:, None] - 8 - shift[0], torch.arange(16)[None] - 8 - shift[1]
     disc, bar = (x**2 + y**2 < 16).float(), 1 - (x.abs() < 2).float().expand(count, 16, 16)
     images = torch.where(labels[:, None, None] == 0, disc, bar)
-    return Batch(2 * images[:, None] - 1, labels)
+    return Batch(2 * images[:, None] - 1, cond_of(labels))
 
 
 @pytest.mark.slow
@@ -91,6 +91,6 @@ def test_it_learns_and_needs_to_know_the_timestep(order):
     held = two_classes(128, 999)
     noisy, timestep, target = diffusion.draw(held.clean)
     with torch.no_grad():
-        told = F.mse_loss(model(noisy, timestep, held.labels).sample, target)
-        frozen = [F.mse_loss(model(noisy, t, held.labels).sample, target) for t in (100, 300, 500, 700, 900)]
+        told = F.mse_loss(model(noisy, timestep, **held.cond).sample, target)
+        frozen = [F.mse_loss(model(noisy, t, **held.cond).sample, target) for t in (100, 300, 500, 700, 900)]
     assert min(frozen) > told and sum(frozen) / 5 > 1.03 * told

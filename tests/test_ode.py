@@ -13,7 +13,7 @@ import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfstep.denoiser import copy_of, predictor
+from halfstep.denoiser import Memo, cond_of, copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.ode import (
     FIXED,
@@ -399,7 +399,7 @@ def test_twins_share_every_weight_and_its_gradient():
     four = with_solver(model, 4)
     assert (four.config.solver_steps, model.config.solver_steps, four.training) == (4, 1, False)
     assert {id(p) for p in four.parameters()} == {id(p) for p in model.parameters()}
-    assert torch.equal(predictor(four)(x, 3, labels), model(x, 3, labels, solver_steps=4).sample)
+    assert torch.equal(predictor(four)(x, 3, cond_of(labels), Memo()), model(x, 3, labels, solver_steps=4).sample)
     four(x, 3, labels).sample.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert with_solver(four, 2, "euler").config.solver == "euler" and with_solver(model, 2).config.solver == "rk4"

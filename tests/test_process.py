@@ -182,7 +182,7 @@ def test_restoring_clips_and_thresholds_as_the_process_says():
         x = level.sqrt() * noisy
         wanted = stock.step(net(x, t).sample, t, x).pred_original_sample
         sigma = float(((1 - level) / level).sqrt() / 2)
-        found = restore(lambda s, t, _: net(s, t).sample, noisy, sigma, config, steps=1)
+        found = restore(lambda s, t, *_: net(s, t).sample, noisy, sigma, config, steps=1)
         assert torch.allclose(found, wanted, atol=1e-5)
 
 

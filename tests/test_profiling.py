@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halfstep import profiling
+from halfstep.denoiser import Memo, predictor
 from halfstep.errors import HalfstepError, ModelError
+from halfstep.profiling import Inputs
 from halfstep.results import Cost
 
 MIB = 2**20
@@ -80,16 +82,31 @@ def on_real_numbers(monkeypatch):
     monkeypatch.setattr(profiling, "_meta_twin", refuse)
 
 
+class Bare(nn.Module):
+    """A layer with the face of a denoiser: its further inputs come as conditions."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, sample, timestep, return_dict, **cond):
+        return (self.layer(sample, **cond),)
+
+
+def taking(sample, **cond):
+    return Inputs(sample, torch.ones(len(sample)), cond)
+
+
 def test_conv_by_hand():
     conv = nn.Conv2d(6, 4, 3, padding=1, groups=2)
-    kinds = profiling.macs_by_kind(conv, inputs={"input": torch.zeros(5, 6, 10, 7)})
+    kinds = profiling.macs_by_kind(Bare(conv), inputs=taking(torch.zeros(5, 6, 10, 7)))
     assert kinds == {"conv": 4 * 10 * 7 * 3 * 9, "linear": 0, "matmul": 0}
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 12), (2, 5, 12)])
 def test_linear_by_hand(bias, shape):
-    kinds = profiling.macs_by_kind(nn.Linear(12, 7, bias=bias), inputs={"input": torch.zeros(shape)})
+    kinds = profiling.macs_by_kind(Bare(nn.Linear(12, 7, bias=bias)), inputs=taking(torch.zeros(shape)))
     assert kinds == {"conv": 0, "linear": math.prod(shape[1:]) * 7, "matmul": 0}
 
 
@@ -107,7 +124,7 @@ def test_conv_formula(channels, kernel, size, stride, padding, groups, batch):
     inside, outside = channels[0] * groups, channels[1] * groups
     conv = nn.Conv2d(inside, outside, kernel, stride, padding, groups=groups)
     pixels = math.prod((s + 2 * padding - k) // stride + 1 for s, k in zip(size, kernel, strict=True))
-    macs = profiling.count_macs(conv, inputs={"input": torch.zeros(batch, inside, *size)})
+    macs = profiling.count_macs(Bare(conv), inputs=taking(torch.zeros(batch, inside, *size)))
     assert macs == pixels * outside * channels[0] * math.prod(kernel)
 
 
@@ -119,7 +136,7 @@ def test_multihead_attention_by_hand(monkeypatch, real):
     tokens, width = 10, 16
     attention = nn.MultiheadAttention(width, 4, batch_first=True).eval()
     x = torch.zeros(3, tokens, width)
-    macs = profiling.count_macs(attention, inputs={"query": x, "key": x, "value": x})
+    macs = profiling.count_macs(Bare(attention), inputs=taking(x, key=x, value=x))
     assert macs == 4 * tokens * width**2 + 2 * tokens**2 * width
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -176,13 +193,13 @@ def test_macs_of_a_forward_that_reads_numbers():
             super().__init__()
             self.layer = nn.Linear(4, 4)
 
-        def forward(self, sample):
+        def forward(self, sample, timestep, return_dict):
             for _ in range(int(sample.sum().item())):
                 sample = self.layer(sample)
-            return sample @ torch.zeros(4, 2)
+            return (sample @ torch.zeros(4, 2),)
 
     model = Reads()
-    inputs = {"sample": torch.full((1, 4), 0.75)}
+    inputs = Inputs(torch.full((1, 4), 0.75), torch.ones(1), {})
     model.layer.weight.data.zero_()
     assert profiling.macs_by_kind(model, inputs=inputs) == {"conv": 0, "linear": 3 * 16, "matmul": 8}
     assert profiling.macs_by_module(model, inputs=inputs) == {"layer": 3 * 16, "(own)": 8}
@@ -216,7 +233,7 @@ def test_counting_leaves_the_model_alone():
 def test_modes_are_restored_after_an_error():
     model = tiny().train()
     with pytest.raises(RuntimeError):
-        profiling.count_macs(model, inputs={"sample": torch.zeros(1, 5, 8, 8), "timestep": torch.ones(1)})
+        profiling.count_macs(model, inputs=Inputs(torch.zeros(1, 5, 8, 8), torch.ones(1), {}))
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
 
@@ -229,18 +246,18 @@ def test_modes_are_restored_after_an_error():
 def test_class_conditional(changes):
     model = tiny(**changes)
     inputs = profiling.example_inputs(model, batch=2)
-    assert inputs["class_labels"].shape[0] == 2
+    assert inputs.cond["class_labels"].shape[0] == 2
     with torch.no_grad():
-        assert model(**inputs).sample.shape == (2, 3, 8, 8)
+        assert predictor(model)(*inputs, Memo()).shape == (2, 3, 8, 8)
     assert profiling.count_macs(model) >= profiling.count_macs(tiny())
 
 
 def test_example_inputs_follow_the_config():
     inputs = profiling.example_inputs(tiny(sample_size=(8, 16), in_channels=5), batch=3, dtype=torch.bfloat16)
-    assert inputs["sample"].shape == (3, 5, 8, 16) and inputs["sample"].dtype == torch.bfloat16
-    assert inputs["timestep"].shape == (3,) and set(inputs) == {"sample", "timestep"}
+    assert inputs.sample.shape == (3, 5, 8, 16) and inputs.sample.dtype == torch.bfloat16
+    assert inputs.timestep.shape == (3,) and inputs.cond == {}
     again = profiling.example_inputs(tiny(sample_size=(8, 16), in_channels=5), batch=3, dtype=torch.bfloat16)
-    assert torch.equal(inputs["sample"], again["sample"])
+    assert torch.equal(inputs.sample, again.sample)
 
 
 def test_example_inputs_say_what_is_missing():

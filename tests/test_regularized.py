@@ -85,7 +85,7 @@ def descended(loss, *start: torch.Tensor, steps: int = 1500, lr: float = 0.05) -
 @pytest.mark.parametrize("name", PENALTIES)
 def test_without_weight_it_is_the_plain_objective_bit_for_bit_and_no_penalty_is_evaluated(name, kind, monkeypatch):
     monkeypatch.setattr(regularized, "penalty", lambda *_: pytest.fail("evaluated"))
-    diffusion, batch, found = Diffusion(Process(prediction=kind)), Batch(pictures(), None), []
+    diffusion, batch, found = Diffusion(Process(prediction=kind)), Batch(pictures(), {}), []
     levels = diffusion.scheduler.alphas_cumprod
     for regular in (False, True):
         model, spec = unet(), RegularSpec(penalty=name, r=0.0)
@@ -103,7 +103,7 @@ def test_the_loss_is_the_plain_one_and_r_times_the_size_of_the_predicted_noise(k
     model, diffusion = unet(), Diffusion(Process(prediction=kind))
     levels = diffusion.scheduler.alphas_cumprod
     torch.manual_seed(3)
-    (loss,) = regular_objective(model, diffusion.draw, RegularSpec(r=0.3), levels, kind)(Batch(pictures(), None))
+    (loss,) = regular_objective(model, diffusion.draw, RegularSpec(r=0.3), levels, kind)(Batch(pictures(), {}))
     torch.manual_seed(3)
     noisy, timestep, target = diffusion.draw(pictures())
     found, level = model(noisy, timestep).sample, levels[timestep].view(-1, 1, 1, 1)
@@ -134,14 +134,14 @@ def test_every_variant_has_finite_gradients_at_every_timestep(name, basis, cente
         timestep = torch.tensor([0, 1, 500, 999])
         return clean, timestep, torch.zeros_like(clean)
 
-    (loss,) = regular_objective(model, draw, spec, levels, "epsilon")(Batch(pictures(), None))
+    (loss,) = regular_objective(model, draw, spec, levels, "epsilon")(Batch(pictures(), {}))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():  # a prediction of zeros is where magnitudes have a corner
         model.conv_out.weight.zero_()
         model.conv_out.bias.zero_()
     model.zero_grad()
-    (loss,) = regular_objective(model, draw, spec, levels, "epsilon")(Batch(pictures(), None))
+    (loss,) = regular_objective(model, draw, spec, levels, "epsilon")(Batch(pictures(), {}))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfstep.denoiser import cond_of
 from halfstep.errors import DataError, HalfstepError, ModelError, PlanError
 from halfstep.restore import (
     CLASSICAL,
@@ -42,7 +43,7 @@ def ratio(timestep: int) -> float:
 def from_estimate(estimate, kind):
     """The predictor whose clean estimate is estimate(sample, level)."""
 
-    def predict(sample, timestep, labels):
+    def predict(sample, timestep, cond, memo):
         level = float(ALPHAS[int(timestep[0])])
         clean = estimate(sample, level)
         noise = (sample - math.sqrt(level) * clean) / math.sqrt(1 - level)
@@ -62,7 +63,7 @@ def gaussian(mean, std, kind="epsilon"):
     return from_estimate(estimate, kind)
 
 
-def unchanged(sample, timestep, labels):
+def unchanged(sample, timestep, cond, memo):
     """The denoiser (epsilon) that finds no noise: what is left is the noisy picture."""
     return torch.zeros_like(sample)
 
@@ -100,14 +101,14 @@ def test_the_picture_at_the_matching_timestep_has_the_noise_that_the_model_expec
     clean, n = torch.rand(1, 1, 8, 8, dtype=torch.float64), normal(1, 1, 8, 8)
     seen = []
 
-    def predict(sample, t, labels):
-        seen.append((sample, t.tolist(), labels))
+    def predict(sample, t, cond, memo):
+        seen.append((sample, t.tolist(), cond))
         return sample
 
-    label = torch.tensor([7])
-    restore(predict, 2 * (clean + sigma * n) - 1, sigma, noise_config(), steps=1, labels=label)
+    cond = cond_of(torch.tensor([7]))
+    restore(predict, 2 * (clean + sigma * n) - 1, sigma, noise_config(), steps=1, cond=cond)
     forward = math.sqrt(level) * (2 * clean - 1) + math.sqrt(1 - level) * n
-    assert len(seen) == 1 and seen[0][1] == [timestep] and seen[0][2] is label
+    assert len(seen) == 1 and seen[0][1] == [timestep] and seen[0][2] is cond
     assert torch.allclose(seen[0][0], forward, atol=1e-12)
 
 
@@ -143,7 +144,7 @@ def test_it_equals_diffusers_ddim_on_the_schedule_cut_at_the_start(kind, clip):
     start, steps = 239, 8
     config = noise_config(kind, clip_sample=clip, clip_sample_range=0.8)
 
-    def predict(sample, timestep, labels):
+    def predict(sample, timestep, cond=None, memo=None):
         return net(sample) + timestep.view(-1, 1, 1, 1) / 1000
 
     noisy = normal(3, 2, 8, 8)
@@ -160,7 +161,7 @@ def test_it_equals_diffusers_ddim_on_the_schedule_cut_at_the_start(kind, clip):
     with torch.no_grad():
         theirs = noisy * ddim.alphas_cumprod[start].double().sqrt()
         for t in ddim.timesteps:
-            theirs = ddim.step(predict(theirs, t.repeat(3), None), t, theirs).prev_sample
+            theirs = ddim.step(predict(theirs, t.repeat(3)), t, theirs).prev_sample
     assert torch.allclose(mine, theirs, atol=1e-5)
     assert (mine - noisy).abs().max() > 0.1
 
@@ -238,7 +239,7 @@ def test_more_steps_than_there_are_timesteps_are_refused(steps):
 
 def test_a_prediction_that_does_not_fit_is_refused():
     with pytest.raises(ModelError, match="predicts no variance"):
-        restore(lambda x, t, c: x.repeat(1, 2, 1, 1), normal(1, 1, 8, 8), 0.1, noise_config(), steps=1)
+        restore(lambda x, *_: x.repeat(1, 2, 1, 1), normal(1, 1, 8, 8), 0.1, noise_config(), steps=1)
     with pytest.raises(ModelError, match="flow"):
         restore(unchanged, normal(1, 1, 8, 8), 0.1, noise_config() | {"prediction_type": "flow"}, steps=1)
 
@@ -306,10 +307,11 @@ def test_the_batch_changes_nothing():
 
 
 def test_a_one_channel_model_restores_colours_one_by_one():
-    config, options = noise_config(), {"steps": 2, "size": 16, "channels": 1, "label": 3}
+    config, options = noise_config(), {"steps": 2, "size": 16, "channels": 1, "cond": cond_of(torch.tensor([3]))}
     labels = []
 
-    def predict(sample, timestep, label):
+    def predict(sample, timestep, cond, memo):
+        label = cond["class_labels"]
         assert sample.shape[1:] == (1, 16, 16) and label.shape == timestep.shape == sample.shape[:1]
         labels.extend(label.tolist())
         return torch.tanh(sample - sample.mean((2, 3), keepdim=True))

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from scipy.stats import chisquare
 
+from halfstep.denoiser import Memo, cond_of
 from halfstep.errors import ModelError
 from halfstep.process import Process
 from halfstep.profiling import count_macs, macs_by_kind
@@ -129,6 +130,10 @@ def inputs(model: UNet2DModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return x, torch.tensor([3, 600]), labels
 
 
+def asked(predict, x, t, labels=None):
+    return predict(x, t, cond_of(labels), Memo())
+
+
 def run(model: UNet2DModel, x, t, labels):
     return model(x, t, **({} if labels is None else {"class_labels": labels})).sample
 
@@ -140,7 +145,7 @@ def test_every_width_is_a_plain_unet_that_stock_diffusers_loads(name, tmp_path):
     supernet = Supernet(model, widths_of(name))
     x, t, labels = inputs(model)
     whole = run(model, x, t, labels)
-    assert torch.equal(supernet.predict(1.0)(x, t, labels), whole)
+    assert torch.equal(asked(supernet.predict(1.0), x, t, labels), whole)
     assert torch.equal(run(supernet.subnet(1.0), x, t, labels), whole)
     for width in supernet.widths:
         subnet = supernet.subnet(width)
@@ -150,7 +155,7 @@ def test_every_width_is_a_plain_unet_that_stock_diffusers_loads(name, tmp_path):
         out = run(loaded, x, t, labels)
         assert out.shape == x.shape and out.isfinite().all()
         assert torch.equal(out, run(subnet, x, t, labels))
-        assert (out - supernet.predict(width)(x, t, labels)).abs().max() <= 1e-5
+        assert (out - asked(supernet.predict(width), x, t, labels)).abs().max() <= 1e-5
         assert width == 1.0 or not torch.allclose(out, whole, atol=1e-3)
 
 
@@ -170,7 +175,7 @@ def test_leading_slices_are_prefixes_of_every_weight(name):
                 continue  # chosen by frequency, or made of two halves: see the tests below
             prefix = weights[key].numpy()[tuple(slice(n) for n in value.shape)]
             assert np.array_equal(value.numpy(), prefix), key
-        assert (run(subnet, *args) - supernet.predict(width)(*args)).abs().max() <= 1e-5
+        assert (run(subnet, *args) - asked(supernet.predict(width), *args)).abs().max() <= 1e-5
 
 
 @torch.no_grad()
@@ -243,7 +248,7 @@ def test_nets_are_nested_and_gradients_stay_inside_the_slices(name, concat):
     model = make(**CONFIGS[name])
     supernet = Supernet(model, widths_of(name), concat)
     x, t, labels = inputs(model)
-    before = supernet.predict(0.5)(x, t, labels)
+    before = asked(supernet.predict(0.5), x, t, labels)
     before.square().sum().backward()
     slices = supernet.slices[0.5]
     for key, p in model.named_parameters():
@@ -255,11 +260,11 @@ def test_nets_are_nested_and_gradients_stay_inside_the_slices(name, concat):
             assert (p.grad[inside == 0] == 0).all(), key
             assert p.grad[inside == 1].any() or "to_k.bias" in key, key  # a key bias shifts all scores alike
         p.data[inside == 0] += 1.0
-    assert torch.equal(supernet.predict(0.5)(x, t, labels), before)
+    assert torch.equal(asked(supernet.predict(0.5), x, t, labels), before)
     for key in ("conv_in.weight", "conv_out.weight", "up_blocks.0.resnets.0.conv1.weight"):
         touched = cut(model.get_parameter(key).data, slices[key][:1])  # a view: the leading output channels
         touched[0] += 0.1
-        after = supernet.predict(0.5)(x, t, labels)
+        after = asked(supernet.predict(0.5), x, t, labels)
         assert not torch.equal(after, before), key
         before = after
 
@@ -280,7 +285,7 @@ def test_the_two_concatenation_modes_coincide_at_full_width_and_differ_below():
     model = make()
     args = inputs(model)
     aligned, leading = (Supernet(model, WIDTHS, concat) for concat in ("aligned", "leading"))
-    assert torch.equal(aligned.predict(1.0)(*args), leading.predict(1.0)(*args))
+    assert torch.equal(asked(aligned.predict(1.0), *args), asked(leading.predict(1.0), *args))
     whole = model.state_dict()
     for concat in ("aligned", "leading"):
         for key, dims in slices_for(model.config, 1.0, concat).items():
@@ -291,7 +296,7 @@ def test_the_two_concatenation_modes_coincide_at_full_width_and_differ_below():
         owners = {key.rsplit(".", 2)[-2] for key in differing}
         assert differing and all(key.startswith("up_blocks.") for key in differing)
         assert owners == {"norm1", "conv1", "conv_shortcut"}
-        assert not torch.allclose(aligned.predict(width)(*args), leading.predict(width)(*args), atol=1e-3)
+        assert not torch.allclose(asked(aligned.predict(width), *args), asked(leading.predict(width), *args), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -389,20 +394,20 @@ def test_dropout_is_on_in_training_mode_and_off_outside_it():
     model = make(**CONFIGS["dropout"])
     supernet, args = Supernet(model, WIDTHS), inputs(model)
     for width in WIDTHS:
-        still = supernet.predict(width)(*args)
-        assert torch.equal(supernet.predict(width)(*args), still)
+        still = asked(supernet.predict(width), *args)
+        assert torch.equal(asked(supernet.predict(width), *args), still)
         model.train()
         twin = supernet.subnet(width).train()
         outs = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            outs.append(supernet.predict(width)(*args))
+            outs.append(asked(supernet.predict(width), *args))
         torch.manual_seed(1)
         assert torch.allclose(run(twin, *args), outs[0], atol=1e-5)
         assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
         assert not torch.equal(outs[0], still)
         model.eval()
-        assert torch.equal(supernet.predict(width)(*args), still)
+        assert torch.equal(asked(supernet.predict(width), *args), still)
 
 
 def test_macs_of_the_cifar_net_are_the_papers():
@@ -479,7 +484,7 @@ def test_a_sandwich_step_is_the_sum_of_three_independent_gradients(changes):
     model, diffusion = make(**changes), Diffusion(Process())
     supernet = Supernet(model, WIDTHS)
     labels = torch.tensor([1, 2, 3, 4]) if changes else None
-    batch = Batch(torch.randn(4, 1, 8, 8), labels)
+    batch = Batch(torch.randn(4, 1, 8, 8), cond_of(labels))
     torch.manual_seed(5)
     for loss in sandwich_objective(supernet, diffusion.draw, SlimSpec(distill="none"))(batch):
         loss.backward()
@@ -490,7 +495,7 @@ def test_a_sandwich_step_is_the_sum_of_three_independent_gradients(changes):
     for width in (1.0, 0.25, middle):
         model.zero_grad()
         noisy, timestep, target = diffusion.draw(batch.clean)
-        (supernet.predict(width)(noisy, timestep, labels) - target).square().mean().backward()
+        (asked(supernet.predict(width), noisy, timestep, labels) - target).square().mean().backward()
         timesteps.append(timestep)
         separate.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
     assert not torch.equal(timesteps[0], timesteps[1])  # the draws are independent
@@ -506,7 +511,7 @@ class Spy(Supernet):
         self.asked = []
 
     def predict(self, width, through=None):
-        def stand_in(sample, timestep, labels):
+        def stand_in(sample, timestep, cond, memo):
             self.asked.append(width)
             return sample * 0.0
 
@@ -518,7 +523,7 @@ def test_the_middle_width_is_uniform_and_both_ends_are_in_every_step():
     objective = sandwich_objective(spy, Diffusion(Process()).draw, SlimSpec(distill="none"))
     torch.manual_seed(0)
     for _ in range(2000):
-        list(objective(Batch(torch.zeros(1, 1, 8, 8), None)))
+        list(objective(Batch(torch.zeros(1, 1, 8, 8), {})))
     steps = [tuple(spy.asked[i : i + 3]) for i in range(0, 6000, 3)]
     assert all(step[:2] == (1.0, 0.25) for step in steps)
     counts = [sum(step[2] == w for step in steps) for w in (0.75, 0.5)]
@@ -536,14 +541,14 @@ def test_shared_noise_is_one_draw_and_own_noise_three():
     for shared, expected in ((True, 1), (False, 3)):
         draws.clear()
         objective = sandwich_objective(Spy(make(), WIDTHS), draw, SlimSpec(distill="none", shared_noise=shared))
-        list(objective(Batch(torch.zeros(2, 1, 8, 8), None)))
+        list(objective(Batch(torch.zeros(2, 1, 8, 8), {})))
         assert len(draws) == expected
 
 
 def test_more_middle_widths_are_drawn_for_a_thicker_sandwich():
     spy = Spy(make(), WIDTHS)
     objective = sandwich_objective(spy, Diffusion(Process()).draw, SlimSpec(distill="none", sandwich=6))
-    losses = list(objective(Batch(torch.zeros(1, 1, 8, 8), None)))
+    losses = list(objective(Batch(torch.zeros(1, 1, 8, 8), {})))
     assert len(losses) == 6 and spy.asked[:2] == [1.0, 0.25] and set(spy.asked[2:]) <= {0.75, 0.5}
 
 
@@ -551,7 +556,7 @@ def test_more_middle_widths_are_drawn_for_a_thicker_sandwich():
 def test_a_sandwich_without_middle_widths_has_its_ends_only(widths, asked):
     spy = Spy(make(), widths)
     objective = sandwich_objective(spy, Diffusion(Process()).draw, SlimSpec(widths=widths, distill="none"))
-    assert len(list(objective(Batch(torch.zeros(1, 1, 8, 8), None)))) == len(asked)
+    assert len(list(objective(Batch(torch.zeros(1, 1, 8, 8), {})))) == len(asked)
     assert spy.asked == asked
 
 
@@ -560,9 +565,9 @@ def test_a_sandwich_without_middle_widths_has_its_ends_only(widths, asked):
 def test_the_dense_teacher_teaches_all_widths_and_the_widest_net_the_others(distill, shared):
     model, teacher_net, diffusion = make(), make(9), Diffusion(Process())
     supernet = Supernet(model, (1.0, 0.5))
-    batch = Batch(torch.randn(4, 1, 8, 8), None)
+    batch = Batch(torch.randn(4, 1, 8, 8), {})
     spec = SlimSpec(widths=(1.0, 0.5), distill=distill, shared_noise=shared)
-    teacher = lambda x, t, _: teacher_net(x, t).sample  # noqa: E731
+    teacher = lambda x, t, *_: teacher_net(x, t).sample  # noqa: E731
     torch.manual_seed(3)
     losses = list(sandwich_objective(supernet, diffusion.draw, spec, teacher)(batch))
     torch.manual_seed(3)
@@ -572,7 +577,7 @@ def test_the_dense_teacher_teaches_all_widths_and_the_widest_net_the_others(dist
             x, t, target = diffusion.draw(batch.clean)
         if distill == "dense" or (width != 1.0 and distill == "widest"):
             target = (model if distill == "widest" else teacher_net)(x, t).sample.detach()
-        expected.append((supernet.predict(width)(x, t, None) - target).square().mean())
+        expected.append((asked(supernet.predict(width), x, t, None) - target).square().mean())
     for a, b in zip(losses, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
     losses[1].backward()  # the teacher is a target: no gradient passes through it
@@ -592,18 +597,18 @@ def test_a_supernet_without_width_one_is_the_same_net_cut_to_its_widest(concat):
     assert cut.model.config.block_out_channels == (24, 48) and dense.config.block_out_channels == (32, 64)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
-        assert torch.allclose(cut.predict(0.75)(x, t, None), whole.predict(0.75)(x, t, None), atol=1e-5)
+        assert torch.allclose(asked(cut.predict(0.75), x, t, None), asked(whole.predict(0.75), x, t, None), atol=1e-5)
         for width in spec.widths:
             subnet = cut.subnet(width)
             assert subnet.config.block_out_channels == (32 * width, 64 * width)
-            assert torch.allclose(subnet(x, t).sample, cut.predict(width)(x, t, None), atol=1e-5)
+            assert torch.allclose(subnet(x, t).sample, asked(cut.predict(width), x, t, None), atol=1e-5)
 
 
 def test_a_supernet_of_one_width_trains_that_width():
     supernet = supernet_of(make(), SlimSpec(widths=(0.5,)))
     losses = list(
         sandwich_objective(supernet, Diffusion(Process()).draw, SlimSpec(widths=(0.5,), distill="none"))(
-            Batch(torch.zeros(1, 1, 8, 8), None)
+            Batch(torch.zeros(1, 1, 8, 8), {})
         )
     )
     assert len(losses) == 1 and supernet.model.config.block_out_channels[0] * 2 == make().config.block_out_channels[0]
@@ -623,7 +628,7 @@ def test_after_a_short_training_the_whole_net_is_no_worse_than_the_narrowest_at_
     for _ in range(60):
         optimizer.zero_grad()
         losses = []
-        for loss in objective(Batch(bars, None)):
+        for loss in objective(Batch(bars, {})):
             loss.backward()
             losses.append(loss.item())
         optimizer.step()
@@ -635,5 +640,5 @@ def test_after_a_short_training_the_whole_net_is_no_worse_than_the_narrowest_at_
         for low in (0, 250, 500, 750):
             t = torch.randint(low, low + 250, (len(clean),))
             noisy = diffusion.scheduler.add_noise(clean, noise, t)
-            wide, narrow = ((supernet.predict(w)(noisy, t, None) - noise).square().mean() for w in (1.0, 0.25))
+            wide, narrow = ((asked(supernet.predict(w), noisy, t, None) - noise).square().mean() for w in (1.0, 0.25))
             assert wide <= narrow + 0.02, low

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from halfstep.denoiser import predictor
+from halfstep.denoiser import Memo, predictor
 from halfstep.errors import ModelError
 from halfstep.masks import Pattern, groups_of, keep_mask
 from halfstep.process import Process
@@ -48,9 +48,9 @@ def uvit(seed: int = 0, **config) -> UViT2DModel:
     return UViT2DModel(**(small | config)).eval()
 
 
-def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, None]:
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
-    return torch.randn(batch, 1, 8, 8), torch.tensor([3, 700])[:batch], None
+    return torch.randn(batch, 1, 8, 8), torch.tensor([3, 700])[:batch]
 
 
 @pytest.fixture(params=[unet, uvit])
@@ -62,18 +62,18 @@ def model(request):
 
 
 def test_off_is_the_dense_model_bit_for_bit_and_on_is_a_function_of_the_weights(model):
-    net, (x, t, none) = sparsify(model, "2:4", ALL), inputs()
+    net, (x, t) = sparsify(model, "2:4", ALL), inputs()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = net.predict(TWO_FOUR)(x, t, none)
-    assert torch.equal(net.predict(None)(x, t, none), model(x, t).sample)
-    assert torch.equal(net.predict(TWO_FOUR)(x, t, none), first) and not torch.allclose(first, model(x, t).sample)
+    first = net.predict(TWO_FOUR)(x, t, {}, Memo())
+    assert torch.equal(net.predict(None)(x, t, {}, Memo()), model(x, t).sample)
+    assert torch.equal(net.predict(TWO_FOUR)(x, t, {}, Memo()), first) and not torch.allclose(first, model(x, t).sample)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_baked_weights_follow_the_pattern_compute_the_same_and_do_not_change_when_baked_again(model, tmp_path):
-    net, (x, t, none) = sparsify(model, "1:4", ALL), inputs()
+    net, (x, t) = sparsify(model, "1:4", ALL), inputs()
     baked = net.bake(Pattern(1, 4))
-    assert torch.equal(baked(x, t).sample, net.predict(Pattern(1, 4))(x, t, none))
+    assert torch.equal(baked(x, t).sample, net.predict(Pattern(1, 4))(x, t, {}, Memo()))
     for name in net.names:
         assert (groups_of(baked.state_dict()[name], 4).count_nonzero(dim=1) == 1).all()
     again = sparsify(baked, "1:4", ALL).bake(Pattern(1, 4))
@@ -133,11 +133,11 @@ def test_the_gradient_is_that_of_the_masked_weights_and_the_pull(model, decay):
     net, diffusion = sparsify(model, "2:4", ALL), Diffusion(Process())
     objective = sparse_objective(net, diffusion.draw, replace(ALL, decay=decay), 10)
     torch.manual_seed(5)
-    for loss in objective(Batch(torch.ones(2, 1, 8, 8), None)):
+    for loss in objective(Batch(torch.ones(2, 1, 8, 8), {})):
         loss.backward()
     twin = net.bake(TWO_FOUR).train(model.training)  # the masked weights as weights of their own
     torch.manual_seed(5)
-    diffusion.loss(predictor(twin), Batch(torch.ones(2, 1, 8, 8), None)).backward()
+    diffusion.loss(predictor(twin), Batch(torch.ones(2, 1, 8, 8), {})).backward()
     theirs = dict(twin.named_parameters())
     for name, weight in model.named_parameters():
         expected = theirs[name].grad
@@ -163,13 +163,13 @@ def test_the_decoupled_pull_acts_after_the_step():
     for name, weight in net.model.named_parameters():
         factor = 1 - 0.05 * ~keep_mask(before[name], TWO_FOUR) if name in net.names else 1.0
         assert torch.allclose(weight, before[name] * factor)
-    losses = list(sparse_objective(net, Diffusion(Process()).draw, spec, 10)(Batch(torch.zeros(2, 1, 8, 8), None)))
+    losses = list(sparse_objective(net, Diffusion(Process()).draw, spec, 10)(Batch(torch.zeros(2, 1, 8, 8), {})))
     assert len(losses) == 1
 
 
 def test_the_teacher_is_dense_gets_no_gradient_and_counts_by_its_weight():
     model, teacher, diffusion = unet(), unet(7).eval(), Diffusion(Process())
-    net, batch = sparsify(model, "2:4", ALL), Batch(torch.zeros(2, 1, 8, 8), None)
+    net, batch = sparsify(model, "2:4", ALL), Batch(torch.zeros(2, 1, 8, 8), {})
 
     def losses(eta, given):
         torch.manual_seed(2)
@@ -178,7 +178,7 @@ def test_the_teacher_is_dense_gets_no_gradient_and_counts_by_its_weight():
 
     torch.manual_seed(2)
     noisy, timestep, target = diffusion.draw(batch.clean)
-    found = net.predict(TWO_FOUR)(noisy, timestep, None)
+    found = net.predict(TWO_FOUR)(noisy, timestep, {}, Memo())
     plain = (found - target).square().mean()
     lesson = (found - teacher(noisy, timestep).sample).square().mean()
     assert torch.equal(losses(0.0, predictor(teacher)), losses(0.1, None))
@@ -213,7 +213,7 @@ def test_the_moving_average_starts_again_with_every_pattern():
         for p in model.parameters():
             p.add_(1.0)
     for step in range(4):
-        list(objective(Batch(torch.zeros(2, 1, 8, 8), None, step)))
+        list(objective(Batch(torch.zeros(2, 1, 8, 8), {}, step)))
         seen.append(torch.equal(state.average()["norm.weight"], model.state_dict()["norm.weight"]))
     assert seen == [False, False, True, True]
 
@@ -238,7 +238,7 @@ def test_a_switchable_training_draws_every_pattern_and_leaves_the_pull_out():
     spec = replace(ALL, schedule="switch", also=("3:4", "dense"))
     objective = sparse_objective(net, Diffusion(Process()).draw, spec, 10)
     torch.manual_seed(0)
-    assert all(len(list(objective(Batch(torch.zeros(1, 1, 8, 8), None, i)))) == 1 for i in range(40))
+    assert all(len(list(objective(Batch(torch.zeros(1, 1, 8, 8), {}, i)))) == 1 for i in range(40))
     assert set(asked) == {TWO_FOUR, Pattern(3, 4), None} and min(map(asked.count, set(asked))) > 4
 
 
@@ -250,7 +250,7 @@ def test_frozen_masks_never_change():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     objective = sparse_objective(net, Diffusion(Process()).draw, spec, 10)
     for step in range(5):
-        for loss in objective(Batch(torch.randn(2, 1, 8, 8), None, step)):
+        for loss in objective(Batch(torch.randn(2, 1, 8, 8), {}, step)):
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -273,7 +273,7 @@ def test_permuting_keeps_the_dense_function_and_more_magnitude(pattern):
     ).eval())  # fmt: skip
     for model in nets:
         net = Masked(model, [pattern], ALL)
-        x, t, _ = inputs()
+        x, t = inputs()
         before = model(x, t).sample.detach()
         free = {name for name in net.names if name.endswith(("fc2.weight", "conv2.weight"))}
         old = {name: _kept_magnitude(model, name, pattern) for name in free}

@@ -82,7 +82,7 @@ def test_the_loss_is_noise_plus_both_terms_and_the_teacher_sees_the_same(spatial
     pupil, seen = Pupil(student, teacher), []
     handles = [m.register_forward_pre_hook(lambda _m, given: seen.append(given[:2])) for m in (student, teacher)]
     spec = SpectralSpec(spatial=spatial, freq=freq, ramp=0.0)
-    batch = Batch(torch.randn(2, 1, 8, 8), None, 5)
+    batch = Batch(torch.randn(2, 1, 8, 8), {}, 5)
     torch.manual_seed(4)
     (loss,) = spectral_objective(pupil, teacher, diffusion.draw, spec, 10)(batch)
     for handle in handles:
@@ -106,7 +106,7 @@ def test_the_loss_is_noise_plus_both_terms_and_the_teacher_sees_the_same(spatial
 
 def test_a_student_that_is_its_teacher_differs_in_no_term_and_the_ramp_grows_from_nothing():
     student, teacher, diffusion = wavelet_unet(5), wavelet_unet(5), Diffusion(Process())
-    pupil, batch = Pupil(student, teacher), Batch(torch.randn(2, 1, 8, 8), None)
+    pupil, batch = Pupil(student, teacher), Batch(torch.randn(2, 1, 8, 8), {})
     for align in pupil.align:
         torch.nn.init.dirac_(align.weight)
         torch.nn.init.zeros_(align.bias)
@@ -120,7 +120,7 @@ def test_a_student_that_is_its_teacher_differs_in_no_term_and_the_ramp_grows_fro
     for step in (0, 9, 19, 60):
         torch.manual_seed(1)
         objective = spectral_objective(Pupil(student, other), other, diffusion.draw, spec, 100)
-        found += [x.item() for x in objective(Batch(batch.clean, None, step))]
+        found += [x.item() for x in objective(Batch(batch.clean, {}, step))]
     assert found[0] < found[1] < found[2] == found[3]
 
 

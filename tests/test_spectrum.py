@@ -47,7 +47,7 @@ def test_the_best_linear_denoiser_draws_the_wiener_line(kind):
     clean, alphas = pink(400, 16), torch.linspace(0.99, 0.01, 10)
     power = power_spectrum(clean)
 
-    def predict(noisy, timestep, _):
+    def predict(noisy, timestep, *_):
         a = alphas[timestep[0]]
         wanted = torch.fft.ifft2(torch.fft.fft2(noisy) * wiener_clean(a, power)).real
         noise = (noisy - a.sqrt() * wanted) / (1 - a).sqrt()

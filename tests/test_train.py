@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from halfstep.data import Images, load_images
-from halfstep.denoiser import predictor
+from halfstep.denoiser import Memo, cond_of, predictor
 from halfstep.errors import DivergedError, RunError
 from halfstep.process import Process
 from halfstep.recipe import TrainSpec
@@ -91,7 +91,7 @@ def deterministic(state: TrainState, drawn: list[torch.Tensor] | None = None) ->
         if drawn is not None:
             drawn.append(torch.rand(3))
         timestep = torch.full((len(batch.clean),), 300)
-        yield F.mse_loss(predict(0.5 * batch.clean, timestep, batch.labels), batch.clean)
+        yield F.mse_loss(predict(0.5 * batch.clean, timestep, batch.cond, Memo()), batch.clean)
 
     return objective
 
@@ -313,11 +313,11 @@ def test_the_dense_loss_is_the_hand_written_one(digits: Images, prediction: str,
     model, clean, seen = tiny(classes=10), digits.batch(slice(0, 64)), {}
 
     def spy(_: torch.nn.Module, args: tuple, named: dict, output: object) -> None:
-        seen.update(noisy=args[0], timestep=args[1], labels=named["class_labels"], prediction=output.sample)
+        seen.update(noisy=args[0], timestep=args[1], labels=named["class_labels"], prediction=output[0])
 
     model.register_forward_hook(spy, with_kwargs=True)
     labels = digits.batch_labels(slice(0, 64))
-    (loss,) = dense_objective(model, Diffusion(noise))(Batch(clean, labels))
+    (loss,) = dense_objective(model, Diffusion(noise))(Batch(clean, cond_of(labels)))
     bar = alphas_cumprod(noise)[seen["timestep"]][:, None, None, None]
     epsilon = (seen["noisy"].double() - bar.sqrt() * clean) / (1 - bar).sqrt()
     velocity = bar.sqrt() * epsilon - (1 - bar).sqrt() * clean
@@ -341,13 +341,14 @@ def test_labels_reach_only_models_that_take_them(digits: Images):
 
         def objective(batch: Batch, state: TrainState = state, seen: list = seen) -> Iterator[torch.Tensor]:
             seen.append(batch)
-            yield predictor(state.model)(batch.clean, torch.zeros(8), batch.labels).square().mean()
+            yield predictor(state.model)(batch.clean, torch.zeros(8), batch.cond, Memo()).square().mean()
 
         run(state, digits, replace(SPEC, steps=1), objective)
         if classes is None:
-            assert seen[0].labels is None
+            assert seen[0].cond == {}
         else:
-            assert torch.equal(seen[0].labels, digits.batch_labels(ShuffledOrder(len(digits), 0).take(0, 8)))
+            wanted = digits.batch_labels(ShuffledOrder(len(digits), 0).take(0, 8))
+            assert torch.equal(seen[0].cond["class_labels"], wanted)
 
 
 # ---- one step ------------------------------------------------------------------------------------------------------
@@ -360,7 +361,7 @@ def three_losses(model: torch.nn.Module, seen: list[torch.Tensor]) -> Objective:
         seen.append(batch.clean)
         for scale, step in ((1.0, 10), (0.5, 200), (3.0, 900)):
             timestep = torch.full((len(batch.clean),), step)
-            yield scale * F.mse_loss(predict(batch.clean, timestep, None), 1 - batch.clean)
+            yield scale * F.mse_loss(predict(batch.clean, timestep, {}, Memo()), 1 - batch.clean)
 
     return objective
 
@@ -371,7 +372,7 @@ def test_the_losses_of_a_step_add_up_to_the_clipped_gradient_of_their_sum(digits
     spec = replace(SPEC, steps=1, clip_norm=clip)
     state = TrainState.new(model, spec)
     (record,) = run(state, digits, spec, three_losses(model, seen))
-    total = sum(three_losses(twin, [])(Batch(seen[0], None)))
+    total = sum(three_losses(twin, [])(Batch(seen[0], {})))
     gradients = torch.autograd.grad(total, list(twin.parameters()))
     norm = torch.sqrt(sum(g.double().square().sum() for g in gradients))
     scale = min(1.0, clip / float(norm)) if clip else 1.0
@@ -492,7 +493,7 @@ def test_mirrored_images_are_trained_on_when_asked(digits: Images):
 
         def objective(batch: Batch, flip: bool = flip, model: UNet2DModel = model) -> Iterator[torch.Tensor]:
             seen[flip] = batch.clean
-            yield predictor(model)(batch.clean, torch.zeros(len(batch.clean)), None).square().mean()
+            yield predictor(model)(batch.clean, torch.zeros(len(batch.clean)), {}, Memo()).square().mean()
 
         run(TrainState.new(model, SPEC), digits, replace(SPEC, steps=1, batch=64), objective, flip=flip)
     plain = (seen[True] == seen[False]).flatten(1).all(1)

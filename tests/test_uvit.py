@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from halfstep.denoiser import Memo, cond_of
 from halfstep.errors import ModelError
 from halfstep.process import Process
 from halfstep.profiling import count_macs, macs_by_kind
@@ -111,11 +112,11 @@ def test_a_subnet_computes_what_the_supernet_computes(config, concat):
     supernet = Supernet(model, (1.0, 0.75, 0.5, 0.25), concat)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     labels = torch.tensor([0, 2]) if "num_class_embeds" in config else None
-    kwargs = {} if labels is None else {"class_labels": labels}
+    cond = cond_of(labels)
     for width in supernet.widths:
         subnet = supernet.subnet(width)
         assert type(subnet) is UViT2DModel and subnet.config.embed_dim == 32 * width
-        assert torch.allclose(subnet(x, t, **kwargs).sample, supernet.predict(width)(x, t, labels), atol=1e-5)
+        assert torch.allclose(subnet(x, t, **cond).sample, supernet.predict(width)(x, t, cond, Memo()), atol=1e-5)
     assert count_macs(supernet.subnet(0.5)) < 0.4 * count_macs(model)
 
 
@@ -144,7 +145,7 @@ def test_sorting_keeps_the_function_and_puts_large_units_first(config):
 def test_the_sandwich_trains_it():
     supernet = supernet_of(make(), SlimSpec(widths=(1.0, 0.5)))
     objective = sandwich_objective(supernet, Diffusion(Process()).draw, SlimSpec(widths=(1.0, 0.5), distill="none"))
-    for loss in objective(Batch(torch.zeros(2, 1, 8, 8), None)):
+    for loss in objective(Batch(torch.zeros(2, 1, 8, 8), {})):
         loss.backward()
     assert all(p.grad is not None and F.relu(p.grad).isfinite().all() for p in supernet.model.parameters())
 

@@ -12,13 +12,14 @@ drawn from a set, so that one set of weights is several entries of a bank. Optio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halfstep.denoiser import Draw, Predict, require_config
+from halfstep.denoiser import Draw, Memo, Predict, predictor, require_config
 from halfstep.ode import require_steps
 
 
@@ -38,15 +39,16 @@ def continuous_objective(
     require_config(len(spec_steps) > 0, "no step counts", "at least one", "continuous training")
     for steps in spec_steps:
         require_steps(steps)
+    solved = {steps: predictor(partial(model, solver_steps=steps)) for steps in spec_steps}
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
         noisy, timestep, target = draw(batch.clean)
         steps = spec_steps[int(torch.randint(len(spec_steps), ()))]
-        found = model(noisy, timestep, class_labels=batch.labels, solver_steps=steps).sample.float()
+        found = solved[steps](noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if teacher is not None and weight:
             with torch.no_grad():
-                lesson = teacher(noisy, timestep, batch.labels).float()
+                lesson = teacher(noisy, timestep, batch.cond, Memo()).float()
             loss = loss + weight * F.mse_loss(found, lesson)
         yield loss
 

@@ -1,4 +1,4 @@
-"""How every part calls a denoiser: as a plain function of (noisy sample, timestep, class labels)."""
+"""The only door to a network: every part calls it as a plain function of (sample, timestep, condition, memo)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,51 @@ from halfstep.errors import ModelError
 
 Model = TypeVar("Model", bound=nn.Module)
 
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(sample [B,C,H,W], timestep [B], class_labels [B] or None) -> prediction [B,C,H,W]"""
+Cond = Mapping[str, torch.Tensor]
+"""What a prediction is conditional on, by the keyword under which diffusers' networks take it: {}, or "class_labels"
+int64 [B]."""
+
+Memo = dict[str, torch.Tensor]
+"""What the calls of one trajectory leave for the later ones; each trajectory, and each call outside of one, has its
+own."""
+
+Predict = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], torch.Tensor]
+"""(sample [B,C,H,W], timestep [B] or of no axes, condition, memo) -> prediction [B,C,H,W]"""
 
 Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """clean [B,C,H,W] -> (noisy sample [B,C,H,W], timestep [B], target [B,C,H,W])"""
 
 
-def predictor(model: nn.Module, weights: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> Predict:
-    """A diffusers denoiser as a function; labels are passed only where there are any.
+def predictor(model: Callable[..., Any], weights: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> Predict:
+    """A diffusers denoiser as a function.
 
-    `weights` is asked at every call for the weights to run with in place of the model's own (gradients reach them).
+    `weights` is asked at every call for the weights to run the module with in place of its own (gradients reach them).
     """
 
-    def predict(sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        kwargs = {} if labels is None else {"class_labels": labels}
-        if weights is None:
-            return model(sample, timestep, **kwargs).sample
-        return torch.func.functional_call(model, dict(weights()), (sample, timestep), kwargs).sample
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
+        return model(sample, timestep, **cond, return_dict=False)[0]
 
-    return predict
+    def predict_with(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
+        assert weights is not None and isinstance(model, nn.Module)
+        given = {**cond, "return_dict": False}
+        return torch.func.functional_call(model, dict(weights()), (sample, timestep), given)[0]
+
+    return predict if weights is None else predict_with
+
+
+def cond_of(labels: torch.Tensor | None) -> Cond:
+    """The condition on classes, int64 [B]; on nothing for None."""
+    return {} if labels is None else {"class_labels": labels}
+
+
+def cond_to(cond: Cond, device: torch.device | str) -> Cond:
+    """The same condition on a device."""
+    return {name: value.to(device) for name, value in cond.items()}
+
+
+def repeated(cond: Cond, count: int) -> Cond:
+    """The condition of one sample, each tensor [1, ...], for `count` of them."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in cond.items()}
 
 
 def clean_and_noise(

@@ -34,7 +34,7 @@ from halfstep.quality import (
 )
 from halfstep.recipe import Recipe
 from halfstep.results import Floor, Quality
-from halfstep.sampling import Labels, denoise, image_generators, labels_of, sample_images, start_noise, to_images
+from halfstep.sampling import Labels, cond_for, denoise, image_generators, sample_images, start_noise, to_images
 from halfstep.seeds import Stage, stage_seed
 from halfstep.watch import SILENT, Watch
 
@@ -143,13 +143,11 @@ class Judge:
         return interleave(calls, repeats=repeats, warmup=1)
 
     def _trajectory(self, plan: StepPlan, batch: int) -> Callable[[], torch.Tensor]:
-        labels = labels_of(self.bank, 0, batch, self.class_of)
+        cond = cond_for(self.bank, 0, batch, self.class_of)
 
         def call() -> torch.Tensor:
             generators = image_generators(0, 0, batch)
-            return to_images(
-                self.bank, denoise(self.bank, plan, start_noise(self.bank, generators), generators, labels)
-            )
+            return to_images(self.bank, denoise(self.bank, plan, start_noise(self.bank, generators), generators, cond))
 
         return call
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halfstep.denoiser import Memo, predictor
 from halfstep.errors import ModelError
 from halfstep.masks import Masking, Pattern
 from halfstep.profiling import example_inputs, interleave
@@ -153,7 +154,7 @@ def _inputs_of(model: nn.Module, masking: Masking, batch: int) -> dict[str, torc
         model.get_submodule(name).register_forward_hook(functools.partial(keep, name)) for name in masking.layers()
     ]
     try:
-        model(**example_inputs(model, batch))
+        predictor(model)(*example_inputs(model, batch), Memo())
     finally:
         for handle in handles:
             handle.remove()

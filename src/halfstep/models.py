@@ -16,7 +16,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
 from halfstep.classes import read_classes
-from halfstep.denoiser import class_count
+from halfstep.denoiser import Memo, class_count, cond_of, predictor
 from halfstep.disk import read_json
 from halfstep.errors import ModelError
 from halfstep.ode import ContinuousUNet2DModel
@@ -181,9 +181,9 @@ def _require_runs(model: Any, sides: Sequence[int], where: object) -> None:
     what cannot be called."""
     sample = torch.empty(1, model.config.in_channels, *sides, device="meta")
     step = torch.zeros(1, dtype=torch.long, device="meta")
-    labels = {"class_labels": step} if model.config.num_class_embeds else {}
+    cond = cond_of(step if model.config.num_class_embeds else None)
     try:
-        found = tuple(model(sample, step, **labels).sample.shape[2:])
+        found = tuple(predictor(model)(sample, step, cond, Memo()).shape[2:])
     except Exception as error:  # whatever torch makes of layers that do not fit together
         raise _unusable(f"a network that does not run ({error})", "layers that fit together", where) from error
     if found != tuple(sides):

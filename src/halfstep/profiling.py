@@ -18,24 +18,32 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.denoiser import eager
+from halfstep.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor
 from halfstep.errors import HalfstepError, ModelError
 from halfstep.results import Cost
 
 
+class Inputs(NamedTuple):
+    """What one call of a denoiser takes, but for its memo: sample [B,C,H,W], timestep [B], condition."""
+
+    sample: Tensor
+    timestep: Tensor
+    cond: Cond
+
+
 def example_inputs(
     model: nn.Module, batch: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Keyword arguments for one forward call of a diffusers denoiser, read from its config.
+) -> Inputs:
+    """What one call of a diffusers denoiser takes, read from its config.
 
     `sample` [B, in_channels, H, W], standard normal (always the same numbers; the global generators are left alone);
-    `timestep` [B] of ones; `class_labels` where the config asks for them: [B] integers, or [B, 4 * channels] for
+    `timestep` [B] of ones; classes where the config asks for them: [B] integers, or [B, 4 * channels] for
     class_embed_type "identity". `device` and `dtype` are the model's own where not given.
     Raises ModelError where the config lacks the shape, or the model needs other inputs.
     """
@@ -50,17 +58,15 @@ def example_inputs(
     device, dtype = device or own_device, dtype or own_dtype
     height, width = (size, size) if isinstance(size, int) else size
     random = torch.Generator().manual_seed(0)
-    inputs = {
-        "sample": torch.randn(batch, channels, height, width, generator=random).to(device, dtype),
-        # One, not zero: Fourier time embeddings take its logarithm.
-        "timestep": torch.ones(batch, dtype=torch.long, device=device),
-    }
-    kind = getattr(config, "class_embed_type", None)
+    sample = torch.randn(batch, channels, height, width, generator=random).to(device, dtype)
+    timestep = torch.ones(batch, dtype=torch.long, device=device)  # not zero: Fourier embeddings take its logarithm
+    labels, kind = None, getattr(config, "class_embed_type", None)
     if kind == "identity":
         size = getattr(config, "time_embedding_dim", None) or 4 * config["block_out_channels"][0]
-        inputs["class_labels"] = torch.zeros(batch, size, device=device, dtype=dtype)
+        labels = torch.zeros(batch, size, device=device, dtype=dtype)
     elif kind is not None or getattr(config, "num_class_embeds", None) is not None:
-        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long, device=device)
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
+    inputs = Inputs(sample, timestep, cond_of(labels))
     _check_inputs(model, inputs)
     return inputs
 
@@ -73,7 +79,7 @@ def count_params(model: nn.Module) -> int:
 def count_macs(
     model: nn.Module,
     *,
-    inputs: Mapping[str, Tensor] | None = None,
+    inputs: Inputs | None = None,
     densities: Mapping[str, float] | None = None,
 ) -> int:
     """MACs per image of one forward call: convolutions, linear layers and matmuls, attention's own included.
@@ -83,7 +89,7 @@ def count_macs(
     which is `conv` + `linear` of `macs_by_kind`. Not counted: norms, activations, element-wise work. Zeros count as any
     weight, but for the layers in `densities` (path -> share of its MACs that counts).
 
-    `inputs`: keyword arguments of forward; the count is divided by the batch of `sample` (or of the first tensor).
+    `inputs`: of the call that is counted; the count is divided by their batch.
     Nothing is computed and no weight is copied: a twin of the model is counted on the meta device. Where a forward
     needs real numbers, the model itself runs once, with its eval mode restored. Raises ModelError as `example_inputs`.
     """
@@ -92,7 +98,7 @@ def count_macs(
     return round((sum(counts[""].values()) - left_out) / 2 / batch)
 
 
-def macs_by_kind(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+def macs_by_kind(model: nn.Module, *, inputs: Inputs | None = None) -> dict[str, int]:
     """MACs per image by kind: `conv`, `linear` (inside nn.Linear) and `matmul` (every other product: attention's).
 
     The kind of a product comes from the module it ran in, for torch runs a linear layer as mm, addmm or bmm, whichever
@@ -108,7 +114,7 @@ def macs_by_kind(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = None
     return {kind: flops // 2 // batch for kind, flops in kinds.items()}
 
 
-def macs_by_module(model: nn.Module, *, inputs: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+def macs_by_module(model: nn.Module, *, inputs: Inputs | None = None) -> dict[str, int]:
     """MACs per image by the model's outermost parts, in module order; the values sum to `count_macs`.
 
     Keys are module paths: `conv_in`, `down_blocks.0`, `mid_block`. A list of modules is never called itself, so its
@@ -153,7 +159,10 @@ def call_times(
     models: Mapping[str, nn.Module], *, batch: int = 1, repeats: int = 10, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Milliseconds of one call of each denoiser where it lives, in turns, in eval mode without gradients."""
-    calls = {name: functools.partial(model, **example_inputs(model, batch)) for name, model in models.items()}
+    calls = {
+        name: functools.partial(predictor(model), *example_inputs(model, batch), Memo())
+        for name, model in models.items()
+    }
     with _measuring(*models.values()):
         return interleave(calls, repeats=repeats, warmup=warmup)
 
@@ -175,7 +184,7 @@ def latency(
     """
     here = {name: _moved(model, device, dtype) for name, model in models.items()}
     inputs = {name: example_inputs(model, batch) for name, model in here.items()}
-    calls = {name: functools.partial(model, **inputs[name]) for name, model in here.items()}
+    calls = {name: functools.partial(predictor(model), *inputs[name], Memo()) for name, model in here.items()}
     times = call_times(here, batch=batch, repeats=repeats, warmup=warmup)
     with _measuring(*here.values()):
         peaks = {name: peak_mib(call, device=_home(here[name])[0]) for name, call in calls.items()}
@@ -234,21 +243,23 @@ def _cost(model: nn.Module, times: list[float], peak: float | None, batch: int) 
     )
 
 
-def _count(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> tuple[dict[str, dict[object, int]], int]:
+def _count(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, dict[object, int]], int]:
     """FLOPs by module path ("" is the whole model) and operator, and the batch that they are for."""
     inputs = example_inputs(model) if inputs is None else inputs
-    batched = inputs.get("sample", next(iter(inputs.values())))
     try:
         twin = _meta_twin(model)
-        flops = _flops(twin, {name: value.to("meta") for name, value in inputs.items()})
+        flops = _flops(twin, _inputs_to(inputs, "meta"))
     except (
         RuntimeError,
         TypeError,
         ValueError,
     ):  # the forward needs real numbers; if it is wrong, the real run says how
-        device = _home(model)[0]
-        flops = _flops(model, {name: value.to(device) for name, value in inputs.items()})
-    return flops, batched.shape[0]
+        flops = _flops(model, _inputs_to(inputs, _home(model)[0]))
+    return flops, len(inputs.sample)
+
+
+def _inputs_to(inputs: Inputs, device: torch.device | str) -> Inputs:
+    return Inputs(inputs.sample.to(device), inputs.timestep.to(device), cond_to(inputs.cond, device))
 
 
 def _attention_flops(query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
@@ -262,14 +273,14 @@ def _attention_flops(query: list[int], key: list[int], value: list[int], *_: obj
 _ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
-def _flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, dict[object, int]]:
+def _flops(model: nn.Module, inputs: Inputs) -> dict[str, dict[object, int]]:
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # nn.MultiheadAttention's fast path is one opaque operator, which would count as nothing.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with _measuring(model), counter:
-            model(**inputs)
+            predictor(model)(*inputs, Memo())
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     root = type(model).__name__
@@ -339,13 +350,16 @@ def _peak_mib_cpu(call: Callable[[], object]) -> float:
     return peak / 2**20
 
 
-def _check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """Raise ModelError unless forward can be called with exactly these keyword arguments."""
+def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
+    """Raise ModelError unless forward can be called with exactly these."""
     signature = inspect.signature(model.forward)
     try:
-        signature.bind(**inputs)
+        signature.bind(inputs.sample, inputs.timestep, **inputs.cond)
     except TypeError:
-        got, expected = f"forward({', '.join(signature.parameters)})", f"forward({', '.join(inputs)})"
+        got, expected = (
+            f"forward({', '.join(signature.parameters)})",
+            f"forward({', '.join(('sample', 'timestep', *inputs.cond))})",
+        )
         do = "use a denoiser of that form, or give `inputs` where they can be given"
         raise ModelError(got=got, expected=expected, where=type(model).__name__, do=do) from None
 

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halfstep.denoiser import Draw, clean_and_noise, predictor, soft
+from halfstep.denoiser import Draw, Memo, clean_and_noise, predictor, soft
 from halfstep.errors import DataError, HalfstepError
 from halfstep.recipe import RegularSpec
 from halfstep.wavelet import haar
@@ -112,7 +112,7 @@ def regular_objective(
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
         noisy, timestep, target = draw(batch.clean)
-        found = predict(noisy, timestep, batch.labels).float()
+        found = predict(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if spec.r:
             level = alphas_cumprod.to(timestep.device)[timestep]

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfstep.denoiser import Predict, clean_and_noise
+from halfstep.denoiser import Cond, Memo, Predict, clean_and_noise, repeated
 from halfstep.errors import DataError, HalfstepError, ModelError, PlanError
 from halfstep.process import Process
 from halfstep.profiling import interleave
@@ -74,7 +74,7 @@ def restore(
     process: Process | Mapping[str, Any],
     *,
     steps: int,
-    labels: torch.Tensor | None = None,
+    cond: Cond | None = None,
 ) -> torch.Tensor:
     """Noisy pictures of the model's size -> restored ones, by DDIM without noise from the matching timestep.
 
@@ -87,9 +87,9 @@ def restore(
     scheduler = Process.of(process).scheduler()
     timesteps = timesteps_from(matching_timestep(sigma, scheduler.alphas_cumprod), steps)
     levels = [float(scheduler.alphas_cumprod[t]) for t in timesteps] + [1.0]
-    sample = math.sqrt(levels[0]) * noisy
+    sample, memo = math.sqrt(levels[0]) * noisy, Memo()
     for t, (level, after) in zip(timesteps, pairwise(levels), strict=True):
-        prediction = predict(sample, torch.full((len(sample),), t, device=sample.device), labels)
+        prediction = predict(sample, torch.full((len(sample),), t, device=sample.device), cond or {}, memo)
         clean, noise = _parts(prediction, sample, level, scheduler)
         sample = math.sqrt(after) * clean + math.sqrt(1 - after) * noise
     return sample
@@ -124,14 +124,14 @@ def restore_picture(
     channels: int,
     overlap: int | None = None,
     batch: int = 16,
-    label: int | None = None,
+    cond: Cond | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """A noisy picture [C,H,W] of any size -> the restored one, both in about [0, 1], by overlapping tiles.
 
     size, channels: the model's; a picture that is smaller is padded by reflection. A model of one channel restores the
     channels of a colour picture one by one; other mismatches are refused.
-    overlap: pixels that neighbours share at least (a quarter of `size`).  batch: tiles per call.  label: class or None.
+    overlap: pixels that neighbours share at least (a quarter of `size`).  batch: tiles per call.  cond: of one picture.
     device: where `predict` wants its tiles; the picture stays where it is.  Raises: DataError, and as `restore`.
     """
     floats = picture.is_floating_point() and bool(torch.isfinite(picture).all())
@@ -141,8 +141,8 @@ def restore_picture(
     require_channels(picture, channels)
 
     def call(tiles: torch.Tensor) -> torch.Tensor:
-        labels = None if label is None else torch.full((len(tiles),), label, device=device)
-        found = restore(predict, 2 * tiles.to(device) - 1, sigma, process, steps=steps, labels=labels)
+        each = repeated(cond or {}, len(tiles))
+        found = restore(predict, 2 * tiles.to(device) - 1, sigma, process, steps=steps, cond=each)
         return (found / 2 + 0.5).to(tiles)
 
     overlap = size // 4 if overlap is None else overlap

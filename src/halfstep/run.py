@@ -23,7 +23,7 @@ from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, write_classes
 from halfstep.content import fingerprint
-from halfstep.denoiser import class_count, copy_of, predictor
+from halfstep.denoiser import class_count, cond_of, cond_to, copy_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
@@ -328,8 +328,8 @@ def spectrum(
         with torch.random.fork_rng(devices=()):  # latents are drawn: the same ones for every model
             torch.manual_seed(0)
             clean = found.batch(chosen).to(default_device())
-        labels = found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None
-        labels = None if labels is None else labels.to(default_device())
+        cond = cond_of(found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None)
+        cond = cond_to(cond, default_device())
         bank.to(default_device())
         for entry, timestep in itertools.product(bank, timesteps):
             rings = spectra(
@@ -339,7 +339,7 @@ def spectrum(
                 alphas,
                 bank.prediction_type,
                 bins=max(4, found.size // 2),
-                labels=labels,
+                cond=cond,
             )
             record = {name: line.tolist() for name, line in rings.items()}
             drawn = lines.setdefault(str(timestep), {})
@@ -441,13 +441,14 @@ def _restorers(
     bank.to(default_device())
     size, channels = bank.config["sample_size"], bank.config["in_channels"]
     kinds = {"process": process, "size": size, "channels": channels}
-    labels: dict[str, int | None] = {"": None}
+    conds = {"": cond_of(None)}
     if class_count(bank.config):
-        labels = {f" as {one}": number for one, number in zip(classes, _numbers(bank, classes, source), strict=True)}
+        asked = zip(classes, _numbers(bank, classes, source), strict=True)
+        conds = {f" as {one}": cond_of(torch.tensor([number], device=bank.device)) for one, number in asked}
     return {
-        entry + told: partial(restore_picture, predictor(bank[entry]), label=label, device=bank.device, **kinds)
+        entry + told: partial(restore_picture, predictor(bank[entry]), cond=cond, device=bank.device, **kinds)
         for entry in bank
-        for told, label in labels.items()
+        for told, cond in conds.items()
     }
 
 

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from halfstep.bank import Bank
 from halfstep.classes import numbers_of, read_classes, write_classes
-from halfstep.denoiser import class_count, corrected_as, require_same_shape
+from halfstep.denoiser import Cond, Memo, class_count, cond_of, corrected_as, predictor, require_same_shape
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError, PlanError
 from halfstep.latents import decode
@@ -111,7 +111,7 @@ def denoise(
     plan: StepPlan,
     sample: torch.Tensor,
     generators: Sequence[torch.Generator],
-    labels: torch.Tensor | None = None,
+    cond: Cond | None = None,
     *,
     start: int = 0,
     scheduler: SchedulerMixin | None = None,
@@ -126,16 +126,16 @@ def denoise(
     if scheduler is None:
         scheduler = build_scheduler(plan, sample.device)
         sample = sample * scheduler.init_noise_sigma
-    models, kind = {name: bank[name] for name in set(plan.entries)}, bank.prediction_type
+    models, kind = {name: predictor(bank[name]) for name in set(plan.entries)}, bank.prediction_type
     calls = [models[entry] for entry in plan.entries]
-    kwargs = {} if labels is None else {"class_labels": labels}
+    given, memo = cond or {}, Memo()
     step_kwargs = step_options(scheduler, generators)
     timesteps = scheduler.timesteps
     levels = _levels(scheduler) if plan.corrected and kind != "epsilon" else timesteps
     for i in progress(range(start, len(calls))):
         inputs = scheduler.scale_model_input(sample, timesteps[i])
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
-        prediction = calls[i](inputs, timesteps[i], return_dict=False, **kwargs)[0]
+        prediction = calls[i](inputs, timesteps[i], given, memo)
         if trace is not None:
             trace(i, sample, prediction)
         row = plan.rows[i]
@@ -181,17 +181,18 @@ def sample_images(
         n = min(batch, first + count - begin)
         generators = image_generators(seed, begin, n)
         noise = start_noise(bank, generators)
-        yield to_images(bank, denoise(bank, plan, noise, generators, labels_of(bank, begin, n, labels)))
+        yield to_images(bank, denoise(bank, plan, noise, generators, cond_for(bank, begin, n, labels)))
 
 
-def labels_of(bank: Bank, first: int, count: int, labels: Labels | None = None) -> torch.Tensor | None:
-    """The classes of images first … first + count - 1, int64 [count]: in turn, unless `labels` says which image has
-    which. None for an unconditional bank."""
+def cond_for(bank: Bank, first: int, count: int, labels: Labels | None = None) -> Cond:
+    """The condition of images first … first + count - 1: their classes in turn, unless `labels` says which image has
+    which; {} for an unconditional bank."""
     classes = class_count(bank.config)
     if not classes:
-        return None
+        return {}
     choose = labels or (lambda k: k % classes)
-    return torch.tensor([choose(k) for k in range(first, first + count)], device=bank.device)
+    numbers = torch.tensor([choose(k) for k in range(first, first + count)], device=bank.device)
+    return cond_of(numbers)
 
 
 def to_images(bank: Bank, sample: torch.Tensor) -> torch.Tensor:
@@ -256,7 +257,7 @@ class StepAwarePipeline(DiffusionPipeline):
         (default: the classes in turn). `generator` (one, or one per image) takes the place of `seed`; `plan` replaces
         the pipeline's own. `output_type`: "pil", "np" ([B,H,W,C] in [0, 1]) or "pt" ([B,C,H,W] in [0, 1])."""
         bank, plan = self.bank, plan or self.plan
-        labels = labels_of(bank, 0, batch_size) if class_labels is None else self._asked(class_labels, batch_size)
+        cond = cond_for(bank, 0, batch_size) if class_labels is None else self._asked(class_labels, batch_size)
         if generator is None:
             generator = image_generators(seed, 0, batch_size)
         if isinstance(generator, list):
@@ -274,7 +275,7 @@ class StepAwarePipeline(DiffusionPipeline):
             shape = (batch_size, bank.config["in_channels"], height, width)
             noise = torch.randn(shape, generator=generator, device=generator.device).to(bank.device, bank.dtype)
             generators = [generator]
-        image = denoise(bank, plan, noise, generators, labels, progress=self.progress_bar)
+        image = denoise(bank, plan, noise, generators, cond, progress=self.progress_bar)
         image = to_images(bank, image) / 2 + 0.5
         images: Any = image
         if output_type != "pt":
@@ -283,15 +284,16 @@ class StepAwarePipeline(DiffusionPipeline):
                 images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _asked(self, asked: str | int | Sequence[str | int] | torch.Tensor, count: int) -> torch.Tensor:
-        """The numbers of the classes asked for, int64 [count]. Raises PlanError."""
+    def _asked(self, asked: str | int | Sequence[str | int] | torch.Tensor, count: int) -> Cond:
+        """The condition on the classes asked for. Raises PlanError."""
         given = asked.tolist() if isinstance(asked, torch.Tensor) else asked
         each = [given] * count if isinstance(given, str | int) else list(given)
         if len(each) != count:
             raise PlanError(
                 got=f"{len(each)} classes", expected=f"one, or {count}", where="class_labels", do="give one per image"
             )
-        return torch.tensor(numbers_of(each, class_count(self.bank.config), self.bank.classes), device=self.bank.device)
+        numbers = numbers_of(each, class_count(self.bank.config), self.bank.classes)
+        return cond_of(torch.tensor(numbers, device=self.bank.device))
 
     def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> None:  # type: ignore[override]
         """Write the pipeline folder, whole or not at all, with the digests of its files."""

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from halfstep.bank import Bank
+from halfstep.denoiser import Memo, predictor
 from halfstep.disk import read_json
 from halfstep.errors import PlanError, RunError
 from halfstep.plan import StepPlan
-from halfstep.sampling import Labels, build_scheduler, denoise, image_generators, labels_of, start_noise, to_images
+from halfstep.sampling import Labels, build_scheduler, cond_for, denoise, image_generators, start_noise, to_images
 from halfstep.typed import build
 
 Genes = tuple[int, ...]
@@ -220,8 +221,7 @@ class _ReferenceWalk:
     def __init__(self, bank: Bank, plan: StepPlan, space: Space, seed: int, first: int, n: int, labels: Labels | None):
         self.bank, self.seed, self.first = bank, seed, first
         self.generators = image_generators(seed, first, n)
-        self.labels = labels_of(bank, first, n, labels)
-        self.kwargs = {} if self.labels is None else {"class_labels": self.labels}
+        self.cond = cond_for(bank, first, n, labels)
         self.saved: dict[int, tuple[torch.Tensor, Any, list[torch.Tensor]]] = {}
         self.local = np.zeros((len(plan.rows), len(space.entries)))
         starts = {int(s) for s in np.cumsum([0, *space.rows[:-1]])}
@@ -235,11 +235,11 @@ class _ReferenceWalk:
             inputs = copy.deepcopy(scheduler).scale_model_input(sample, scheduler.timesteps[row])
             for e, name in enumerate(space.entries):
                 if e != space.reference:
-                    other = bank[name](inputs, scheduler.timesteps[row], **self.kwargs).sample
+                    other = predictor(bank[name])(inputs, scheduler.timesteps[row], self.cond, Memo())
                     self.local[row, e] = (other - prediction).square().mean().item()
 
         reference = plan.uniform()
-        final = denoise(bank, reference, sample, self.generators, self.labels, scheduler=scheduler, trace=visit)
+        final = denoise(bank, reference, sample, self.generators, self.cond, scheduler=scheduler, trace=visit)
         self.final = to_images(bank, final)
 
     def resume(self, row: int, plan: StepPlan) -> torch.Tensor:
@@ -248,7 +248,7 @@ class _ReferenceWalk:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
         scheduler = copy.deepcopy(scheduler)
-        out = denoise(self.bank, plan, sample.clone(), self.generators, self.labels, start=row, scheduler=scheduler)
+        out = denoise(self.bank, plan, sample.clone(), self.generators, self.cond, start=row, scheduler=scheduler)
         return to_images(self.bank, out)
 
 

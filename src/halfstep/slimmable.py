@@ -32,7 +32,7 @@ from diffusers import UNet2DModel
 
 from halfstep import unet, uvit
 from halfstep.channels import free_channels
-from halfstep.denoiser import Draw, Predict, copy_of, predictor
+from halfstep.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.errors import ModelError
 from halfstep.recipe import SlimSpec
 from halfstep.slices import Pieces, Slices, cut_all
@@ -109,7 +109,7 @@ class Supernet:
                 self._skeletons[width] = skeleton(narrowed(type(model), model.config, width / own), type(model))
 
     def predict(self, width: float, through: Through | None = None) -> Predict:
-        """(sample, timestep, class_labels) -> prediction of the network at `width`, its weights passed `through`."""
+        """The network at `width` as a function, its weights passed `through`."""
         if width == self.own and through is None:
             return predictor(self.model)
         net = self.model if width == self.own else self._skeletons[width]
@@ -179,10 +179,10 @@ def sandwich_objective(
             if teacher is not None and width in taught:
                 if lesson is None or not spec.shared_noise:
                     with torch.no_grad():
-                        lesson = teacher(noisy, timestep, batch.labels).float()
+                        lesson = teacher(noisy, timestep, batch.cond, Memo()).float()
                 target = lesson
             change = through[int(torch.randint(len(through), ()))] if len(through) > 1 else through[0]
-            yield F.mse_loss(supernet.predict(width, change)(noisy, timestep, batch.labels).float(), target)
+            yield F.mse_loss(supernet.predict(width, change)(noisy, timestep, batch.cond, Memo()).float(), target)
 
     return objective
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from halfstep.channels import free_channels
-from halfstep.denoiser import Draw, Predict, predictor
+from halfstep.denoiser import Draw, Memo, Predict, predictor
 from halfstep.errors import ModelError
 from halfstep.masks import Pattern, keep_mask, mask_all
 from halfstep.recipe import SparseSpec
@@ -127,7 +127,7 @@ class Masked:
         self.names = tuple(f"{choice.layer}.weight" for choice in self.choices if choice.masked)
 
     def predict(self, pattern: Pattern | None) -> Predict:
-        """(sample, timestep, class_labels) -> prediction; differentiable, masks made anew from the present weights."""
+        """The net as a function; differentiable, masks made anew from the present weights."""
         masked = None if pattern is None else lambda: mask_all(self._weights(), self.names, pattern)
         return predictor(self.model, masked)
 
@@ -261,11 +261,11 @@ def sparse_objective(
             if batch.step and on_new_pattern and pattern != pattern_at(batch.step - 1, steps, spec):
                 on_new_pattern()
         noisy, timestep, target = draw(batch.clean)
-        found = net.predict(pattern)(noisy, timestep, batch.labels).float()
+        found = net.predict(pattern)(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if teacher is not None and spec.teacher:
             with torch.no_grad():
-                lesson = teacher(noisy, timestep, batch.labels).float()
+                lesson = teacher(noisy, timestep, batch.cond, Memo()).float()
             loss = loss + spec.teacher * F.mse_loss(found, lesson)
         yield loss
         if pattern is not None and spec.pulls and not spec.decoupled:

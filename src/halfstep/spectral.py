@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halfstep.denoiser import Draw, predictor
+from halfstep.denoiser import Draw, Memo, cond_of, predictor
 from halfstep.errors import ModelError
 from halfstep.recipe import SpectralSpec
 from halfstep.wavelet import SpectralUNet2DModel
@@ -80,8 +80,10 @@ class Pupil(nn.Module):
 def _level_shapes(model: Any) -> list[torch.Size]:
     with Levels(model) as levels, torch.no_grad():
         config = model.config
-        labels = {} if config.num_class_embeds is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
-        model(torch.zeros(1, config.in_channels, config.sample_size, config.sample_size), 1, **labels)
+        sample = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
+        step = torch.ones((), dtype=torch.long)
+        cond = cond_of(None if config.num_class_embeds is None else torch.zeros(1, dtype=torch.long))
+        predictor(model)(sample, step, cond, Memo())
         return [value.shape for value in levels.seen]
 
 
@@ -110,20 +112,20 @@ def spectral_objective(
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
     """noise + spatial * sum of squared feature differences + freq * the same by frequency, weighted (section 4).
 
-    Teacher and student see the same noisy images, timesteps and labels. The frequency term grows from 0 over the first
-    `spec.ramp` of the steps.
+    Teacher and student see the same noisy images, timesteps and conditions. The frequency term grows from 0 over the
+    first `spec.ramp` of the steps.
     """
     ours, taught = predictor(pupil.model), predictor(teacher)
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
         noisy, timestep, target = draw(batch.clean)
         with Levels(pupil.model) as mine:
-            found = ours(noisy, timestep, batch.labels).float()
+            found = ours(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         freq = spec.freq * min(1.0, (batch.step + 1) / max(1.0, spec.ramp * steps))
         if spec.spatial or spec.freq:
             with torch.no_grad(), Levels(teacher) as theirs:
-                lesson = taught(noisy, timestep, batch.labels).float()
+                lesson = taught(noisy, timestep, batch.cond, Memo()).float()
             pairs = [
                 (other.detach().float(), align(one).float())
                 for one, other, align in zip(mine.seen, theirs.seen, pupil.align, strict=True)

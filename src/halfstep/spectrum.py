@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from halfstep.denoiser import Predict, clean_and_noise
+from halfstep.denoiser import Cond, Memo, Predict, clean_and_noise
 
 # ------------------------------------------------------------------------------------------ the optimal linear denoiser
 
@@ -59,7 +59,7 @@ def spectra(
     *,
     bins: int,
     seed: int = 0,
-    labels: torch.Tensor | None = None,
+    cond: Cond | None = None,
 ) -> dict[str, torch.Tensor]:
     """How much power a denoiser's clean estimate has at each frequency, beside what can be had: four lines of [bins].
 
@@ -71,7 +71,7 @@ def spectra(
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
     noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
     steps = torch.full((len(clean),), timestep, device=clean.device)
-    found = predict(noisy, steps, labels).float()
+    found = predict(noisy, steps, cond or {}, Memo()).float()
     estimate, _ = clean_and_noise(found, noisy, a, prediction_type)
     power = power_spectrum(clean)
     lines = {

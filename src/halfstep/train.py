@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from halfstep.content import digest_tensors
 from halfstep.data import Images
-from halfstep.denoiser import Predict, predictor
+from halfstep.denoiser import Cond, Memo, Predict, cond_of, cond_to, predictor
 from halfstep.disk import write_atomic
 from halfstep.errors import DivergedError, RunError
 from halfstep.latents import Latents
@@ -54,10 +54,10 @@ class Logged:
 
 @dataclass(frozen=True)
 class Batch:
-    """clean: float32 [B,C,H,W] in [-1, 1]; labels: int64 [B] or None; step: the number of the step, from 0."""
+    """clean: float32 [B,C,H,W] in [-1, 1]; cond: theirs; step: the number of the step, from 0."""
 
     clean: torch.Tensor
-    labels: torch.Tensor | None
+    cond: Cond
     step: int = 0
 
 
@@ -92,7 +92,7 @@ class Diffusion:
 
     def loss(self, predict: Predict, batch: Batch) -> torch.Tensor:
         noisy, timestep, target = self.draw(batch.clean)
-        return F.mse_loss(predict(noisy, timestep, batch.labels).float(), target)
+        return F.mse_loss(predict(noisy, timestep, batch.cond, Memo()).float(), target)
 
 
 def dense_objective(model: torch.nn.Module, diffusion: Diffusion) -> Objective:
@@ -278,9 +278,9 @@ def train(
         torch.manual_seed(_mix(seed, step, rank))
         index = order.take((step * world + rank) * spec.batch, spec.batch)
         flips = torch.rand(spec.batch) < 0.5 if flip else None
-        labels = images.batch_labels(index) if _wants_labels(state.model) else None
+        cond = cond_of(images.batch_labels(index) if _wants_labels(state.model) else None)
         clean = images.batch(index, flip=flips).to(device, non_blocking=True)
-        batch = Batch(clean, None if labels is None else labels.to(device), step)
+        batch = Batch(clean, cond_to(cond, device), step)
         for loss in _autocast(objective(batch), device, bf16):
             accelerator.backward(loss)
             losses += loss.detach()
