@@ -51,6 +51,7 @@ from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
 from halfstep.recipes import named
 from halfstep.report import Curve, Report, Table, picture_grid, rich_table, write_report
 from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
+from halfstep.results import read_comparison
 from halfstep.run import train
 from halfstep.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
 from halfstep.terminal import RichWatch
@@ -153,22 +154,22 @@ def quality_table(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, watc
     plan_of = {name: "reference" if name == "U-Net" else name for name in judge.bank}
     for steps in STEPS:
         file = work / f"quality-{steps}.json"
-        record = disk.read_json(file, what="qualities", do="delete it") if file.is_file() else {"plans": {}}
-        missing = [name for name in judge.bank if name not in ("U-Net", *record["plans"])]
+        rows_of = read_comparison(file, "delete it", rows=()).plans if file.is_file() else {}
+        missing = [name for name in judge.bank if name not in ("U-Net", *rows_of)]
         if missing:
             base = fewer_steps(plan, steps)
             plans = {"reference": base} | {name: base.uniform(name) for name in missing}
             verdict = measure_plans(judge, plans, recipe, repeats=1, watch=watch)
             for name, drawn in verdict.pictures.items():
                 disk.write_png(row_of_pictures(work, name, steps), picture_grid(drawn[:16], columns=16))
-            record = verdict.record | {"plans": record["plans"] | verdict.record["plans"]}
-            disk.write_json(file, record)
+            rows_of = rows_of | verdict.record.plans
+            disk.write_json(file, replace(verdict.record, plans=rows_of).to_json())
         rows = [np.asarray(Image.open(row_of_pictures(work, name, steps))) for name in plan_of.values()]
         disk.write_png(work / f"pictures-{steps}.png", Image.fromarray(np.concatenate(rows)))
         for name in judge.bank:
-            row = record["plans"][plan_of[name]]
-            change = "" if name == "U-Net" else f", {story.change_cell(row['difference'])}"
-            cells[name].append(story.quality_cell(row["quality"]["fd"]) + change)
+            row = rows_of[plan_of[name]]
+            change = "" if name == "U-Net" else f", {story.change_cell(row.difference)}"
+            cells[name].append(story.quality_cell(row.quality["fd"]) + change)
     note = f"Fréchet distance with 95 % interval, change to the U-Net of as many steps, n = {recipe.eval.images}, DDIM."
     columns = ("net", *(f"{steps} steps" for steps in STEPS))
     return Table(title="Quality by sampling steps", columns=columns, rows=tuple(map(tuple, cells.values())), note=note)
@@ -208,9 +209,7 @@ def perturbed_table(judge: Judge, plan: StepPlan, names: Sequence[str], count: i
                 noise = factor * start_noise(judge.bank, generators)
                 drawn.append(to_images(judge.bank, denoise(judge.bank, plan.uniform(name), noise, generators)))
             features[factor] = extract(judge.extractor, iter(drawn))
-        changes = (
-            compare(features[1.0], features[f], judge.reference, n_boot=bootstrap).to_json() for f in (0.95, 1.05)
-        )
+        changes = (compare(features[1.0], features[f], judge.reference, n_boot=bootstrap) for f in (0.95, 1.05))
         rows.append((name, f"{judge.fd(features[1.0]):.2f}", *map(story.change_cell, changes)))
     columns = ("net", "as it is", "noise x 0.95", "noise x 1.05")
     note = f"Fréchet distance, n = {count}, 20 DDIM steps; the changes are paired, 95 % intervals."

@@ -163,13 +163,13 @@ def main() -> None:
         plans["small model alone"] = plan.uniform("small")
     plans["dense, 50 steps"] = fewer_steps(plan, 50)
     verdict = measure_plans(judge, plans, recipe, repeats=args.repeats, batch=64, watch=watch)
-    (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
+    (work / "quality.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
     table = story.plans_table(verdict.record, f"Fashion-MNIST {args.size}x{args.size}, budget {args.budget:.0%}")
     spent = searches_table(found, recipe, args.budget)
     report = Report(
         title=table.title,
         summary=story.summary(verdict.record, plans["plan"]),
-        facts={key: str(value) for key, value in verdict.record["about"]["machine"].items()},
+        facts={key: str(value) for key, value in verdict.record.about.machine.items()},
         tables=(table, spent),
         figures=(story.pareto(verdict.record, []), story.plan_chart(plans["plan"]), progress_curve(found)),
         grids=tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items()),
@@ -200,7 +200,7 @@ def confirm(size: int, budget: float, count: int, work: Path, recipe: Recipe, wa
     plans = {"reference": plan.uniform(plan.reference), "plan": plan}
     plans |= {f"uniform {name}": plan.uniform(name) for name in ("w0.75", "w0.50")}
     verdict = measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
-    (work / "confirmed.json").write_text(json.dumps(verdict.record, indent=2))
+    (work / "confirmed.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
     table = story.plans_table(verdict.record, f"The same plan on {count:,} images of other seeds")
     page = page_of(size, budget)
     kept = page.read_text().split("**The same plan on")[0].rstrip()

@@ -187,13 +187,13 @@ def main() -> None:
         plans["plan of dense, 2:4 and 1:4"] = plan.with_entries(searched(judge, noise, recipe, work, watch))
     verdict = measure_plans(judge, plans, recipe, repeats=2, watch=watch)
     suffix = "".join(f"-{file_name(text)}" for text in args.only)
-    (work / f"quality{suffix}.json").write_text(json.dumps(verdict.record, indent=2))
+    (work / f"quality{suffix}.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
     table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
     grids = tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items())
     report = Report(
         title=table.title,
         summary=f"Fine-tuned for {recipe.train.steps} steps of {recipe.train.batch} from one dense model.",
-        facts={key: str(value) for key, value in verdict.record["about"]["machine"].items()},
+        facts={key: str(value) for key, value in verdict.record.about.machine.items()},
         tables=(table,),
         figures=(story.pareto(verdict.record, []),),
         grids=grids,

@@ -100,14 +100,14 @@ def main() -> None:
         steps = max(1, round(plan.steps * share))
         plans[f"teacher, {steps} steps"] = fewer_steps(plan, steps)
     verdict = measure_plans(judge, plans, recipe, keep=512, repeats=3, watch=watch)
-    (work / "quality.json").write_text(json.dumps(verdict.record, indent=2))
+    (work / "quality.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
     table = story.plans_table(verdict.record, "Spectral Diffusion, Fashion-MNIST 32x32")
     real = judge.images.subset(2048)
     spectra = spectrum_table(verdict.pictures, real.batch(slice(0, len(real))))
     report = Report(
         title=table.title,
         summary=f"Students: {recipe.train.steps} steps of {recipe.train.batch}, {args.reduction:g} times fewer MACs.",
-        facts={key: str(value) for key, value in verdict.record["about"]["machine"].items()},
+        facts={key: str(value) for key, value in verdict.record.about.machine.items()},
         tables=(table, spectra),
         figures=(story.pareto(verdict.record, []), story.plan_chart(plans["teacher and student mixed"])),
         grids=tuple(Grid(title=n, images=x[:32], columns=8) for n, x in verdict.pictures.items()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -26,7 +27,7 @@ from halfstep.report import (
     rich_table,
     write_report,
 )
-from halfstep.results import Cost
+from halfstep.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality
 from halfstep.story import costs_table, plans_table, summary
 
 
@@ -141,34 +142,76 @@ def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the
     rows = tuple(Row(t, "r=0.1") for t in (30.0, 20.0, 10.0))
     kind, macs = {"scheduler": "DDPMScheduler", "scheduler_config": {}}, {"r=0": 8, "r=0.1": 8}
     plan = StepPlan(rows=rows, **kind, steps=3, reference="r=0", entry_macs=macs)
-    change = {"share": -0.2, "relative_low": -0.3, "relative_high": -0.1}
-    row = {"share": 1.0, "wall_share": 1.01, "held": True, "difference": change}
-    about = {"reference": "reference", "n": 64, "tolerance": 0.05}
-    record = {"about": about, "plans": {"reference": {"calls": 50}, "plan": row}}
-    said = summary(record, plan)
-    assert "'r=0.1' in every call, costs what 50 DDPM calls of the reference cost" in said and "held within" in said
-    row["share"] = 0.4
-    assert "saves 60% of the MACs" in summary(record, plan)
-    for low, said in ((-0.1, "within the tolerance of 5% is not decided"), (0.06, "did not hold within")):
-        unlike = row | {"held": False, "difference": change | {"relative_low": low, "relative_high": 0.2}}
-        assert said in summary(record | {"plans": record["plans"] | {"plan": unlike}}, plan)
-    mixed = plan.with_entries(["r=0", "r=0.1", "r=0"])
-    assert summary(record, mixed).startswith("The plan saves 60%")
-    row["share"] = 1.0
+    change = replace(CHANGE, share=-0.2, relative_low=-0.3, relative_high=-0.1)
+    row = replace(ROW, share=1.0, held=True, verdict=None, difference=change)
+    about = replace(ABOUT, floor=None, scale=None)
+
+    def said(row: PlanRow, plan: StepPlan = plan) -> str:
+        return summary(Comparison(about=about, plans={"reference": ROW, "plan": row}), plan)
+
+    assert "'r=0.1' in every call, costs what 50 DDPM calls of the reference cost" in said(row)
+    assert "held within" in said(row)
+    assert "saves 60% of the MACs" in said(replace(row, share=0.4))
+    for low, told in ((-0.1, "within the tolerance of 5% is not decided"), (0.06, "did not hold within")):
+        unlike = replace(row, held=False, difference=replace(change, relative_low=low, relative_high=0.2))
+        assert told in said(unlike)
+    assert said(replace(row, share=0.4), plan.with_entries(["r=0", "r=0.1", "r=0"])).startswith("The plan saves 60%")
     corrected = plan.with_corrections([(0.9, 0.0)] * 3)
-    assert summary(record, corrected).startswith("The corrections cost nothing; with 50 DDPM calls")
+    assert said(row, corrected).startswith("The corrections cost nothing; with 50 DDPM calls")
 
 
-def record_of(**changes) -> dict:
-    """A record of `measure_plans` whose plan has these fields."""
-    quality = {"value": 0.1, "low": 0.0, "high": 0.2, "n": 64, "n_reference": 1500, "features": "net"}
-    change = {"value": 0.05, "low": -0.1, "high": 0.2, "share": None, "relative_low": None, "relative_high": None}
-    row = {"macs": 8, "share": 0.4, "wall_ms": 1.0, "wall_share": 0.5, "calls": 50, "held": False, "difference": change}
-    row |= {"quality": dict.fromkeys(("fd", "kid", "precision", "recall"), quality), "verdict": "not decided"}
-    about = {"reference": "reference", "n": 64, "tolerance": 0.05, "scale": 1.5, "warnings": []}
-    about |= {"floor": {"raw": 0.14, "high": 0.08, "fresh": 0.3}, "repeats": 5}
-    about |= dict.fromkeys(("batch", "device", "dtype", "layout"), "x")
-    return {"about": about, "plans": {"reference": row, "plan": row | {"decided_by": 12_345} | changes}}
+def quality(metric: str) -> Quality:
+    kind = {"n": 64, "n_reference": 1500, "features": "net", "reference": "abc", "seed": 3}
+    return Quality(metric=metric, value=0.1, low=0.0, high=0.2, **kind)
+
+
+CHANGE = Difference(
+    value=0.05,
+    low=-0.1,
+    high=0.2,
+    share=None,
+    relative_low=None,
+    relative_high=None,
+    fd_a=0.1,
+    fd_b=0.15,
+    n=64,
+    features="net",
+    reference="abc",
+    seed=3,
+)
+ROW = PlanRow(
+    macs=8,
+    share=0.4,
+    calls=50,
+    wall_ms=1.0,
+    wall_share=0.5,
+    wall_share_low=0.5,
+    wall_share_high=0.5,
+    quality={name: quality(name) for name in ("fd", "kid", "precision", "recall")},
+    difference=CHANGE,
+    held=False,
+    verdict="not decided",
+)
+ABOUT = About(
+    reference="reference",
+    batch=8,
+    repeats=5,
+    seed=3,
+    n=64,
+    tolerance=0.05,
+    floor=Floor(raw=0.14, high=0.08, fresh=0.3),
+    scale=1.5,
+    data="abc",
+    machine={},
+    device="cpu",
+    dtype="float32",
+    layout="contiguous",
+)
+
+
+def record_of(about: About = ABOUT, **changes) -> Comparison:
+    """What `measure_plans` measured, its plan with these fields."""
+    return Comparison(about=about, plans={"reference": ROW, "plan": replace(ROW, decided_by=12_345, **changes)})
 
 
 def plan_of_one() -> StepPlan:
@@ -185,20 +228,16 @@ def test_a_change_within_the_floor_is_told_without_a_percentage_and_undecided_wi
 
 
 def test_nothing_is_told_as_held_beside_a_broken_reference_and_the_warning_is_everywhere():
-    record = record_of(verdict="broken reference")
-    record["about"]["warnings"] = ["100% of the reference's pixels are black or white, of the real images' 1%"]
+    warnings = ("100% of the reference's pixels are black or white, of the real images' 1%",)
+    record = record_of(replace(ABOUT, warnings=warnings), verdict="broken reference")
     said, table = summary(record, plan_of_one()), plans_table(record, brief=True)
     assert said.startswith("Warning: 100% of the reference's pixels") and "the reference is broken" in said
     assert "held" not in said and table.rows[1][-1] == "broken reference" and "100% of the reference's" in table.note
 
 
 def test_a_record_of_before_the_correction_is_still_told_and_says_so():
-    record = record_of(held=True, difference={"share": 0.02, "relative_low": -0.1, "relative_high": 0.04})
-    for row in record["plans"].values():
-        row.pop("verdict")
-    for key in ("floor", "scale", "warnings"):
-        record["about"].pop(key)
-    record["plans"]["reference"] = record["plans"]["plan"]
+    change = replace(CHANGE, share=0.02, relative_low=-0.1, relative_high=0.04)
+    record = record_of(replace(ABOUT, floor=None, scale=None), held=True, verdict=None, difference=change)
     assert "quality held within the tolerance of 5%" in summary(record, plan_of_one())
     table = plans_table(record)
     assert table.rows[1][5] == "held" and "before distances were corrected" in table.note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from halfstep import disk
 from halfstep.errors import RunError
 from halfstep.results import Cost, read_comparison, read_costs, read_finals
 from halfstep.search import ErrorTable
-from halfstep.story import MAX_PICTURES, _pictures
+from halfstep.story import MAX_PICTURES, _pictures, plans_table
 
 QUALITY = {
     name: {"metric": name, "value": 1, "low": 0.5, "high": 2.0, "n": 8, "n_reference": 8, "features": "f"}
@@ -46,7 +47,35 @@ def changed(record: dict, path: str, value: object) -> dict:
 
 def test_a_comparison_of_before_is_read_as_it_was_written(tmp_path: Path):
     disk.write_json(tmp_path / "quality.json", RECORD)
-    assert read_comparison(tmp_path / "quality.json") == RECORD
+    found = read_comparison(tmp_path / "quality.json")
+    assert found.plans["plan"].quality["fd"].value == 1 and found.about.floor is None
+    with pytest.raises(RunError, match="measure again"):  # it has nothing to be held against
+        found.plans["plan"].difference.verdict(0.05)
+
+
+def test_a_comparison_is_written_with_the_fields_that_were_read_in_their_order(tmp_path: Path):
+    change = {name: CHANGE[name] for name in list(CHANGE)[:8]} | {"scale": 1.5, "least": 4}
+    change |= {name: CHANGE[name] for name in list(CHANGE)[8:]}
+    quality = {name: one | {"raw": None} for name, one in QUALITY.items()}
+    row = ROW | {"quality": quality, "difference": change, "verdict": "held", "decided_by": None}
+    names = "reference batch repeats seed n tolerance floor scale warnings data machine device dtype threads layout"
+    about = ABOUT | {"floor": {"raw": 1.5, "high": 2.5, "fresh": 1.75}, "scale": 1.5, "warnings": ["one"], "threads": 1}
+    for seconds in ({}, {"seconds": 2.5}):
+        record = {"about": {name: about[name] for name in names.split()}, "plans": {"reference": row, "plan": row}}
+        disk.write_json(tmp_path / "quality.json", record | seconds)
+        disk.write_json(tmp_path / "again.json", read_comparison(tmp_path / "quality.json").to_json())
+        again = json.loads((tmp_path / "again.json").read_text())
+        assert again == record | seconds and list(again["about"]) == names.split()
+        assert list(again["plans"]["plan"]["difference"]) == list(change) and list(again["plans"]["plan"]) == list(row)
+
+
+def test_a_dense_model_alone_is_told_as_a_table_and_is_no_report(tmp_path: Path):
+    file = tmp_path / "quality.json"
+    disk.write_json(file, changed(RECORD, "plans/plan", None))
+    table = plans_table(read_comparison(file, rows=()))
+    assert [row[0] for row in table.rows] == ["reference"] and table.best is None
+    with pytest.raises(RunError, match="no plan 'plan'"):
+        read_comparison(file)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_huge_tolerated_loss_finds_a_cheap_plan(finished, tmp_path):
     finals = [json.loads(line) for line in (tmp_path / "o" / "finals.jsonl").read_text().splitlines()]
     assert [r["share"] for r in finals] == [1.0, pytest.approx(found.plan.share)]  # the cheapest held again
     record = run.evaluate(str(tmp_path / "o"), "digits", tmp_path / "e", tiny())
-    assert record["plans"]["plan"]["share"] == pytest.approx(found.plan.share)
+    assert record.plans["plan"].share == pytest.approx(found.plan.share)
 
 
 def test_numbers_of_steps_and_corrections_compete_for_one_budget(finished, tmp_path):

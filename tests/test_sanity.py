@@ -90,10 +90,10 @@ def test_nothing_is_held_beside_flat_pictures_and_it_is_said(bundled, images, ki
     plan = plan_of(judge, bundled[1] | {"prediction_type": kind})
     recipe = Recipe().edit(["eval.images=32", "eval.bootstrap=20"])
     found = measure_plans(judge, {"reference": plan, "plan": plan}, recipe, repeats=1, batch=2, watch=heard)
-    row, about = found.record["plans"]["plan"], found.record["about"]
-    assert (row["verdict"], row["held"], row["decided_by"]) == ("broken reference", False, None)
-    assert told in about["warnings"][0] and any(told in line for line in heard.lines)
-    json.dumps(found.record, allow_nan=False)
+    row, about = found.record.plans["plan"], found.record.about
+    assert (row.verdict, row.held, row.decided_by) == ("broken reference", False, None)
+    assert told in about.warnings[0] and any(told in line for line in heard.lines)
+    json.dumps(found.record.to_json(), allow_nan=False)
 
 
 def test_too_few_images_for_the_features_are_said_and_decide_nothing_even_of_the_plan_itself(bundled, images):
@@ -101,8 +101,8 @@ def test_too_few_images_for_the_features_are_said_and_decide_nothing_even_of_the
     plan = plan_of(judge, bundled[1])
     recipe = Recipe().edit(["eval.images=32", "eval.bootstrap=20"])
     found = measure_plans(judge, {"reference": plan, "plan": plan}, recipe, repeats=1, batch=2, watch=heard)
-    row = found.record["plans"]["plan"]
-    assert (row["verdict"], row["held"], row["decided_by"]) == ("not decided", False, 256)
+    row = found.record.plans["plan"]
+    assert (row.verdict, row.held, row.decided_by) == ("not decided", False, 256)
     assert heard.lines == [f"warning: {judge.too_few(32, 'eval.images')}"] and "256 or more" in heard.lines[0]
     assert judge.too_few(256, "eval.images") is None
 

@@ -322,7 +322,7 @@ def evaluate(
     from halfstep.report import rich_table
 
     record = run.evaluate(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
-    show(record, as_json, lambda: rich_table(story.plans_table(record, brief=True)))
+    show(record.to_json(), as_json, lambda: rich_table(story.plans_table(record, brief=True)))
 
 
 @app.command()

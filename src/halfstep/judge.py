@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from halfstep.quality import (
     reference_stats,
 )
 from halfstep.recipe import Recipe
-from halfstep.results import Floor, Quality
+from halfstep.results import About, Comparison, Floor, PlanRow, Quality
 from halfstep.sampling import Labels, cond_for, denoise, image_generators, sample_images, start_noise, to_images
 from halfstep.seeds import Stage, stage_seed
 from halfstep.watch import SILENT, Watch
@@ -186,8 +185,8 @@ def extractor_for(source: str, images: Images, own: Path, device: str) -> Extrac
 class Measured:
     """Reference and plans side by side: the record for quality.json, and pictures uint8 by plan."""
 
-    record: dict[str, Any]
-    pictures: dict[str, Any]
+    record: Comparison
+    pictures: dict[str, np.ndarray]
 
 
 def _layouts_told(layouts: Mapping[str, str], asked: str) -> str:
@@ -224,43 +223,45 @@ def measure_plans(
     for one in warnings:
         watch.say(f"warning: {one}")
     found = {name: judge.distances(one, seed, recipe.eval.bootstrap) for name, one in features.items()}
-    least = judge.floor(count)
     rows = {}
     for name, plan in plans.items():
-        quality = judge.quality(features[name], found[name])
-        change = difference(found[first], found[name], judge.reference, least.high)
+        change = difference(found[first], found[name], judge.reference, judge.floor(count).high)
         verdict = "broken reference" if broken else change.verdict(tolerance)
-        median = sorted(times[name])[len(times[name]) // 2]
         ratios = sorted(t / r for t, r in zip(times[name], times[first], strict=True))
-        rows[name] = {
-            "macs": plan.macs,
-            "share": plan.macs / plans[first].macs,
-            "calls": len(plan.rows),
-            "wall_ms": median,
-            "wall_share": ratios[len(ratios) // 2],
-            "wall_share_low": ratios[0],
-            "wall_share_high": ratios[-1],
-            "quality": {key: value.to_json() for key, value in quality.items()},
-            "difference": change.to_json(),
-            "held": verdict == "held",
-            "verdict": verdict,
-            "decided_by": change.decided_by(tolerance) if verdict == "not decided" else None,
-        }
-    about = {
-        "reference": first,
-        "batch": batch,
-        "repeats": repeats,
-        "seed": seed,
-        "n": count,
-        "tolerance": tolerance,
-        "floor": asdict(least),
-        "scale": judge.reference.scale,
-        "warnings": warnings,
-        "data": judge.images.fingerprint,
-        "machine": machine(),
-        "device": str(judge.bank.device),
-        "dtype": str(judge.bank.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "layout": _layouts_told(judge.bank.layouts(), recipe.sample.layout),
-    }
-    return Measured({"about": about, "plans": rows}, pictures)
+        rows[name] = PlanRow(
+            macs=plan.macs,
+            share=plan.macs / plans[first].macs,
+            calls=len(plan.rows),
+            wall_ms=sorted(times[name])[len(times[name]) // 2],
+            wall_share=ratios[len(ratios) // 2],
+            wall_share_low=ratios[0],
+            wall_share_high=ratios[-1],
+            quality=judge.quality(features[name], found[name]),
+            difference=change,
+            held=verdict == "held",
+            verdict=verdict,
+            decided_by=change.decided_by(tolerance) if verdict == "not decided" else None,
+        )
+    about = _about(judge, recipe, first, batch=batch, repeats=repeats, warnings=warnings)
+    return Measured(Comparison(about=about, plans=rows), pictures)
+
+
+def _about(judge: Judge, recipe: Recipe, first: str, *, batch: int, repeats: int, warnings: Sequence[str]) -> About:
+    """How the plans were measured, `first` being what the others are held against."""
+    return About(
+        reference=first,
+        batch=batch,
+        repeats=repeats,
+        seed=stage_seed(recipe.seed, Stage.REPORT),
+        n=recipe.eval.images,
+        tolerance=recipe.eval.tolerance,
+        floor=judge.floor(recipe.eval.images),
+        scale=judge.reference.scale,
+        warnings=tuple(warnings),
+        data=judge.images.fingerprint,
+        machine=machine(),
+        device=str(judge.bank.device),
+        dtype=str(judge.bank.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        layout=_layouts_told(judge.bank.layouts(), recipe.sample.layout),
+    )

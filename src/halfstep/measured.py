@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -188,5 +188,6 @@ def write_and_tell(judge: Judge, verdict: Measured, out: Path, begun: float) -> 
     """Write what was measured, with its pictures, and the report on it, whose path is returned."""
     pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
     disk.write_atomic(out / "pictures.npz", lambda path: save_arrays(path, pictures))
-    disk.write_json(out / "quality.json", verdict.record | {"seconds": round(time.time() - begun, 1)})
+    record = replace(verdict.record, seconds=round(time.time() - begun, 1))
+    disk.write_json(out / "quality.json", record.to_json())
     return tell(out)

@@ -11,13 +11,11 @@ resamples generated ones only, so that no independence of the two sets is suppos
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ from halfstep.content import digest_tensors
 from halfstep.disk import write_atomic
 from halfstep.errors import DataError, HalfstepError, ModelError
 from halfstep.features import Extractor, extract, finite, slices_of
-from halfstep.results import Floor, Quality
+from halfstep.results import Difference, Floor, Quality
 from halfstep.weights import open_weights
 
 if TYPE_CHECKING:
@@ -315,9 +313,7 @@ def evaluate(
     Raises: DataError (NaN, or fewer than 2, or for neighbours k + 1, images), ModelError (another network).
     """
     x = _matching(features, reference, features_name)
-    if unknown := [metric for metric in metrics if metric not in METRICS]:
-        got, expected = f"metric {unknown[0]!r}", f"of {', '.join(METRICS)}"
-        raise HalfstepError(got=got, expected=expected, where="evaluate", do="name one of these")
+    _require_known(metrics)
     real = reference.features.astype(np.float64)
     weights = _resamples(len(x), n_boot, seed)
     scores = _neighbours(real, x, k) if set(metrics) - {"fd", "kid"} else {}
@@ -346,65 +342,10 @@ def evaluate(
     return results
 
 
-Verdict = Literal["held", "not held", "not decided", "broken reference"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """How much larger (worse) the Fréchet distance of b is than that of a, both corrected, with a paired 95 % interval.
-
-    `share`, `relative_low`, `relative_high`: the same as a share of a's distance (0.05 is 5 % worse), from the
-    resampled ratios; None where a is within its floor, where a ratio is one of noise. There the change is held against
-    `scale`, a hundredth of the data's spread. `least`: images below which nothing is decided.
-    """
-
-    value: float
-    low: float
-    high: float
-    share: float | None
-    relative_low: float | None
-    relative_high: float | None
-    fd_a: float
-    fd_b: float
-    scale: float
-    least: int
-    n: int
-    features: str
-    reference: str
-    seed: int
-
-    def verdict(self, tolerance: float) -> Verdict:
-        """ "held": the whole interval lies within a loss of `tolerance` (a share); "not held": all of it above."""
-        _, low, high, limit = self._against(tolerance)
-        if self.n < self.least or low <= limit < high:
-            return "not decided"
-        return "held" if high <= limit else "not held"
-
-    def held(self, tolerance: float) -> bool:
-        """Whether the whole interval lies within a loss of `tolerance`, a share of a's distance or of `scale`."""
-        return self.verdict(tolerance) == "held"
-
-    def decided_by(self, tolerance: float) -> int | None:
-        """About how many generated images decide it, if the change is what it seems: an interval halves with four
-        times as many. None where a million would not."""
-        value, low, high, limit = self._against(tolerance)
-        reach, gap = (high - value if value <= limit else value - low), abs(limit - value)
-        wanted = self.n * (reach / gap) ** 2 if gap > 0 else (math.inf if reach > 0 else 0)
-        return max(self.least, math.ceil(wanted)) if wanted <= 1_000_000 else None
-
-    def _against(self, tolerance: float) -> tuple[float, float, float, float]:
-        """The change with its interval, and the largest that is tolerated, in the same unit."""
-        if self.share is None or self.relative_low is None or self.relative_high is None:
-            return self.value, self.low, self.high, tolerance * self.scale
-        return self.share, self.relative_low, self.relative_high, tolerance
-
-    def __str__(self) -> str:
-        value, low, high, _ = self._against(0)
-        form = "+.3g" if self.share is None else "+.1%"
-        return f"{value:{form}} [{low:{form}}, {high:{form}}]"
-
-    def to_json(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
+def _require_known(metrics: Sequence[str]) -> None:
+    if unknown := [metric for metric in metrics if metric not in METRICS]:
+        got, expected = f"metric {unknown[0]!r}", f"of {', '.join(METRICS)}"
+        raise HalfstepError(got=got, expected=expected, where="evaluate", do="name one of these")
 
 
 def compare(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from halfstep import disk
 from halfstep.errors import RunError
@@ -115,9 +116,18 @@ class Floor:
     fresh: float
 
 
+Verdict = Literal["held", "not held", "not decided", "broken reference"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Change:
-    """See `quality.Difference`; results of before 2026-11-26 have no `scale` and no `least`."""
+class Difference:
+    """How much larger (worse) the Fréchet distance of b is than that of a, both corrected, with a paired 95 % interval.
+
+    `share`, `relative_low`, `relative_high`: the same as a share of a's distance (0.05 is 5 % worse), from the
+    resampled ratios; None where a is within its floor, where a ratio is one of noise. There the change is held against
+    `scale`, a hundredth of the data's spread. `least`: images below which nothing is decided. Results of before
+    2026-11-26 have neither; what is asked of them raises RunError.
+    """
 
     value: float
     low: float
@@ -127,12 +137,56 @@ class Change:
     relative_high: float | None
     fd_a: float
     fd_b: float
+    scale: float | None = None
+    least: int | None = None
     n: int
     features: str
     reference: str
     seed: int
-    scale: float | None = None
-    least: int | None = None
+
+    def verdict(self, tolerance: float) -> Verdict:
+        """ "held": the whole interval lies within a loss of `tolerance` (a share); "not held": all of it above."""
+        _, low, high, limit = self._against(tolerance)
+        if self.n < self._least or low <= limit < high:
+            return "not decided"
+        return "held" if high <= limit else "not held"
+
+    def held(self, tolerance: float) -> bool:
+        """Whether the whole interval lies within a loss of `tolerance`, a share of a's distance or of `scale`."""
+        return self.verdict(tolerance) == "held"
+
+    def decided_by(self, tolerance: float) -> int | None:
+        """About how many generated images decide it, if the change is what it seems: an interval halves with four
+        times as many. None where a million would not."""
+        value, low, high, limit = self._against(tolerance)
+        reach, gap = (high - value if value <= limit else value - low), abs(limit - value)
+        wanted = self.n * (reach / gap) ** 2 if gap > 0 else (math.inf if reach > 0 else 0)
+        return max(self._least, math.ceil(wanted)) if wanted <= 1_000_000 else None
+
+    @property
+    def _least(self) -> int:
+        if self.least is None:
+            raise self._without("least")
+        return self.least
+
+    def _against(self, tolerance: float) -> tuple[float, float, float, float]:
+        """The change with its interval, and the largest that is tolerated, in the same unit."""
+        if self.share is not None and self.relative_low is not None and self.relative_high is not None:
+            return self.share, self.relative_low, self.relative_high, tolerance
+        if self.scale is None:
+            raise self._without("scale")
+        return self.value, self.low, self.high, tolerance * self.scale
+
+    def _without(self, name: str) -> RunError:
+        return RunError(got=f"a change without its {name}", expected="one", where="quality.json", do="measure again")
+
+    def __str__(self) -> str:
+        if self.share is None:
+            return f"{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+        return f"{self.share:+.1%} [{self.relative_low:+.1%}, {self.relative_high:+.1%}]"
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +201,9 @@ class PlanRow:
     wall_share_low: float
     wall_share_high: float
     quality: dict[str, Quality]
-    difference: Change
+    difference: Difference
     held: bool
-    verdict: str | None = None
+    verdict: Verdict | None = None
     decided_by: int | None = None
 
 
@@ -163,24 +217,37 @@ class About:
     seed: int
     n: int
     tolerance: float
+    floor: Floor | None = None
+    scale: float | None = None
+    warnings: tuple[str, ...] = ()
     data: str
     machine: dict[str, Any]
     device: str
     dtype: str
-    layout: str
     threads: int | None = None
-    floor: Floor | None = None
-    scale: float | None = None
-    warnings: tuple[str, ...] = ()
+    layout: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """quality.json: plans side by side, and how long the call took that measured them, seconds."""
+    """quality.json: plans side by side; the reference is the first.
+
+    `seconds`: how long the call took that measured them; None, and not written, where that was not asked.
+    """
 
     about: About
     plans: dict[str, PlanRow]
-    seconds: float = 0.0
+    seconds: float | None = None
+
+    @property
+    def reference(self) -> PlanRow:
+        return self.plans[self.about.reference]
+
+    def to_json(self) -> dict[str, Any]:
+        record = dataclasses.asdict(self)
+        if self.seconds is None:
+            del record["seconds"]
+        return record
 
 
 def read_costs(file: Path, do: str = "run again") -> dict[str, Cost]:
@@ -197,14 +264,14 @@ def _by_name(file: Path, cls: Any, what: str, do: str) -> dict[str, Any]:
     return typed(disk.read_json(file, what=what, do=do), dict[str, cls], "", file, RunError, do)
 
 
-def read_comparison(file: Path, do: str = "run again") -> dict[str, Any]:
-    """quality.json as its record, once it was found to be a `Comparison`. Raises RunError."""
+def read_comparison(file: Path, do: str = "run again", *, rows: Sequence[str] = ("plan",)) -> Comparison:
+    """quality.json; `rows`: the plans that must be there beside the reference. Raises RunError."""
     record = disk.read_json(file, what="measured qualities", do=do)
-    known = build(Comparison, record, "", file, error=RunError, do=do)
-    for name in (known.about.reference, "plan"):
-        if name not in known.plans:
+    found: Comparison = build(Comparison, record, "", file, error=RunError, do=do)
+    for name in (found.about.reference, *rows):
+        if name not in found.plans:
             raise RunError(got=f"no plan {shown(name)}", expected="it among the plans", where=file, do=do)
-    for name, row in known.plans.items():
+    for name, row in found.plans.items():
         if lacking := {"fd", "kid", "precision", "recall"} - set(row.quality):
             raise RunError(
                 got=f"no {', '.join(sorted(lacking))} of {shown(name)}",
@@ -212,4 +279,4 @@ def read_comparison(file: Path, do: str = "run again") -> dict[str, Any]:
                 where=file,
                 do=do,
             )
-    return record
+    return found

@@ -58,7 +58,7 @@ from halfstep.restore import (
     restore_picture,
     timesteps_from,
 )
-from halfstep.results import Cost
+from halfstep.results import Comparison, Cost
 from halfstep.rundir import CONTENT, contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.shrink import shrink_plan
@@ -230,7 +230,7 @@ def sample(
 
 
 @releasing
-def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> dict[str, Any]:
+def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Comparison:
     """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it."""
     pipe = open_pipeline(source)
     fitted = require_fit(pipe.bank, data, recipe, watch)
@@ -241,7 +241,7 @@ def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
     out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data}, contents, watch, read)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     verdict = measure_plans(judge, {"reference": pipe.plan.uniform(), "plan": pipe.plan}, recipe, watch=watch)
-    disk.write_json(out / "quality.json", verdict.record)
+    disk.write_json(out / "quality.json", verdict.record.to_json())
     return verdict.record
 
 

@@ -16,7 +16,19 @@ from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, RunRecord
 from halfstep.report import Curve, Grid, Heatmap, Pareto, PlanChart, Report, Series, Table, picture_grid, write_report
 from halfstep.restore import Restored
-from halfstep.results import Cost, GridScores, read_comparison, read_costs, read_finals
+from halfstep.results import (
+    About,
+    Comparison,
+    Cost,
+    Difference,
+    GridScores,
+    PlanRow,
+    Quality,
+    Verdict,
+    read_comparison,
+    read_costs,
+    read_finals,
+)
 from halfstep.search import ErrorTable
 from halfstep.train import Logged
 
@@ -27,38 +39,39 @@ SETTINGS = ("device", "dtype", "threads", "batch", "layout", "backend")
 """Of a `Cost`: what its milliseconds hang on."""
 
 
-def quality_cell(record: dict[str, Any]) -> str:
+def quality_cell(quality: Quality) -> str:
     """A value with its interval, to two decimals."""
-    return f"{record['value']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+    return f"{quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]"
 
 
-def change_cell(difference: dict[str, Any]) -> str:
+def change_cell(change: Difference) -> str:
     """A change with its interval: a share, or the distance itself where the reference is within its floor."""
-    if difference["share"] is None:
-        return f"{difference['value']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-    low, high = _signed(difference["relative_low"]), _signed(difference["relative_high"])
-    return f"{_signed(difference['share'])} [{low}, {high}]"
+    if change.share is None or change.relative_low is None or change.relative_high is None:
+        return f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+    return f"{_signed(change.share)} [{_signed(change.relative_low)}, {_signed(change.relative_high)}]"
 
 
 def _signed(share: float) -> str:
     return f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
 
 
-def verdict_of(row: dict[str, Any], tolerance: float) -> str:
+def verdict_of(row: PlanRow, tolerance: float) -> Verdict:
     """A plan's verdict; told from its interval where the record is of before there were three."""
-    if "verdict" in row:
-        return str(row["verdict"])
-    if row["held"]:
+    if row.verdict is not None:
+        return row.verdict
+    if row.held:
         return "held"
-    return "not held" if row["difference"]["relative_low"] > tolerance else "not decided"
+    low = row.difference.relative_low
+    return "not held" if low is not None and low > tolerance else "not decided"
 
 
-def decided_text(row: dict[str, Any]) -> str:
+def decided_text(row: PlanRow) -> str:
     """How many images would decide what is not decided, as the end of a sentence; nothing in records of before."""
-    if "decided_by" not in row:
+    if row.verdict is None:
         return ""
-    count = row["decided_by"]
-    return f"; about {_round_up(count):,} images would decide it" if count else "; a million images would not decide it"
+    if row.decided_by is None:
+        return "; a million images would not decide it"
+    return f"; about {_round_up(row.decided_by):,} images would decide it"
 
 
 def _round_up(count: int) -> int:
@@ -67,60 +80,62 @@ def _round_up(count: int) -> int:
     return -(-count // unit) * unit
 
 
-def plans_table(record: dict[str, Any], title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
+def plans_table(record: Comparison, title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
     """The table of `judge.measure_plans`: cost, speed, quality with intervals, difference to the first row.
 
     `brief`: only what fits a terminal of 80 columns.
     """
-    about, rows = record["about"], []
-    for name, row in record["plans"].items():
-        reference = name == about["reference"]
-        rows.append(
-            (
-                name,
-                f"{row['share']:.0%}",
-                f"{row['wall_share']:.0%}",
-                quality_cell(row["quality"]["fd"]),
-                "—" if reference else change_cell(row["difference"]),
-                "—" if reference else verdict_of(row, about["tolerance"]),
-                f"{row['macs'] / 1e6:,.0f}",
-                f"{row['wall_ms']:,.0f}",
-                *(f"{row['quality'][m]['value']:.3g}" for m in ("kid", "precision", "recall")),
-            )
-        )
-    first = next(iter(record["plans"].values()))["quality"]["fd"]
+    about = record.about
+    rows = [_plan_cells(name, row, about) for name, row in record.plans.items()]
+    first = record.reference.quality["fd"]
     note = (
-        f"MMACs per image and trajectory. Wall-clock of whole trajectories at batch {about['batch']} on "
-        f"{about['device']}, {about['dtype']}, {about['layout']}, "
-        f"median of {about['repeats']} taken in turns. Fréchet distance (FD, lower is better) on "
-        f"{about['n']} images of the same seeds against {first['n_reference']} real ones, features "
-        f"{first['features']}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
+        f"MMACs per image and trajectory. Wall-clock of whole trajectories at batch {about.batch} on "
+        f"{about.device}, {about.dtype}, {about.layout}, "
+        f"median of {about.repeats} taken in turns. Fréchet distance (FD, lower is better) on "
+        f"{about.n} images of the same seeds against {first.n_reference} real ones, features "
+        f"{first.features}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
     )
-    columns: tuple[str, ...] = ("", "MACs", "time", "FD", "change of FD", f"within {about['tolerance']:.0%}")
+    columns: tuple[str, ...] = ("", "MACs", "time", "FD", "change of FD", f"within {about.tolerance:.0%}")
     if brief:  # the rest is detail, and lies beyond the edge of a narrow page
         rows = [row[: len(columns)] for row in rows]
     else:
         columns += ("MMACs", "ms", "KID", "precision", "recall")
-    names = list(record["plans"])
+    names = list(record.plans)
     return Table(
         title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
     )
 
 
-def _statistics(about: dict[str, Any]) -> str:
+def _plan_cells(name: str, row: PlanRow, about: About) -> tuple[str, ...]:
+    """One plan's line of `plans_table`."""
+    reference = name == about.reference
+    return (
+        name,
+        f"{row.share:.0%}",
+        f"{row.wall_share:.0%}",
+        quality_cell(row.quality["fd"]),
+        "—" if reference else change_cell(row.difference),
+        "—" if reference else verdict_of(row, about.tolerance),
+        f"{row.macs / 1e6:,.0f}",
+        f"{row.wall_ms:,.0f}",
+        *(f"{row.quality[metric].value:.3g}" for metric in ("kid", "precision", "recall")),
+    )
+
+
+def _statistics(about: About) -> str:
     """What a reader must know of the distances: their correction and floor, what was wrong; of old records, that they
     have neither."""
-    if "floor" not in about:
+    if about.floor is None or about.scale is None:
         return (
             "Measured before distances were corrected for bias: small ones are mostly chance, and so are their shares."
         )
-    least = about["floor"]
+    least = about.floor
     said = (
-        f"FD is corrected for bias; perfect draws score {least['raw']:.2g} before that and up to {least['high']:.2g} "
-        f"after it (fresh real images about {least['fresh']:.2g} before). Where the reference scores no more, changes "
-        f"are told as they are and held against {about['scale']:.2g}, a hundredth of the data's spread."
+        f"FD is corrected for bias; perfect draws score {least.raw:.2g} before that and up to {least.high:.2g} "
+        f"after it (fresh real images about {least.fresh:.2g} before). Where the reference scores no more, changes "
+        f"are told as they are and held against {about.scale:.2g}, a hundredth of the data's spread."
     )
-    return " ".join([said, *(f"Warning: {one}." for one in about["warnings"])])
+    return " ".join([said, *(f"Warning: {one}." for one in about.warnings)])
 
 
 def costs_table(costs: Mapping[str, Cost], reference: str) -> Table:
@@ -187,22 +202,22 @@ def tell_restored(out: Path, records: Sequence[Restored], shown: Mapping[str, np
     return write_report(report, out)
 
 
-def summary(record: dict[str, Any], plan: StepPlan) -> str:
+def summary(record: Comparison, plan: StepPlan) -> str:
     """One sentence with the claim and its measure, after what is wrong with them."""
-    row, about = record["plans"]["plan"], record["about"]
-    calls = f"{record['plans'][about['reference']]['calls']} {plan.scheduler.removesuffix('Scheduler')} calls"
-    change = f"the Fréchet distance changes by {change_cell(row['difference'])} (95 % interval, n = {about['n']})"
-    wrong = "".join(f"Warning: {one}. " for one in about.get("warnings", ()))
-    if plan.corrected and row["share"] == 1:
+    row, about = record.plans["plan"], record.about
+    calls = f"{record.reference.calls} {plan.scheduler.removesuffix('Scheduler')} calls"
+    change = f"the Fréchet distance changes by {change_cell(row.difference)} (95 % interval, n = {about.n})"
+    wrong = "".join(f"Warning: {one}. " for one in about.warnings)
+    if plan.corrected and row.share == 1:
         return f"{wrong}The corrections cost nothing; with {calls} {change}."
     what = f"The plan, {plan.entries[0]!r} in every call," if len(set(plan.entries)) == 1 else "The plan"
-    saved = f"saves {1 - row['share']:.0%} of the MACs and {1 - row['wall_share']:.0%} of the time of {calls}"
-    cost = saved if row["share"] != 1 else f"costs what {calls} of the reference cost"
-    return f"{wrong}{what} {cost}; {change}, so {_judgement(row, about['tolerance'])}."
+    saved = f"saves {1 - row.share:.0%} of the MACs and {1 - row.wall_share:.0%} of the time of {calls}"
+    cost = saved if row.share != 1 else f"costs what {calls} of the reference cost"
+    return f"{wrong}{what} {cost}; {change}, so {_judgement(row, about.tolerance)}."
 
 
-def _judgement(row: dict[str, Any], tolerance: float) -> str:
-    of = "" if row["difference"]["share"] is not None else " of a hundredth of the data's spread"
+def _judgement(row: PlanRow, tolerance: float) -> str:
+    of = "" if row.difference.share is not None else " of a hundredth of the data's spread"
     within = f"within the tolerance of {tolerance:.0%}{of}"
     match verdict_of(row, tolerance):
         case "held":
@@ -225,22 +240,22 @@ def _steps_table(out: Path, images: int) -> list[Table]:
     return [Table(title="Numbers of steps", columns=("", "MMACs", "FD"), rows=rows, note=note, best=0)]
 
 
-def pareto(record: dict[str, Any], searched: Sequence[SearchRecord], images: int = 0) -> Pareto:
+def pareto(record: Comparison, searched: Sequence[SearchRecord], images: int = 0) -> Pareto:
     """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
     dots = tuple((one.share, one.score, None, None) for one in searched if one.stage != "reference")
     label = f"the search, on {images} images\n(uncorrected: higher)"
     series = [Series(name=label, points=dots, style="points")] if dots else []
-    for name, row in record["plans"].items():
-        fd = row["quality"]["fd"]
+    for name, row in record.plans.items():
+        fd = row.quality["fd"]
         style: Any = "star" if name in ("plan", "reference") else "points"
-        series.append(Series(name=name, points=((row["share"], fd["value"], fd["low"], fd["high"]),), style=style))
-    reference = record["plans"][record["about"]["reference"]]["quality"]["fd"]
+        series.append(Series(name=name, points=((row.share, fd.value, fd.low, fd.high),), style=style))
+    reference = record.reference.quality["fd"]
     return Pareto(
         title="Quality against cost",
         metric_label="Fréchet distance (lower is better)",
         series=tuple(series),
-        band=(reference["low"], reference["high"]),
-        floor=record["about"].get("floor", {}).get("high"),
+        band=(reference.low, reference.high),
+        floor=record.about.floor.high if record.about.floor else None,
     )
 
 
@@ -393,21 +408,21 @@ FILES = {
 
 
 def _facts(
-    inputs: Mapping[str, str], recipe: Recipe, record: dict[str, Any], searched: int, table: ErrorTable | None
+    inputs: Mapping[str, str], recipe: Recipe, record: Comparison, searched: int, table: ErrorTable | None
 ) -> dict[str, str]:
-    about, search = record["about"], {}
+    about, search = record.about, {}
     if table:
         search["search"] = (
             f"{searched} plans of {recipe.search.images} images each, and an error table on {table.images} trajectories"
         )
     return {
         "model": inputs.get("model", ""),
-        "data": f"{inputs.get('data', '')}, fingerprint {about['data']}",
+        "data": f"{inputs.get('data', '')}, fingerprint {about.data}",
         "goal": inputs.get("goal", inputs.get("verb", "")),
         "recipe": f"{recipe.name}, seed {recipe.seed}, {recipe.train.steps} training steps",
         **search,
-        "time of the last call": f"{record.get('seconds', 0):.0f} s",
-        **{key: str(value) for key, value in about["machine"].items()},
+        "time of the last call": f"{record.seconds or 0:.0f} s",
+        **{key: str(value) for key, value in about.machine.items()},
     }
 
 
