@@ -39,17 +39,19 @@ from halfstep.bank import Bank
 from halfstep.data import load_images
 from halfstep.denoiser import Memo, predictor
 from halfstep.features import extract
+from halfstep.figures import Curve
 from halfstep.judge import Judge, measure_plans
 from halfstep.loop import new_model
 from halfstep.measured import judge_for, open_pipeline
 from halfstep.models import load_denoiser
 from halfstep.ode import with_solver
+from halfstep.page import Report, Table, rich_table, write_report
+from halfstep.pictures import picture_grid
 from halfstep.plan import StepPlan
 from halfstep.profiling import call_times, count_macs, interleave, peak_mib
 from halfstep.quality import compare
 from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
 from halfstep.recipes import named
-from halfstep.report import Curve, Report, Table, picture_grid, rich_table, write_report
 from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
 from halfstep.results import read_comparison
 from halfstep.run import train

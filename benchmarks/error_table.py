@@ -25,9 +25,9 @@ from halfstep.cli import RichWatch
 from halfstep.evolve import random_plans
 from halfstep.features import extract
 from halfstep.measured import judge_for
+from halfstep.page import Table
 from halfstep.quality import frechet_distance
 from halfstep.recipes import named
-from halfstep.report import Table
 from halfstep.sampling import reference_plan
 from halfstep.search import ErrorTable, Space, error_table
 

@@ -28,14 +28,15 @@ from halfstep.bank import Bank
 from halfstep.data import load_images
 from halfstep.denoiser import Memo, predictor
 from halfstep.evolve import random_plans
+from halfstep.figures import Curve
 from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.models import load_denoiser
+from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.plan import StepPlan
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
-from halfstep.report import Curve, Grid, Report, Table, rich_table, write_report
 from halfstep.sampling import fewer_steps, reference_plan
 from halfstep.terminal import RichWatch
 

@@ -31,13 +31,15 @@ from halfstep import compress, disk
 from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
+from halfstep.figures import Curve
 from halfstep.judge import Judge
 from halfstep.measured import judge_for, open_pipeline
 from halfstep.models import load_denoiser
+from halfstep.page import Grid, Report, Table, rich_table, write_report
+from halfstep.pictures import picture_grid
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
-from halfstep.report import Curve, Grid, Report, Table, picture_grid, rich_table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.seeds import Stage, stage_seed
 from halfstep.shrink import corrected_plans

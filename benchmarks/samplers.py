@@ -22,12 +22,12 @@ from halfstep.bank import Bank
 from halfstep.cli import RichWatch
 from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
+from halfstep.page import Table
 from halfstep.plan import StepPlan
 from halfstep.process import Process
 from halfstep.quality import distances
 from halfstep.recipe import SampleSpec
 from halfstep.recipes import named
-from halfstep.report import Table
 from halfstep.samplers import SCHEDULERS
 from halfstep.sampling import plan_for, reference_plan
 from halfstep.sanity import at_limits

@@ -29,9 +29,9 @@ from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
 from halfstep.models import load_denoiser
+from halfstep.page import Grid, Report, Table, write_report
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
-from halfstep.report import Grid, Report, Table, write_report
 from halfstep.sampling import reference_plan
 from halfstep.sparse import STAGES
 from halfstep.terminal import RichWatch

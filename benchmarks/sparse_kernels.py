@@ -23,8 +23,8 @@ from fashion import markdown
 from halfstep.denoiser import Memo, predictor
 from halfstep.kernels import use_semi_structured
 from halfstep.masks import Masking, Pattern, masked
+from halfstep.page import Table, rich_table
 from halfstep.profiling import example_inputs, interleave
-from halfstep.report import Table, rich_table
 from halfstep.sparse import sparsify
 from halfstep.uvit import UViT2DModel
 

@@ -27,9 +27,9 @@ from halfstep.bank import Bank
 from halfstep.find import search_plan
 from halfstep.judge import measure_plans
 from halfstep.models import load_denoiser
+from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.recipe import SpectralSpec
 from halfstep.recipes import named
-from halfstep.report import Grid, Report, Table, rich_table, write_report
 from halfstep.sampling import fewer_steps, reference_plan
 from halfstep.spectrum import power_spectrum, radial_mean
 from halfstep.terminal import RichWatch

@@ -54,10 +54,12 @@ FLOORS = {
         "judge",
         "restore",
         "kernels",
+        "device",
     ),
     "wiring": (
         "recipes",
-        "report",
+        "figures",
+        "page",
         "loop",
         "rundir",
         "job",

@@ -92,8 +92,8 @@ def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
 def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
     """The table of a finished run, its plan where that is the result, and the place of its report."""
     from halfstep import story
+    from halfstep.page import rich_table
     from halfstep.plan import StepPlan
-    from halfstep.report import rich_table
     from halfstep.results import read_comparison
 
     record = read_comparison(out / "quality.json")
@@ -319,7 +319,7 @@ def evaluate(
     Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
     """
     from halfstep import run, story
-    from halfstep.report import rich_table
+    from halfstep.page import rich_table
 
     record = run.evaluate(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
     show(record.to_json(), as_json, lambda: rich_table(story.plans_table(record, brief=True)))
@@ -340,7 +340,7 @@ def profile(
     Example: `halfstep profile --model digits --batch 64`
     """
     from halfstep import run
-    from halfstep.report import rich_table
+    from halfstep.page import rich_table
     from halfstep.story import costs_table
 
     costs = run.profile(model, batch=batch, repeats=repeats, device=device, watch=RichWatch())
@@ -392,7 +392,7 @@ def denoise(
     Example: `halfstep denoise --model runs/ode --noise 0.1 --image photo.png --steps 1 --steps 5 --out runs/denoised`
     """
     from halfstep import run
-    from halfstep.report import rich_table
+    from halfstep.page import rich_table
     from halfstep.story import restored_table
 
     found = run.denoise(
@@ -476,7 +476,7 @@ def verify(
     from collections import Counter
 
     from halfstep import verify as verifying
-    from halfstep.report import Table, rich_table
+    from halfstep.page import Table, rich_table
     from halfstep.sums import State
 
     found = verifying.verify(folder, accept=accept)

@@ -12,8 +12,8 @@ from accelerate import PartialState
 
 from halfstep.bank import Bank
 from halfstep.denoiser import copy_of, require_same_shape
+from halfstep.device import default_device
 from halfstep.fit import Fitted, fit, names_of
-from halfstep.judge import default_device
 from halfstep.latents import check_vae
 from halfstep.loop import preview_of, run_loop
 from halfstep.models import load_classes, load_denoiser, load_vae

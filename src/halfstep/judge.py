@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from halfstep import sanity
 from halfstep.bank import Bank
 from halfstep.classes import spread
 from halfstep.data import Images
 from halfstep.denoiser import class_count
-from halfstep.errors import ModelError
 from halfstep.features import Extractor, load_features, raw_pixels
 from halfstep.fit import fit
+from halfstep.pictures import to_uint8
 from halfstep.plan import StepPlan
 from halfstep.profiling import interleave, machine
 from halfstep.quality import (
@@ -149,29 +148,6 @@ class Judge:
             return to_images(self.bank, denoise(self.bank, plan, start_noise(self.bank, generators), generators, cond))
 
         return call
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """[-1, 1] float [N,C,H,W] -> uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-
-
-def default_device() -> torch.device:
-    """The device that accelerate takes here: a GPU where there is one."""
-    return PartialState().device
-
-
-def device_named(name: str) -> torch.device:
-    """The device of this machine that torch calls so, e.g. "cuda:1". Raises ModelError."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(
-            got=f"{name!r}",
-            expected="a device of this machine, such as cpu",
-            where="--device",
-            do=f"leave it out to run on {default_device()}",
-        ) from error
 
 
 def extractor_for(source: str, images: Images, own: Path, device: str) -> Extractor:

@@ -17,12 +17,11 @@ from halfstep.bank import Bank
 from halfstep.data import Images
 from halfstep.errors import DivergedError, ModelError, RecipeError
 from halfstep.fit import require_labelled
-from halfstep.judge import to_uint8
 from halfstep.latents import Latents
 from halfstep.models import build_model
+from halfstep.pictures import picture_grid, to_uint8
 from halfstep.process import Process
 from halfstep.recipe import ModelSpec, Recipe, TrainSpec
-from halfstep.report import picture_grid
 from halfstep.sampling import reference_plan, sample_images
 from halfstep.train import STEADIER, Logged, Objective, TrainRecord, TrainState, stamp
 from halfstep.train import train as train_loop

@@ -15,10 +15,11 @@ from halfstep import disk
 from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
 from halfstep.data import Images
+from halfstep.device import default_device
 from halfstep.errors import DataError, HalfstepError, RunError
 from halfstep.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.fit import Fitted, fit
-from halfstep.judge import TIMED_BATCH, Judge, Measured, default_device, extractor_for, measure_plans
+from halfstep.judge import TIMED_BATCH, Judge, Measured, extractor_for, measure_plans
 from halfstep.lock import releasing
 from halfstep.profiling import machine
 from halfstep.quality import NEIGHBOURS

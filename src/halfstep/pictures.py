@@ -1,7 +1,8 @@
-"""The one reader of pictures: a file, its bytes or an array as pixels, with all that cameras and tools put around them.
+"""Pictures in and out: the one reader of a file, its bytes or an array, whatever cameras and tools put around them.
 
 Orientation is applied, transparency laid on white, 16-bit grey scaled. Animations, 32-bit pixels and decompression
 bombs are refused before anything is decoded; broken metadata around whole pixels does no harm.
+Out they go as uint8, alone or in a grid.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from halfstep.errors import DataError
 from halfstep.sources import MAX_FILE_BYTES, bad, reading
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -22,6 +25,8 @@ MAX_PIXELS = 1 << 28  # of one picture: phones make 200 megapixels, and 3 bytes 
 FREE_PIXELS = 1 << 26  # up to so many are decoded whatever the file's size
 PIXELS_PER_BYTE = 200  # above, no more: a flat grey JPEG has 85 in one byte, a bomb of 400 megapixels in 50 kB 8,000
 KEPT = 8  # a JPEG's decoder scales it down as long as one of our pixels is so many of its wide: 1/255 off in the mean
+
+CELL, GAP = 64, 2  # pixels of a picture in a grid, about, and between two of them
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -122,3 +127,29 @@ def read_picture(file: Path) -> np.ndarray:
     """uint8 [C, H, W] of a picture file in its own size: grey where it is grey, else RGB. Raises: DataError."""
     with opened(file, file) as image:
         return decode(image, 1 if is_grey(image) else 3)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """[-1, 1] float [N,C,H,W] -> uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 [1 or 3, H, W] as a picture."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def picture_grid(images: np.ndarray, columns: int = 8, scale: int | None = None) -> Image.Image:
+    """Images uint8 [N, 1 or 3, H, W] row by row, each pixel repeated `scale` times (by default to about 64 a cell)."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        got, expected = f"{images.dtype} {list(images.shape)}", "uint8 [N, 1 or 3, height, width]"
+        raise DataError(got=got, expected=expected, where="picture grid", do="convert the images first")
+    count, channels, height, width = images.shape
+    scale = scale or max(1, round(CELL / max(height, width, 1)))
+    columns = max(1, min(columns, count))
+    rows, tall, wide = max(1, -(-count // columns)), height * scale + GAP, width * scale + GAP
+    canvas = np.full((rows * tall - GAP, columns * wide - GAP, channels), 255, np.uint8)
+    for k, image in enumerate(images.transpose(0, 2, 3, 1)):
+        top, left = k // columns * tall, k % columns * wide
+        canvas[top : top + tall - GAP, left : left + wide - GAP] = image.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)

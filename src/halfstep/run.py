@@ -24,11 +24,12 @@ from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, write_classes
 from halfstep.content import fingerprint
 from halfstep.denoiser import class_count, cond_of, cond_to, copy_of, predictor
+from halfstep.device import default_device, device_named
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
 from halfstep.job import images_of, opened, process_of, read_of
-from halfstep.judge import default_device, device_named, measure_plans, to_uint8
+from halfstep.judge import measure_plans
 from halfstep.lock import releasing
 from halfstep.loop import new_model, preview_of, run_loop
 from halfstep.measured import (
@@ -41,12 +42,11 @@ from halfstep.measured import (
     write_costs,
 )
 from halfstep.models import load_classes, load_denoiser, load_vae
-from halfstep.pictures import read_picture
+from halfstep.pictures import picture, picture_grid, read_picture, to_uint8
 from halfstep.plan import StepPlan
 from halfstep.process import Process
 from halfstep.reading import about_bank, about_images
 from halfstep.recipe import Recipe
-from halfstep.report import picture, picture_grid
 from halfstep.restore import (
     CLASSICAL,
     Denoiser,

@@ -14,8 +14,8 @@ from halfstep import disk, lock
 from halfstep.bank import Bank
 from halfstep.content import fingerprint
 from halfstep.data import Images, load_images
+from halfstep.device import default_device
 from halfstep.errors import RunError
-from halfstep.judge import default_device
 from halfstep.latents import Latents, encode_images, shape_for
 from halfstep.loop import DIVERGED, require_tracker
 from halfstep.profiling import machine

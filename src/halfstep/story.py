@@ -12,9 +12,11 @@ from halfstep import disk
 from halfstep.arrays import read_arrays
 from halfstep.errors import PlanError, RunError
 from halfstep.evolve import SearchRecord
+from halfstep.figures import Curve, Heatmap, Pareto, PlanChart, Series
+from halfstep.page import Grid, Report, Table, write_report
+from halfstep.pictures import picture_grid
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, RunRecord
-from halfstep.report import Curve, Grid, Heatmap, Pareto, PlanChart, Report, Series, Table, picture_grid, write_report
 from halfstep.restore import Restored
 from halfstep.results import (
     About,

@@ -13,20 +13,10 @@ import pytest
 from PIL import Image
 
 from halfstep.errors import PlanError, RunError
+from halfstep.figures import Curve, Heatmap, Pareto, PlanChart, Series
+from halfstep.page import Grid, Report, Table, rich_table, write_report
+from halfstep.pictures import picture_grid
 from halfstep.plan import Row, StepPlan
-from halfstep.report import (
-    Curve,
-    Grid,
-    Heatmap,
-    Pareto,
-    PlanChart,
-    Report,
-    Series,
-    Table,
-    picture_grid,
-    rich_table,
-    write_report,
-)
 from halfstep.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality
 from halfstep.story import costs_table, plans_table, summary
 

@@ -1,43 +1,21 @@
-"""Tables, plots and picture grids, and the one self-contained HTML page that holds them."""
+"""Plots of a report: quality against cost, a plan, an error table, curves; each a value that is drawn as PNG."""
 
 from __future__ import annotations
 
-import base64
 import io
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
-from halfstep import disk
-from halfstep.errors import DataError
-
-if TYPE_CHECKING:  # matplotlib and rich load only when something is drawn or printed
-    import rich.table
+if TYPE_CHECKING:  # matplotlib loads only when something is drawn
     from matplotlib.axes import Axes
 
-CELL, GAP = 64, 2  # pixels of a picture in a grid, about, and between two of them
 INK, PALE, LINES = "#1f2430", "#f1f3f6", "#e3e7ee"
 ROLES = {"reference": "#440154", "plan": "#e4572e"}  # the two that every figure is about
 ACCENTS = ("#2e86ab", "#d99a1c", "#8f5ea2", "#4a9d5b", "#b0624a", "#5f6b7a")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Cells of text; `best`: the row to emphasise."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    best: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +61,6 @@ class Heatmap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """`images` uint8 [N, C, H, W], C = 1 or 3; consecutive grids stand side by side."""
-
-    title: str
-    images: np.ndarray
-    columns: int = 8
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Curve:
     """Lines of (x, y) points by name."""
 
@@ -102,80 +70,14 @@ class Curve:
     lines: Mapping[str, tuple[tuple[float, float], ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """A whole page; `files`: name in the report's folder -> what it is."""
-
-    title: str
-    summary: str
-    facts: Mapping[str, str]
-    tables: tuple[Table, ...]
-    figures: tuple[Pareto | PlanChart | Heatmap | Curve, ...]
-    grids: tuple[Grid, ...]
-    files: Mapping[str, str] = field(default_factory=dict)
+Figure = Pareto | PlanChart | Heatmap | Curve
 
 
-def write_report(report: Report, folder: Path) -> Path:
-    """Write `folder`/report.html and its pictures under `folder`/figures; returns the page's path.
-
-    All is drawn before anything is written, and the page comes last: a failure leaves the old page as it was.
-    Raises RunError when the folder cannot be written, DataError for a grid of no images.
-    """
-    folder, pictures = Path(folder), dict[str, bytes]()
-    shares = {name: share for f in report.figures if isinstance(f, PlanChart) for name, share in f.shares.items()}
-    drawn = [_draw(figure, _entry_colours(shares)) for figure in report.figures]
-    for item, png in zip(report.figures + report.grids, drawn + [_grid_png(g) for g in report.grids], strict=True):
-        slug = re.sub(r"[^a-z0-9]+", "-", item.title.lower()).strip("-") or "picture"
-        same = sum(re.fullmatch(rf"{slug}(-\d+)?\.png", name) is not None for name in pictures)
-        pictures[f"{slug}-{same + 1}.png" if same else f"{slug}.png"] = png
-    page = _page(report, list(pictures.values()))
-    for name, png in pictures.items():
-        disk.write_bytes(folder / "figures" / name, png)
-    disk.write_text(folder / "report.html", page)
-    return folder / "report.html"
-
-
-def picture(pixels: np.ndarray) -> Image.Image:
-    """uint8 [1 or 3, H, W] as a picture."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-
-
-def picture_grid(images: np.ndarray, columns: int = 8, scale: int | None = None) -> Image.Image:
-    """Images uint8 [N, 1 or 3, H, W] row by row, each pixel repeated `scale` times (by default to about 64 a cell)."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        got, expected = f"{images.dtype} {list(images.shape)}", "uint8 [N, 1 or 3, height, width]"
-        raise DataError(got=got, expected=expected, where="picture grid", do="convert the images first")
-    count, channels, height, width = images.shape
-    scale = scale or max(1, round(CELL / max(height, width, 1)))
-    columns = max(1, min(columns, count))
-    rows, tall, wide = max(1, -(-count // columns)), height * scale + GAP, width * scale + GAP
-    canvas = np.full((rows * tall - GAP, columns * wide - GAP, channels), 255, np.uint8)
-    for k, image in enumerate(images.transpose(0, 2, 3, 1)):
-        top, left = k // columns * tall, k % columns * wide
-        canvas[top : top + tall - GAP, left : left + wide - GAP] = image.repeat(scale, 0).repeat(scale, 1)
-    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
-
-
-def rich_table(table: Table) -> rich.table.Table:
-    """The same table for the terminal; a cell is plain text, so its brackets are no markup."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    caption = Text(table.note, style="dim") if table.note else None
-    out = RichTable(title=Text(table.title), title_justify="left", caption=caption, caption_justify="left")
-    out.box, out.pad_edge = box.SIMPLE_HEAD, False
-    for column, number in zip(table.columns, _are_numbers(table), strict=True):
-        out.add_column(Text(column), justify="right" if number else "left")
-    for k, row in enumerate(table.rows):
-        out.add_row(*map(Text, row), style="bold green" if k == table.best else None)
-    return out
-
-
-def _are_numbers(table: Table) -> list[bool]:
-    """Which columns hold numbers: their cells begin with a digit or a sign."""
-    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
-    return [any(cells) and all(re.match(r"[-+−–—<>~≈±]?\s*[\d.]|[—–-]?$", c) for c in cells) for cells in columns]
+def draw_all(figures: Sequence[Figure]) -> list[bytes]:
+    """PNGs of the figures of one page, in order; an entry of a plan has one colour in all of them."""
+    shares = {name: share for f in figures if isinstance(f, PlanChart) for name, share in f.shares.items()}
+    colours = _entry_colours(shares)
+    return [_draw(figure, colours) for figure in figures]
 
 
 def _percent(share: float) -> str:
@@ -204,12 +106,12 @@ def _repeats(colours: Mapping[str, str]) -> dict[str, int]:
     return {name: before[:k].count(colour) for k, (name, colour) in enumerate(colours.items())}
 
 
-def _draw(figure: Pareto | PlanChart | Heatmap | Curve, colours: Mapping[str, str]) -> bytes:
+def _draw(figure: Figure, colours: Mapping[str, str]) -> bytes:
     """The PNG of a figure. Every colour is set by hand: a user's dark matplotlib style would write white on white."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
-    canvas = Figure(figsize=(10, 4.2), dpi=150, layout="constrained", facecolor="white")
+    canvas = Canvas(figsize=(10, 4.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot(facecolor="white")
     match figure:
@@ -351,74 +253,3 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if max(finite) < 300 * min(finite) else (1,))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
-
-
-def _grid_png(grid: Grid) -> bytes:
-    picture_grid(grid.images, grid.columns).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
-def _page(report: Report, pictures: Sequence[bytes]) -> str:
-    plots = [_figure(f.title, "", png) for f, png in zip(report.figures, pictures, strict=False)]
-    grids = zip(report.grids, pictures[len(plots) :], strict=True)
-    shown = "".join(_figure(grid.title, grid.note, png) for grid, png in grids)
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in report.facts.items())
-    files = (
-        f'<dt><a href="{quote(n)}">{escape(n)}</a></dt><dd>{escape(what)}</dd>' for n, what in report.files.items()
-    )
-    parts = (
-        f"<h1>{escape(report.title)}</h1><p class=lead>{escape(report.summary)}</p>",
-        *map(_table, report.tables),
-        f"<div class=grids>{shown}</div>" * bool(shown),
-        *plots,
-        f"<h2>Files</h2><dl>{''.join(files)}</dl>" * bool(report.files),
-        f"<details><summary>How this was made</summary><dl>{facts}</dl></details>" * bool(facts),
-    )
-    return HEAD.format(title=escape(report.title), style=STYLE) + "\n".join(filter(None, parts)) + FOOT
-
-
-def _table(table: Table) -> str:
-    kinds = [" class=n" * number for number in _are_numbers(table)]
-    head = "".join(f"<th scope=col{k}>{escape(name)}</th>" for k, name in zip(kinds, table.columns, strict=True))
-    rows = ["".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kinds, row, strict=True)) for row in table.rows]
-    body = "".join(f"<tr{' class=best' * (k == table.best)}>{row}</tr>" for k, row in enumerate(rows))
-    note = f"<p class=note>{escape(table.note)}</p>" * bool(table.note)
-    inner = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<section><h2>{escape(table.title)}</h2><div class=wide>{inner}</div>{note}</section>"
-
-
-def _figure(title: str, note: str, png: bytes) -> str:
-    width, height = Image.open(io.BytesIO(png)).size
-    # Pictures no wider than their column are never shrunk, so their pixels may stay hard.
-    hard = " class=hard" * (width <= 8 * (CELL + GAP))
-    data, alt = base64.b64encode(png).decode(), escape(f"{title}. {note}".strip(". "))
-    image = f'<img{hard} src="data:image/png;base64,{data}" width={width} height={height} alt="{alt}">'
-    return f"<figure><h2>{escape(title)}</h2>{image}<figcaption>{escape(note)}</figcaption></figure>"
-
-
-HEAD = """<!doctype html>
-<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head><body><main>
-"""
-FOOT = "\n<footer>Written by Halfstep.</footer></main></body></html>\n"
-STYLE = """
-:root{color-scheme:light dark;--ink:#1f2430;--soft:#5b6472;--paper:#fbfbfd;--line:#e3e7ee;--tint:#fdefe9;--go:#c2410c}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eaf0;--soft:#a2aab8;--paper:#14161c;--line:#2d323d;--tint:#37231b;
---go:#fb9168}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-main{max-width:1148px;margin:0 auto;padding:48px 24px}h1{font-size:2.1rem;letter-spacing:-.02em;margin:0 0 12px}
-h2{font-size:1.15rem;margin:44px 0 12px}.lead{font-size:1.25rem;line-height:1.5;margin:0;padding:2px 0 2px 18px;
-border-left:4px solid var(--go);max-width:56em}.note,figcaption,footer{color:var(--soft);font-size:.875rem}
-.note{margin:10px 0 0;max-width:68em}figcaption{margin-top:6px}figcaption:empty{display:none}footer{margin-top:56px}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.94rem}
-th,td{padding:8px 12px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
-th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}td:first-child{font-weight:600}
-.best td{background:var(--tint);color:var(--go);font-weight:600}figure{margin:0}
-img{display:block;max-width:100%;height:auto;background:#fff;border-radius:10px;padding:5px}
-.hard{image-rendering:pixelated;border-radius:6px}.grids{display:grid;gap:0 24px}
-@media(min-width:1000px){.grids{grid-template-columns:1fr 1fr}}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 24px;margin:12px 0;font-size:.94rem}dt{font-weight:600}
-dd{margin:0;overflow-wrap:anywhere}a{color:var(--go)}details{margin-top:44px}summary{cursor:pointer;font-weight:600}
-@media(max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:10px}}
-"""
