@@ -40,8 +40,8 @@ from halfstep.data import load_images
 from halfstep.denoiser import Memo, predictor
 from halfstep.features import extract
 from halfstep.figures import Curve
+from halfstep.fresh import new_model
 from halfstep.judge import Judge, measure_plans
-from halfstep.loop import new_model
 from halfstep.measured import judge_for, open_pipeline
 from halfstep.models import load_denoiser
 from halfstep.ode import with_solver

@@ -21,8 +21,8 @@ from halfstep.denoiser import cond_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.features import Extractor
 from halfstep.fit import fit
+from halfstep.fresh import new_model
 from halfstep.judge import Judge
-from halfstep.loop import new_model
 from halfstep.models import load_classes
 from halfstep.recipe import Recipe, SampleSpec
 from halfstep.restore import restore_picture, with_noise

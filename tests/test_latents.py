@@ -16,9 +16,9 @@ from halfstep.bank import Bank
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.features import load_features
+from halfstep.fresh import new_model
 from halfstep.judge import Judge
 from halfstep.latents import decode, encode_images, factor
-from halfstep.loop import new_model
 from halfstep.models import load_denoiser, load_vae
 from halfstep.recipe import Recipe
 from halfstep.sampling import (

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from halfstep import compress, methods, run
 from halfstep.errors import DivergedError, HalfstepError
-from halfstep.loop import new_model, run_loop
+from halfstep.fresh import new_model
+from halfstep.loop import run_loop
 from halfstep.masks import masked
 from halfstep.measured import judge_for, open_pipeline, write_costs
 from halfstep.plan import StepPlan

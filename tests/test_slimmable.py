@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from scipy.stats import chisquare
 
+from halfstep.architectures import ARCHITECTURES, skeleton, slices_for
 from halfstep.denoiser import Memo, cond_of
 from halfstep.errors import ModelError
 from halfstep.process import Process
@@ -22,14 +23,13 @@ from halfstep.slices import cut
 from halfstep.slimmable import (
     Supernet,
     sandwich_objective,
-    skeleton,
-    slices_for,
     sort_channels,
     supernet_of,
 )
 from halfstep.train import Batch, Diffusion
 from halfstep.unet import narrow_config
 
+UNET = ARCHITECTURES["UNet2DModel"]
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 CIFAR = {
     "sample_size": 32,
@@ -272,10 +272,10 @@ def test_nets_are_nested_and_gradients_stay_inside_the_slices(name, concat):
 def test_concatenated_inputs_are_sliced_by_segment_or_by_prefix():
     config = make().config
     name = "up_blocks.0.resnets.0.conv1.weight"  # hidden 32 and skip 32 channels at full width
-    assert slices_for(config, 0.5, "aligned")[name][1] == ((0, 16), (32, 16))
-    assert slices_for(config, 0.5, "leading")[name][1] == ((0, 32),)
-    assert slices_for(config, 0.5, "aligned")["up_blocks.0.resnets.1.norm1.weight"][0] == ((0, 16), (32, 8))
-    full = slices_for(config, 1.0, "aligned")[name][1]
+    assert slices_for(UNET, config, 0.5, "aligned")[name][1] == ((0, 16), (32, 16))
+    assert slices_for(UNET, config, 0.5, "leading")[name][1] == ((0, 32),)
+    assert slices_for(UNET, config, 0.5, "aligned")["up_blocks.0.resnets.1.norm1.weight"][0] == ((0, 16), (32, 8))
+    full = slices_for(UNET, config, 1.0, "aligned")[name][1]
     weight = torch.randn(32, 64, 3, 3)
     assert torch.equal(cut(weight, ((((0, 32),)), full, ((0, 3),), ((0, 3),))), weight)
 
@@ -288,10 +288,10 @@ def test_the_two_concatenation_modes_coincide_at_full_width_and_differ_below():
     assert torch.equal(asked(aligned.predict(1.0), *args), asked(leading.predict(1.0), *args))
     whole = model.state_dict()
     for concat in ("aligned", "leading"):
-        for key, dims in slices_for(model.config, 1.0, concat).items():
+        for key, dims in slices_for(UNET, model.config, 1.0, concat).items():
             assert torch.equal(cut(whole[key], dims), whole[key]), (concat, key)
     for width in WIDTHS[1:]:
-        one, other = (slices_for(model.config, width, concat) for concat in ("aligned", "leading"))
+        one, other = (slices_for(UNET, model.config, width, concat) for concat in ("aligned", "leading"))
         differing = {key for key in one if one[key] != other[key]}
         owners = {key.rsplit(".", 2)[-2] for key in differing}
         assert differing and all(key.startswith("up_blocks.") for key in differing)
@@ -323,7 +323,7 @@ def test_aligned_slices_part_each_concatenation_where_the_running_network_joins_
                 resnet.register_forward_pre_hook(join)
         run(net, *inputs(model))
         assert skips == []
-    slices = slices_for(model.config, 0.5, "aligned")
+    slices = slices_for(UNET, model.config, 0.5, "aligned")
     for where, (hidden, _) in joins[model].items():
         slim_hidden, slim_skip = joins[narrow][where]
         assert slices[f"{where}.conv1.weight"][1] == ((0, slim_hidden), (hidden, slim_skip))
@@ -369,7 +369,7 @@ def test_half_width_reads_exactly_the_time_features_that_it_has(changes):
     narrow = Supernet(model, WIDTHS).subnet(0.5)
     t = torch.tensor([7, 500])
     wide, slim = model.time_proj(t), narrow.time_proj(t)
-    pieces = slices_for(model.config, 0.5)["time_embedding.linear_1.weight"][1]
+    pieces = slices_for(UNET, model.config, 0.5)["time_embedding.linear_1.weight"][1]
     columns = torch.cat([torch.arange(s, s + n) for s, n in pieces])
     assert torch.allclose(wide[:, columns], slim, atol=1e-6)
 
@@ -381,7 +381,7 @@ def test_other_widths_read_the_nearest_frequencies(width, freq_shift):
     wide, slim = 16, int(16 * width)
     exponents = np.arange(wide) / (wide - freq_shift)  # frequency = 10000 ** -exponent
     wanted = np.arange(slim) / (slim - freq_shift)
-    pieces = slices_for(config, width)["time_embedding.linear_1.weight"][1]
+    pieces = slices_for(UNET, config, width)["time_embedding.linear_1.weight"][1]
     columns = np.concatenate([np.arange(s, s + n) for s, n in pieces])
     assert np.array_equal(columns[slim:], columns[:slim] + wide)  # sine and cosine alike
     off = np.abs(exponents[columns[:slim]] - wanted)
@@ -411,21 +411,21 @@ def test_dropout_is_on_in_training_mode_and_off_outside_it():
 
 
 def test_macs_of_the_cifar_net_are_the_papers():
-    config = dict(skeleton({"_class_name": "UNet2DModel", **CIFAR}).config)
+    config = dict(skeleton(UNET, {"_class_name": "UNet2DModel", **CIFAR}).config)
     for width, published in zip(WIDTHS, (6054, 3407, 1515, 380), strict=True):
-        kinds = macs_by_kind(skeleton(narrow_config(config, width)))
+        kinds = macs_by_kind(skeleton(UNET, narrow_config(config, width)))
         assert (kinds["conv"] + kinds["linear"]) / 1e6 == pytest.approx(published, rel=0.005)
 
 
 def test_macs_fall_about_as_the_square_of_the_width():
-    config = dict(skeleton({"_class_name": "UNet2DModel", **CIFAR}).config)
-    macs = {width: macs_by_kind(skeleton(narrow_config(config, width))) for width in WIDTHS}
+    config = dict(skeleton(UNET, {"_class_name": "UNet2DModel", **CIFAR}).config)
+    macs = {width: macs_by_kind(skeleton(UNET, narrow_config(config, width))) for width in WIDTHS}
     layers = {width: kinds["conv"] + kinds["linear"] for width, kinds in macs.items()}
     for width, count in layers.items():
         assert count / layers[1.0] == pytest.approx(width**2, rel=0.03)
     ordered = sorted(layers)
     assert [layers[width] for width in ordered] == sorted(layers.values())
-    assert count_macs(skeleton(config)) == sum(macs[1.0].values())
+    assert count_macs(skeleton(UNET, config)) == sum(macs[1.0].values())
 
 
 @pytest.mark.parametrize("widths", [(1.0, 0.3), (1.0, 0.1), (1.0, 0.6), (0.0,), (1.0, 0.5, 0.45)])

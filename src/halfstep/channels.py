@@ -2,7 +2,8 @@
 
 Free are the channels inside each ResNet block (but a group norm must see the same sets), the heads of attention and the
 channels inside each head, the hidden units of an MLP, and the time embedding. The residual streams are not: several
-group norms of different group sizes read each of them, or a raw sinusoid enters them.
+group norms of different group sizes read each of them, or a raw sinusoid enters them. Which of these a net has, its own
+file says (`free_channels` in `unet.py`, `uvit.py`); what they have in common is here.
 """
 
 from __future__ import annotations
@@ -11,12 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-
-from halfstep.uvit import Mlp, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -54,32 +52,19 @@ class Free:
             parameter.copy_(parameter.index_select(dim, index))
 
 
-def free_channels(model: nn.Module) -> Iterator[Free]:
-    """All of a denoiser's channels of free order, one by one; apply an order before asking for the next."""
-    for module in model.modules():
-        if isinstance(module, ResnetBlock2D):
-            yield _inside_resnet(module)
-        elif isinstance(module, Attention):
-            yield from _inside_attention(module)
-        elif isinstance(module, Mlp):
-            yield _between(module.fc1, module.fc2)
-        elif isinstance(module, SelfAttention):
-            yield from _inside_self_attention(module)
-    if isinstance(model, UNet2DModel):
-        yield from _inside_time_embedding(model)
-
-
-def _inside_resnet(block: ResnetBlock2D) -> Free:
+def inside_resnet(block: ResnetBlock2D) -> Free:
+    """The channels between the two convolutions of diffusers' ResNet block."""
     # after group norm every channel has unit scale, so gamma times the outgoing weights is what it contributes
     score = block.norm2.weight.abs() * block.conv2.weight.flatten(2).norm(dim=(0, 2))
-    moves = [*_outputs(block.conv1), *_outputs(block.norm2), (block.conv2.weight, 1, 1)]
+    moves = [*outputs(block.conv1), *outputs(block.norm2), (block.conv2.weight, 1, 1)]
     if block.time_emb_proj is not None:
         stacks = 2 if block.time_embedding_norm == "scale_shift" else 1
-        moves += [(p, dim, stacks) for p, dim, _ in _outputs(block.time_emb_proj)]
+        moves += [(p, dim, stacks) for p, dim, _ in outputs(block.time_emb_proj)]
     return Free(score, tuple(moves), (block.conv2.weight,), sets=block.norm2.num_groups)
 
 
-def _inside_attention(attention: Attention) -> Iterator[Free]:
+def inside_attention(attention: Attention) -> Iterator[Free]:
+    """The heads of diffusers' attention, then the channels of keys and of values inside each; one by one."""
     q, k, v, out = attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
 
     def value() -> torch.Tensor:
@@ -87,39 +72,19 @@ def _inside_attention(attention: Attention) -> Iterator[Free]:
 
     heads = attention.heads
     inner = len(v.weight) // heads
-    rows = (*_outputs(q), *_outputs(k), *_outputs(v))
+    rows = (*outputs(q), *outputs(k), *outputs(v))
     yield Free(value().view(heads, -1).sum(1), (*rows, (out.weight, 1, 1)), block=inner)
     key = q.weight.norm(dim=1) * k.weight.norm(dim=1)
-    yield Free(key, (*_outputs(q), *_outputs(k)), sets=heads, fixed=True)
-    yield Free(value(), (*_outputs(v), (out.weight, 1, 1)), (out.weight,), sets=heads, fixed=True)
+    yield Free(key, (*outputs(q), *outputs(k)), sets=heads, fixed=True)
+    yield Free(value(), (*outputs(v), (out.weight, 1, 1)), (out.weight,), sets=heads, fixed=True)
 
 
-def _inside_self_attention(attn: SelfAttention) -> Iterator[Free]:
-    dim, heads = len(attn.proj.weight), attn.heads
-    value = attn.qkv.weight[2 * dim :].norm(dim=1) * attn.proj.weight.norm(dim=0)
-    moves = (*((p, at, 3) for p, at, _ in _outputs(attn.qkv)), (attn.proj.weight, 1, 1))
-    yield Free(value.view(heads, -1).sum(1), moves, block=dim // heads)
-
-
-def _between(first: nn.Linear, second: nn.Linear) -> Free:
+def between(first: nn.Linear, second: nn.Linear) -> Free:
     """The hidden units of two layers."""
     score = first.weight.norm(dim=1) * second.weight.norm(dim=0)
-    return Free(score, (*_outputs(first), (second.weight, 1, 1)), (second.weight,))
+    return Free(score, (*outputs(first), (second.weight, 1, 1)), (second.weight,))
 
 
-def _inside_time_embedding(model: UNet2DModel) -> Iterator[Free]:
-    first, second = model.time_embedding.linear_1, model.time_embedding.linear_2
-    yield _between(first, second)
-    readers = [m.time_emb_proj for m in model.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
-    if model.config.class_embed_type is not None or not readers:
-        return  # other embeddings of the caller's own order are added to this one
-    score = torch.stack([layer.weight.norm(dim=0) for layer in readers]).norm(dim=0) * second.weight.norm(dim=1)
-    moves = [*_outputs(second), *((layer.weight, 1, 1) for layer in readers)]
-    if model.class_embedding is not None:
-        moves.append((model.class_embedding.weight, 1, 1))
-    yield Free(score, tuple(moves), tuple(layer.weight for layer in readers))
-
-
-def _outputs(layer: nn.Module) -> tuple[tuple[torch.Tensor, int, int], ...]:
+def outputs(layer: nn.Module) -> tuple[tuple[torch.Tensor, int, int], ...]:
     """A layer's weight and bias along their outputs."""
     return tuple((p, 0, 1) for p in (layer.weight, layer.bias) if isinstance(p, nn.Parameter))

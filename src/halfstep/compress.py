@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 
+from halfstep.architectures import architecture_of, require
 from halfstep.bank import Bank, Shared
 from halfstep.continuous import continuous_objective
 from halfstep.data import Images
 from halfstep.denoiser import copy_of, predictor
 from halfstep.errors import ModelError
+from halfstep.fresh import new_classes, new_model
 from halfstep.job import Job, opened
 from halfstep.latents import Latents
 from halfstep.lock import releasing
-from halfstep.loop import new_classes, new_model
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.ode import ContinuousUNet2DModel, with_solver
 from halfstep.profiling import count_macs
@@ -29,7 +29,6 @@ from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns
 from halfstep.spectral import Pupil, spectral_objective, student_configs
 from halfstep.train import TrainState
 from halfstep.watch import SILENT, Watch
-from halfstep.wavelet import SpectralUNet2DModel
 
 
 @releasing
@@ -201,11 +200,9 @@ def regular_name(r: float) -> str:
 
 def student_of(dense: Any, spec: SpectralSpec) -> Any:
     """The widest student of the teacher's layout that has `spec.reduction` times fewer MACs. Raises ModelError."""
-    if not isinstance(dense, UNet2DModel):
-        raise ModelError(
-            got=type(dense).__name__, expected="a UNet2DModel as teacher", where="--model", do="bring a pixel U-Net"
-        )
-    kind, more = (SpectralUNet2DModel, {"gate": spec.gate}) if spec.wavelet else (UNet2DModel, {})
+    family = architecture_of(dense)
+    gated = require(family, "gated")
+    kind, more = (gated, {"gate": spec.gate}) if spec.wavelet else (family.kind, {})
     target, macs = count_macs(dense) / spec.reduction, 0
     for config in student_configs(dense.config):
         with torch.device("meta"):

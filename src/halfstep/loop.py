@@ -1,112 +1,30 @@
-"""Training with everything around it: a fresh model, resume, log.jsonl, saved states, sample grids, trackers."""
+"""Training with everything around it: resume, log.jsonl, saved states, sample grids, trackers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from diffusers import UNet2DModel
 
 from halfstep import disk
 from halfstep.bank import Bank
 from halfstep.data import Images
-from halfstep.errors import DivergedError, ModelError, RecipeError
-from halfstep.fit import require_labelled
+from halfstep.errors import DivergedError, RecipeError
 from halfstep.latents import Latents
-from halfstep.models import build_model
 from halfstep.pictures import picture_grid, to_uint8
 from halfstep.process import Process
-from halfstep.recipe import ModelSpec, Recipe, TrainSpec
+from halfstep.recipe import Recipe, TrainSpec
 from halfstep.sampling import reference_plan, sample_images
 from halfstep.train import STEADIER, Logged, Objective, TrainRecord, TrainState, stamp
 from halfstep.train import train as train_loop
-from halfstep.uvit import UViT2DModel
 from halfstep.watch import Watch
 
 DIVERGED = Path("state") / "diverged.json"
 """Stands in a run folder whose training ended in a loss that was not finite, until it goes on."""
-
-
-def new_model(spec: ModelSpec, images: Images | Latents, noise_timesteps: int) -> UNet2DModel | UViT2DModel:
-    """A fresh denoiser for these images: from `spec.config` (a config.json), or from the spec's sizes."""
-    if spec.config:
-        record = disk.read_json(Path(spec.config), what="a diffusers config.json", do="check --set model.config")
-        model = build_model({"_class_name": "UNet2DModel", **record}, where=spec.config)
-        wanted = (model.config.in_channels, model.config.sample_size)
-        if wanted != (images.channels, images.size):
-            raise ModelError(
-                got=f"a config for {wanted[0]} channels at {wanted[1]}",
-                expected=f"{images.channels} channels at {images.size}",
-                where=spec.config,
-                do="change the config or --set data.size and data.channels",
-            )
-        return model
-    classes = new_classes(spec, images)
-    if spec.kind == "uvit":
-        return _built(
-            "UViT2DModel",
-            sample_size=images.size,
-            in_channels=images.channels,
-            out_channels=images.channels,
-            patch_size=spec.patch,
-            embed_dim=spec.channels[0],
-            depth=spec.layers,
-            num_heads=max(1, spec.channels[0] // spec.head_dim),
-            num_class_embeds=classes,
-        )
-    halvings = 2 ** (len(spec.channels) - 1)
-    if images.size % halvings:
-        raise ModelError(
-            got=f"images of {images.size}x{images.size}",
-            expected=f"a multiple of {halvings}, for {len(spec.channels)} levels",
-            where="model.channels",
-            do="choose another --set data.size or fewer levels",
-        )
-    attended = [c for c, flag in zip(spec.channels, spec.attention, strict=True) if flag] + [spec.channels[-1]]
-    if min(attended) < spec.head_dim:
-        raise ModelError(
-            got=f"heads of {spec.head_dim} channels",
-            expected=f"at most {min(attended)}, the narrowest level with attention",
-            where="model.head_dim",
-            do=f"write --set model.head_dim={min(attended)}",
-        )
-    return _built(
-        "UNet2DModel",
-        sample_size=images.size,
-        in_channels=images.channels,
-        out_channels=images.channels,
-        layers_per_block=spec.layers,
-        block_out_channels=spec.channels,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in spec.attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(spec.attention)),
-        norm_num_groups=spec.groups,
-        attention_head_dim=spec.head_dim,
-        dropout=spec.dropout,
-        num_class_embeds=classes,
-        num_train_timesteps=noise_timesteps,
-    )
-
-
-def _built(kind: str, **config: Any) -> Any:
-    """A fresh denoiser of a recipe's sizes, priced before it is built. Raises ModelError."""
-    try:
-        return build_model({"_class_name": kind, **config}, where="model")
-    except ModelError as error:
-        do = "change --set model.channels (multiples of model.groups), model.layers or model.head_dim"
-        raise ModelError(got=error.got, expected=error.expected, where="model", do=do) from error
-
-
-def new_classes(spec: ModelSpec, images: Images | Latents) -> int | None:
-    """How many classes a fresh denoiser is conditional on. Raises DataError where it should be and no image has one."""
-    if not spec.class_conditional:
-        return None
-    require_labelled(images, "as --set model.class_conditional=true asks")
-    return len(images.classes)
 
 
 def require_tracker(name: str) -> None:

@@ -15,25 +15,18 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
+from halfstep.architectures import ARCHITECTURES
 from halfstep.classes import read_classes
 from halfstep.denoiser import Memo, class_count, cond_of, predictor
 from halfstep.disk import read_json
 from halfstep.errors import ModelError
-from halfstep.ode import ContinuousUNet2DModel
 from halfstep.process import Process
 from halfstep.sums import require_whole
 from halfstep.typed import shown
-from halfstep.uvit import UViT2DModel
-from halfstep.wavelet import SpectralUNet2DModel
 from halfstep.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
 DIGITS_MODEL = Path(__file__).parent / "assets" / "digits_model"
-MODEL_CLASSES: dict[str, type[ModelMixin]] = {
-    "UNet2DModel": diffusers.UNet2DModel,
-    "UViT2DModel": UViT2DModel,
-    "SpectralUNet2DModel": SpectralUNet2DModel,
-    "ContinuousUNet2DModel": ContinuousUNet2DModel,
-}
+MODEL_CLASSES: dict[str, type[ModelMixin]] = {name: family.kind for name, family in ARCHITECTURES.items()}
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
 
 VAE_CLASSES: dict[str, type[ModelMixin]] = {"AutoencoderKL": diffusers.AutoencoderKL}
@@ -170,7 +163,7 @@ def empty_model(
         raise _unusable(f"sample_size {shown(size)}", "the side of the images, or two sides", where)
     if sides and math.prod(sides) * max(model.config["in_channels"], model.config["out_channels"]) > MAX_PIXELS:
         raise _unusable(f"samples of {size} pixels a side", f"at most {MAX_PIXELS:,} numbers in one", where)
-    if kind is diffusers.UNet2DModel:  # our own classes know what they can run
+    if classes is MODEL_CLASSES and not ARCHITECTURES[config["_class_name"]].own_checks:
         _require_runs(model, sides, where)
     return model
 

@@ -28,10 +28,11 @@ from halfstep.device import default_device, device_named
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
+from halfstep.fresh import new_model
 from halfstep.job import images_of, opened, process_of, read_of
 from halfstep.judge import measure_plans
 from halfstep.lock import releasing
-from halfstep.loop import new_model, preview_of, run_loop
+from halfstep.loop import preview_of, run_loop
 from halfstep.measured import (
     is_measured,
     judge_for,

@@ -9,8 +9,8 @@ width per step is in `search.py`, since it does not care what its entries are.
 
 What differs, and why:
 - Layers are not rewritten. A width is a plain, narrower `UNet2DModel` whose parameters are slices of the full one's
-  (`slices_for`), run by `torch.func.functional_call`: gradients reach the shared weights, stock diffusers loads what
-  comes out, and a narrow step costs what a narrow model costs. Any `UNet2DModel` config works.
+  (`architectures.slices_for`), run by `torch.func.functional_call`: gradients reach the shared weights, stock
+  diffusers loads what comes out, and a narrow step costs what a narrow model costs. Any `UNet2DModel` config works.
 - Inputs that are concatenations are sliced segment by segment (`concat="aligned"`): the slim net's skip half uses the
   weights that the full net uses for its skip. The released code takes the leading columns of the whole concatenation,
   which the full net uses for the hidden half; `concat="leading"` does that.
@@ -24,22 +24,16 @@ What differs, and why:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 
-from halfstep import unet, uvit
-from halfstep.channels import free_channels
+from halfstep.architectures import architecture_of, narrowed, require, skeleton, slices_for
 from halfstep.denoiser import Draw, Memo, Predict, copy_of, predictor
-from halfstep.errors import ModelError
 from halfstep.recipe import SlimSpec
-from halfstep.slices import Pieces, Slices, cut_all
-from halfstep.uvit import UViT2DModel
+from halfstep.slices import Slices, cut_all
 
-Net: TypeAlias = UNet2DModel | UViT2DModel
-"""What can be slimmed."""
 Through = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """What is done to a width's weights before they are used, e.g. masking."""
 
@@ -49,38 +43,6 @@ def width_name(width: float) -> str:
     return f"w{width:.2f}"
 
 
-# ----------------------------------------------------------------------------------------- which weights a width uses
-
-
-def narrowed(kind: type[Net], config: Mapping[str, Any], width: float) -> dict[str, Any]:
-    """The config of a denoiser of class `kind` at `width`. Raises ModelError for widths that do not divide it."""
-    return uvit.narrow_config(config, width) if kind is UViT2DModel else unet.narrow_config(config, width)
-
-
-def skeleton(config: Mapping[str, Any], kind: type[Net] = UNet2DModel) -> Net:
-    """A denoiser without memory (on the meta device), to be run with weights from elsewhere."""
-    with torch.device("meta"):
-        return kind.from_config(dict(config))
-
-
-def slices_for(
-    config: Mapping[str, Any], width: float, concat: str = "aligned", kind: type[Net] = UNet2DModel
-) -> dict[str, tuple[Pieces, ...]]:
-    """Which part of every parameter of the full network the network at `width` uses."""
-    narrow = narrowed(kind, config, width)
-    full_shapes = {name: value.shape for name, value in skeleton(config, kind).state_dict().items()}
-    slim_shapes = {name: value.shape for name, value in skeleton(narrow, kind).state_dict().items()}
-    slices: dict[str, tuple[Pieces, ...]] = {name: tuple(((0, n),) for n in s) for name, s in slim_shapes.items()}
-    found = uvit.slice_exceptions if kind is UViT2DModel else unet.slice_exceptions
-    for name, dim, pieces in found(config, narrow, slim_shapes, concat):
-        slices[name] = (*slices[name][:dim], pieces, *slices[name][dim + 1 :])
-    for name, dims in slices.items():
-        for dim, pieces in enumerate(dims):
-            fits = all(start + length <= full_shapes[name][dim] for start, length in pieces)
-            assert fits and sum(n for _, n in pieces) == slim_shapes[name][dim], (name, dim, pieces)
-    return slices
-
-
 # ----------------------------------------------------------------------------------------------------------- supernet
 
 
@@ -88,25 +50,21 @@ class Supernet:
     """A U-Net with its widths. The weights live in `model`; nothing is written onto modules.
 
     `predict(width)` runs a width on the shared weights (differentiable); `subnet(width)` copies them out as a plain
-    `UNet2DModel`. `own` is the width of `model` itself, in the units of `widths` (see `supernet_of`). Raises ModelError
-    for a model that is no UNet2DModel and for widths without whole channel groups.
+    model of its class. `own` is the width of `model` itself, in the units of `widths` (see `supernet_of`). Raises
+    ModelError for a model that cannot be slimmed and for widths without whole channel groups.
     """
 
-    def __init__(self, model: Net, widths: Sequence[float], concat: str = "aligned", own: float = 1.0):
-        if not isinstance(model, Net):
-            raise ModelError(
-                got=type(model).__name__,
-                expected="a UNet2DModel or UViT2DModel",
-                where="the model to slim",
-                do="bring a pixel U-Net or a U-ViT",
-            )
-        self.model, self.widths, self.own = model, tuple(sorted(widths, reverse=True)), own
+    def __init__(self, model: Any, widths: Sequence[float], concat: str = "aligned", own: float = 1.0):
+        family = architecture_of(model)
+        require(family, "slim")
+        self.model, self.family, self.own = model, family, own
+        self.widths = tuple(sorted(widths, reverse=True))
         self.slices: dict[float, Slices] = {}
-        self._skeletons: dict[float, Net] = {}
+        self._skeletons: dict[float, Any] = {}
         for width in self.widths:
             if width != own:
-                self.slices[width] = slices_for(model.config, width / own, concat, type(model))
-                self._skeletons[width] = skeleton(narrowed(type(model), model.config, width / own), type(model))
+                self.slices[width] = slices_for(family, model.config, width / own, concat)
+                self._skeletons[width] = skeleton(family, narrowed(family, model.config, width / own))
 
     def predict(self, width: float, through: Through | None = None) -> Predict:
         """The network at `width` as a function, its weights passed `through`."""
@@ -122,25 +80,26 @@ class Supernet:
 
         return predictor(net, weights)
 
-    def subnet(self, width: float, through: Through | None = None) -> Net:
+    def subnet(self, width: float, through: Through | None = None) -> Any:
         """A plain diffusers model that computes what the supernet computes at `width`, with weights of its own."""
         weights = self.model.state_dict()
         config = dict(self.model.config)
         if width != self.own:
             weights = cut_all(weights, self.slices[width])
-            config = narrowed(type(self.model), config, width / self.own)
+            config = narrowed(self.family, config, width / self.own)
         weights = through(weights) if through else weights
-        model = type(self.model).from_config(config)
+        model: Any = self.family.kind.from_config(config)
         model.load_state_dict({name: value.clone() for name, value in weights.items()})
         return model.to(self.model.device).eval()
 
 
-def supernet_of(dense: Net, spec: SlimSpec) -> Supernet:
+def supernet_of(dense: Any, spec: SlimSpec) -> Supernet:
     """The untrained supernet of a dense model, which stays as it is: its channels sorted, cut to the widest width.
 
     A plan's bank holds the dense model beside the supernet, so that `spec.widths` may leave 1.0 out: no step of the
     training is then spent on a second net of that size. Raises ModelError for widths without whole channel groups.
     """
+    require(architecture_of(dense), "slim")
     net = sort_channels(dense) if spec.sort else copy_of(dense)
     widest = max(spec.widths)
     if widest != 1.0:
@@ -190,10 +149,10 @@ def sandwich_objective(
 # ------------------------------------------------------------------------------------------------- channel importance
 
 
-def sort_channels(model: Net) -> Net:
+def sort_channels(model: Any) -> Any:
     """A copy of `model` whose channels of free order stand by importance, so that slices keep what contributes most; it
     computes the same function. A channel's importance is the size of its contribution to the next layer."""
     copy = copy_of(model)
-    for free in free_channels(copy):
+    for free in require(architecture_of(copy), "free")(copy):
         free.apply(free.by_score())
     return copy

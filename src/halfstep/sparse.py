@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halfstep.channels import free_channels
+from halfstep.architectures import architecture_of, require
 from halfstep.denoiser import Draw, Memo, Predict, predictor
 from halfstep.errors import ModelError
 from halfstep.masks import Pattern, keep_mask, mask_all
@@ -173,11 +173,11 @@ def permute(model: nn.Module, names: Sequence[str], pattern: Pattern, rounds: in
     """Order the channels of free order, in place, so that the masks of `names` keep more magnitude (as NVIDIA's ASP).
 
     The dense function stays the same. Channels are swapped between two groups of M wherever that keeps more; channels
-    of one norm group or head stay together.
+    of one norm group or head stay together. Raises ModelError for a net without known channels of free order.
     """
     weights = dict(model.named_parameters())
     chosen = {id(weights[name]) for name in names}
-    for free in free_channels(model):
+    for free in require(architecture_of(model), "free")(model):
         read = [w for w in free.readers if id(w) in chosen]
         size = len(free.score) // free.sets
         if read and free.block == 1 and size % pattern.m == 0 and size >= 2 * pattern.m:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halfstep.architectures import architecture_of, require
 from halfstep.denoiser import Draw, Memo, cond_of, predictor
 from halfstep.errors import ModelError
 from halfstep.recipe import SpectralSpec
-from halfstep.wavelet import SpectralUNet2DModel
 
 
 def spectral_weights(clean: torch.Tensor, size: tuple[int, int], alpha: float, most: float = 50.0) -> torch.Tensor:
@@ -46,16 +46,14 @@ def frequency_loss(theirs: torch.Tensor, ours: torch.Tensor, weights: torch.Tens
 
 def levels_of(model: Any) -> list[nn.Module]:
     """The modules whose outputs are compared: the last ResNet block of every level of both paths, and the middle."""
-    net = model.net if isinstance(model, SpectralUNet2DModel) else model
-    last = [block.resnets[-1] for block in (*net.down_blocks, *net.up_blocks)]
-    return [*last, net.mid_block] if net.mid_block is not None else last
+    return require(architecture_of(model), "levels")(model)
 
 
 class Pupil(nn.Module):
     """A student and, for the training only, a learned 1x1 convolution for each compared level (to teacher channels).
 
     `teacher`: a `UNet2DModel` or `SpectralUNet2DModel` with as many levels of the same sizes; it gets no gradient.
-    Raises ModelError when the levels do not match.
+    Raises ModelError for nets without levels, and when these do not match.
     """
 
     def __init__(self, student: Any, teacher: Any):

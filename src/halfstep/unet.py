@@ -1,4 +1,4 @@
-"""What Halfstep knows of diffusers' `UNet2DModel`: its narrower versions, and which weights of the full net they use.
+"""What Halfstep knows of diffusers' `UNet2DModel`: fresh and narrower configs, free channels, its levels.
 
 A narrow net is a plain `UNet2DModel` (see `slimmable.py`, whose paper asks for it) whose parameters are leading slices
 of the full one's, but for what `slice_exceptions` names.
@@ -10,8 +10,59 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from halfstep.channels import Free, between, inside_attention, inside_resnet, outputs
 from halfstep.errors import ModelError
+from halfstep.recipe import ModelSpec
 from halfstep.slices import Pieces, nearest_frequencies
+
+
+def fresh_config(spec: ModelSpec, size: int, channels: int, classes: int | None, timesteps: int) -> dict[str, Any]:
+    """The config of a fresh U-Net for images [channels, size, size]. Raises ModelError for sizes that do not fit."""
+    halvings = 2 ** (len(spec.channels) - 1)
+    if size % halvings:
+        raise ModelError(
+            got=f"images of {size}x{size}",
+            expected=f"a multiple of {halvings}, for {len(spec.channels)} levels",
+            where="model.channels",
+            do="choose another --set data.size or fewer levels",
+        )
+    attended = [c for c, flag in zip(spec.channels, spec.attention, strict=True) if flag] + [spec.channels[-1]]
+    if min(attended) < spec.head_dim:
+        raise ModelError(
+            got=f"heads of {spec.head_dim} channels",
+            expected=f"at most {min(attended)}, the narrowest level with attention",
+            where="model.head_dim",
+            do=f"write --set model.head_dim={min(attended)}",
+        )
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": spec.layers,
+        "block_out_channels": spec.channels,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in spec.attention),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(spec.attention)),
+        "norm_num_groups": spec.groups,
+        "attention_head_dim": spec.head_dim,
+        "dropout": spec.dropout,
+        "num_class_embeds": classes,
+        "num_train_timesteps": timesteps,
+    }
+
+
+def levels(model: UNet2DModel) -> list[nn.Module]:
+    """The last ResNet block of every level of both paths, and the middle: what a level puts out, [B, C, h, w]."""
+    last = [block.resnets[-1] for block in (*model.down_blocks, *model.up_blocks)]
+    return [*last, model.mid_block] if model.mid_block is not None else last
+
+
+# ---------------------------------------------------------------------------------------------------- narrower versions
 
 
 def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
@@ -115,3 +166,34 @@ def _time_columns(config: Mapping[str, Any], narrow: Mapping[str, Any]) -> Piece
     if kind == "fourier":  # sin and cos of `slim` random frequencies, which are a prefix of the full ones
         return ((0, slim), (full, slim))
     return nearest_frequencies(full // 2, slim // 2, config.get("freq_shift", 0))
+
+
+# ----------------------------------------------------------------------------------------------- channels of free order
+
+
+def free_channels(model: UNet2DModel) -> Iterator[Free]:
+    """All channels of free order, one by one; apply an order before asking for the next."""
+    yield from free_in_blocks(model)
+    yield from _inside_time_embedding(model)
+
+
+def free_in_blocks(model: nn.Module) -> Iterator[Free]:
+    """Those inside ResNet blocks and attention."""
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            yield inside_resnet(module)
+        elif isinstance(module, Attention):
+            yield from inside_attention(module)
+
+
+def _inside_time_embedding(model: UNet2DModel) -> Iterator[Free]:
+    first, second = model.time_embedding.linear_1, model.time_embedding.linear_2
+    yield between(first, second)
+    readers = [m.time_emb_proj for m in model.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+    if model.config.class_embed_type is not None or not readers:
+        return  # other embeddings of the caller's own order are added to this one
+    score = torch.stack([layer.weight.norm(dim=0) for layer in readers]).norm(dim=0) * second.weight.norm(dim=1)
+    moves = [*outputs(second), *((layer.weight, 1, 1) for layer in readers)]
+    if model.class_embedding is not None:
+        moves.append((model.class_embedding.weight, 1, 1))
+    yield Free(score, tuple(moves), tuple(layer.weight for layer in readers))

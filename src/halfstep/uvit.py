@@ -24,8 +24,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from halfstep.channels import Free, between, outputs
 from halfstep.denoiser import require_config, require_labels
 from halfstep.errors import ModelError
+from halfstep.recipe import ModelSpec
 from halfstep.slices import Pieces, nearest_frequencies
 
 
@@ -183,6 +185,20 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def fresh_config(spec: ModelSpec, size: int, channels: int, classes: int | None, timesteps: int) -> dict[str, Any]:
+    """The config of a fresh U-ViT for images [channels, size, size]. It has no table of the `timesteps`."""
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch_size": spec.patch,
+        "embed_dim": spec.channels[0],
+        "depth": spec.layers,
+        "num_heads": max(1, spec.channels[0] // spec.head_dim),
+        "num_class_embeds": classes,
+    }
+
+
 # -------------------------------------------------------------------------------- narrower versions (see slimmable.py)
 
 
@@ -216,3 +232,19 @@ def slice_exceptions(
             yield name, 1, ((0, slim), (full, slim))
         if name == "time_embed.0.weight":  # the narrow net's own sinusoid: columns of nearest frequency
             yield name, 1, nearest_frequencies(full // 2, slim // 2)
+
+
+def free_channels(model: UViT2DModel) -> Iterator[Free]:
+    """All channels of free order, one by one; apply an order before asking for the next."""
+    for module in model.modules():
+        if isinstance(module, Mlp):
+            yield between(module.fc1, module.fc2)
+        elif isinstance(module, SelfAttention):
+            yield from _inside_attention(module)
+
+
+def _inside_attention(attn: SelfAttention) -> Iterator[Free]:
+    dim, heads = len(attn.proj.weight), attn.heads
+    value = attn.qkv.weight[2 * dim :].norm(dim=1) * attn.proj.weight.norm(dim=0)
+    moves = (*((p, at, 3) for p, at, _ in outputs(attn.qkv)), (attn.proj.weight, 1, 1))
+    yield Free(value.view(heads, -1).sum(1), moves, block=dim // heads)

@@ -24,6 +24,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from halfstep import unet
 from halfstep.denoiser import require_config
 from halfstep.errors import DataError
 
@@ -165,3 +166,8 @@ class SpectralUNet2DModel(ModelMixin, ConfigMixin):
 def _channels(layer: nn.Module) -> int:
     assert isinstance(layer, Downsample2D | Upsample2D)
     return int(layer.channels)
+
+
+def levels(model: SpectralUNet2DModel) -> list[nn.Module]:
+    """What its levels put out, see `unet.levels`."""
+    return unet.levels(model.net)
