@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import warnings
@@ -14,6 +15,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from halfstep.bank import Bank
+from halfstep.denoiser import corrected
 from halfstep.errors import HalfstepError, ModelError, PlanError
 from halfstep.plan import Row
 from halfstep.process import BETA_SCHEDULERS
@@ -21,12 +23,15 @@ from halfstep.recipe import SampleSpec
 from halfstep.samplers import REFUSED, SCHEDULERS
 from halfstep.sampling import (
     StepAwarePipeline,
+    build_scheduler,
     fewer_steps,
     image_generators,
+    last,
     plan_for,
     reference_plan,
     sample_images,
     start_noise,
+    trajectory,
 )
 from halfstep.sums import write_sums
 
@@ -251,6 +256,54 @@ def test_heun_has_a_row_for_each_evaluation_and_each_row_runs_its_entry():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpmsolver++", "heun", "euler"])
+def test_a_trajectory_tells_every_row_and_goes_on_from_any_of_them(kind):
+    """Oracle: a straight loop over diffusers' scheduler."""
+    bank = bank_of()
+    plan = plan_of(bank, kind).with_corrections([(0.9, 0.1)] * len(plan_of(bank, kind).rows))
+    scheduler = build_scheduler(plan)
+    x = start_noise(bank, image_generators(3, 0, 2)) * scheduler.init_noise_sigma
+    drawn = {"generator": image_generators(5, 0, 2)} if kind in ("ddim", "ddpm", "dpmsolver++") else {}
+    left = []
+    walked = trajectory(bank, plan, start_noise(bank, image_generators(3, 0, 2)), image_generators(5, 0, 2))
+    for row, (t, step) in enumerate(zip(scheduler.timesteps, walked, strict=True)):
+        left.append((x, copy.deepcopy(scheduler), [g.get_state() for g in drawn.get("generator", ())]))
+        with torch.no_grad():
+            found = bank["full"](scheduler.scale_model_input(x, t), t).sample
+        assert step.row == row and torch.equal(step.sample, x) and torch.equal(step.prediction, found)
+        x = scheduler.step(corrected(found, 0.9, 0.1), t, x, **drawn).prev_sample
+        assert torch.equal(step.after, x)
+    for row, (sample, stopped, states) in enumerate(left):
+        generators = image_generators(0, 0, 2)
+        for generator, state in zip(generators, states, strict=False):
+            generator.set_state(state)
+        again = trajectory(bank, plan, sample, generators, start=row, scheduler=stopped)
+        assert torch.equal(last(again), x)
+
+
+def test_a_trajectory_leaves_its_caller_out_of_inference_mode():
+    bank, weight = bank_of(), torch.ones(1, requires_grad=True)
+    inside = []
+    bank["full"].register_forward_hook(lambda *_: inside.append(torch.is_inference_mode_enabled()))
+    for step in trajectory(
+        bank, plan_of(bank), start_noise(bank, image_generators(0, 0, 1)), image_generators(0, 0, 1)
+    ):
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        (weight * step.after.clone()).sum().backward()
+    assert all(inside) and weight.grad.isfinite()
+
+
+def test_a_trajectory_that_is_left_early_calls_no_more_networks():
+    bank, called = bank_of(), []
+    bank["full"].register_forward_hook(lambda *_: called.append(1))
+    steps = trajectory(bank, plan_of(bank), start_noise(bank, image_generators(0, 0, 1)), image_generators(0, 0, 1))
+    assert not called
+    next(steps)
+    next(steps)
+    steps.close()
+    assert len(called) == 2
+
+
 def test_class_labels_reach_every_call_of_every_entry():
     bank = bank_of(num_class_embeds=4)
     plan = plan_of(bank, "ddim", 4).with_entries(["full", "slim", "slim", "full"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from halfstep.bank import Bank
 from halfstep.classes import numbers_of, read_classes, write_classes
-from halfstep.denoiser import Cond, Memo, class_count, cond_of, corrected_as, predictor, require_same_shape
+from halfstep.denoiser import Cond, Memo, Predict, class_count, cond_of, corrected_as, predictor, require_same_shape
 from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError, PlanError
 from halfstep.latents import decode
@@ -27,10 +28,6 @@ from halfstep.recipe import SampleSpec
 from halfstep.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
 from halfstep.sums import require_whole, write_sums
 from halfstep.weights import require_safetensors
-
-Trace = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""(row, sample before the call as the scheduler holds it, prediction) -> None"""
-
 
 Labels = Callable[[int], int]
 """The number of an image -> its class"""
@@ -105,8 +102,18 @@ def image_generators(seed: int, start: int, count: int) -> list[torch.Generator]
     return [torch.Generator().manual_seed((seed * 1_000_003 + start + i) % 2**63) for i in range(count)]
 
 
-@torch.inference_mode()
-def denoise(
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one row did: `sample` [B,C,H,W] before the call, as the scheduler holds it, the network's own `prediction`
+    of the same shape, without the row's correction, and the sample `after` the row."""
+
+    row: int
+    sample: torch.Tensor
+    prediction: torch.Tensor
+    after: torch.Tensor
+
+
+def trajectory(
     bank: Bank,
     plan: StepPlan,
     sample: torch.Tensor,
@@ -115,34 +122,58 @@ def denoise(
     *,
     start: int = 0,
     scheduler: SchedulerMixin | None = None,
-    trace: Trace | None = None,
-    progress: Callable[[Sequence], Iterator] = iter,
-) -> torch.Tensor:
-    """One trajectory: noise [B,C,H,W] (unit variance, before the scheduler's scaling) -> image in about [-1, 1].
+) -> Iterator[Step]:
+    """One trajectory from noise [B,C,H,W] (unit variance, before the scheduler's scaling) to an image in about [-1, 1].
 
     With `start` and a `scheduler` that was stopped there, a trajectory is continued from row `start`: `sample` is then
-    the scheduler's own. `trace` sees every row.
+    the scheduler's own. Raises PlanError, before the first step, for a plan that is not the scheduler's.
     """
     if scheduler is None:
         scheduler = build_scheduler(plan, sample.device)
         sample = sample * scheduler.init_noise_sigma
-    models, kind = {name: predictor(bank[name]) for name in set(plan.entries)}, bank.prediction_type
-    calls = [models[entry] for entry in plan.entries]
-    given, memo = cond or {}, Memo()
-    step_kwargs = step_options(scheduler, generators)
-    timesteps = scheduler.timesteps
-    levels = _levels(scheduler) if plan.corrected and kind != "epsilon" else timesteps
-    for i in progress(range(start, len(calls))):
-        inputs = scheduler.scale_model_input(sample, timesteps[i])
+    networks = {name: predictor(bank[name]) for name in set(plan.entries)}
+    return walk([networks[row.entry] for row in plan.rows], plan.rows, scheduler, sample, generators, cond, start)
+
+
+@torch.inference_mode()  # around each row, not around what its caller does between two of them
+def walk(
+    calls: Sequence[Predict],
+    rows: Sequence[Row],
+    scheduler: Any,
+    sample: torch.Tensor,
+    generators: Sequence[torch.Generator] = (),
+    cond: Cond | None = None,
+    start: int = 0,
+) -> Iterator[Step]:
+    """The one sampling loop: row after row a call, its correction, and the scheduler's step.
+
+    calls: the network of each row.  scheduler: its timesteps are those of the rows; it stands at row `start`.
+    """
+    kind, timesteps, cond, memo = scheduler.config.prediction_type, scheduler.timesteps, cond or {}, Memo()
+    options = step_options(scheduler, generators)
+    levels = _levels(scheduler) if kind != "epsilon" and any(row.corrected for row in rows) else timesteps
+    for i in range(start, len(rows)):
+        row, t = rows[i], timesteps[i]
+        inputs = scheduler.scale_model_input(sample, t)
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
-        prediction = calls[i](inputs, timesteps[i], given, memo)
-        if trace is not None:
-            trace(i, sample, prediction)
-        row = plan.rows[i]
-        if row.corrected:
-            prediction = corrected_as(kind, prediction, inputs, levels[i], row.scale, row.threshold)
-        sample = scheduler.step(prediction, timesteps[i], sample, return_dict=False, **step_kwargs)[0]
-    return sample
+        found = calls[i](inputs, t, cond, memo)
+        used = corrected_as(kind, found, inputs, levels[i], row.scale, row.threshold) if row.corrected else found
+        after = scheduler.step(used, t, sample, return_dict=False, **options)[0]
+        yield Step(i, sample, found, after)
+        sample = after
+
+
+def last(steps: Iterator[Step]) -> torch.Tensor:
+    """Run a trajectory to its end and return its final sample."""
+    [end] = deque(steps, maxlen=1)
+    return end.after
+
+
+def denoise(
+    bank: Bank, plan: StepPlan, noise: torch.Tensor, generators: Sequence[torch.Generator], cond: Cond | None = None
+) -> torch.Tensor:
+    """The image at the end of a whole `trajectory`."""
+    return last(trajectory(bank, plan, noise, generators, cond))
 
 
 def _levels(scheduler: Any) -> torch.Tensor:
@@ -275,7 +306,10 @@ class StepAwarePipeline(DiffusionPipeline):
             shape = (batch_size, bank.config["in_channels"], height, width)
             noise = torch.randn(shape, generator=generator, device=generator.device).to(bank.device, bank.dtype)
             generators = [generator]
-        image = denoise(bank, plan, noise, generators, cond, progress=self.progress_bar)
+        with self.progress_bar(total=len(plan.rows)) as bar:
+            for step in trajectory(bank, plan, noise, generators, cond):
+                image = step.after
+                bar.update()
         image = to_images(bank, image) / 2 + 0.5
         images: Any = image
         if output_type != "pt":

@@ -26,7 +26,16 @@ from halfstep.denoiser import Memo, predictor
 from halfstep.disk import read_json
 from halfstep.errors import PlanError, RunError
 from halfstep.plan import StepPlan
-from halfstep.sampling import Labels, build_scheduler, cond_for, denoise, image_generators, start_noise, to_images
+from halfstep.sampling import (
+    Labels,
+    build_scheduler,
+    cond_for,
+    image_generators,
+    last,
+    start_noise,
+    to_images,
+    trajectory,
+)
 from halfstep.typed import build
 
 Genes = tuple[int, ...]
@@ -227,29 +236,29 @@ class _ReferenceWalk:
         starts = {int(s) for s in np.cumsum([0, *space.rows[:-1]])}
         scheduler = build_scheduler(plan, bank.device)
         sample = start_noise(bank, self.generators) * scheduler.init_noise_sigma
-
-        def visit(row: int, sample: torch.Tensor, prediction: torch.Tensor) -> None:
-            if row in starts:
-                states = [g.get_state() for g in self.generators]
-                self.saved[row] = (sample.clone(), copy.deepcopy(scheduler), states)
-            inputs = copy.deepcopy(scheduler).scale_model_input(sample, scheduler.timesteps[row])
-            for e, name in enumerate(space.entries):
-                if e != space.reference:
-                    other = predictor(bank[name])(inputs, scheduler.timesteps[row], self.cond, Memo())
-                    self.local[row, e] = (other - prediction).square().mean().item()
-
-        reference = plan.uniform()
-        final = denoise(bank, reference, sample, self.generators, self.cond, scheduler=scheduler, trace=visit)
-        self.final = to_images(bank, final)
+        others = [(e, predictor(bank[name])) for e, name in enumerate(space.entries) if e != space.reference]
+        before, states = copy.deepcopy(scheduler), [g.get_state() for g in self.generators]
+        for step in trajectory(bank, plan.uniform(), sample, self.generators, self.cond, scheduler=scheduler):
+            if step.row in starts:
+                self.saved[step.row] = (step.sample.clone(), copy.deepcopy(before), states)
+            t = scheduler.timesteps[step.row]
+            inputs = before.scale_model_input(step.sample, t)
+            for e, other in others:
+                gap = other(inputs, t, self.cond, Memo()) - step.prediction
+                self.local[step.row, e] = gap.square().mean().item()
+            sample = step.after
+            before, states = copy.deepcopy(scheduler), [g.get_state() for g in self.generators]
+        self.final = to_images(bank, sample)
 
     def resume(self, row: int, plan: StepPlan) -> torch.Tensor:
         """Leave the reference trajectory at `row` and follow `plan` from there."""
         sample, scheduler, states = self.saved[row]
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
-        scheduler = copy.deepcopy(scheduler)
-        out = denoise(self.bank, plan, sample.clone(), self.generators, self.cond, start=row, scheduler=scheduler)
-        return to_images(self.bank, out)
+        left = trajectory(
+            self.bank, plan, sample.clone(), self.generators, self.cond, start=row, scheduler=copy.deepcopy(scheduler)
+        )
+        return to_images(self.bank, last(left))
 
 
 # --------------------------------------------------------------------------------------------------------- frontier
