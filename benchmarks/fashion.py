@@ -38,6 +38,7 @@ from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.sampling import fewer_steps, reference_plan
+from halfstep.scores import open_scores
 from halfstep.terminal import RichWatch
 
 DATA = "idx:/usr/share/datasets/fashion-mnist"
@@ -110,7 +111,8 @@ def searches(
         errors = work / "search" / "errors.json"
         if errors.is_file():
             shutil.copy(errors, folder / "errors.json")  # one table serves all three
-        found[name] = search_plan(judge, plan, replace(recipe, search=search), folder, budget=budget, watch=watch)
+        book, edited = open_scores(judge, folder), replace(recipe, search=search)
+        found[name] = search_plan(book, plan, edited, folder, budget=budget, watch=watch)
         shutil.copy(folder / "errors.json", errors)
     return found
 
@@ -172,7 +174,11 @@ def main() -> None:
         summary=story.summary(verdict.record, plans["plan"]),
         facts={key: str(value) for key, value in verdict.record.about.machine.items()},
         tables=(table, spent),
-        figures=(story.pareto(verdict.record, []), story.plan_chart(plans["plan"]), progress_curve(found)),
+        figures=(
+            story.pareto(verdict.record, []),
+            story.plan_chart(plans["plan"]),
+            progress_curve(found, recipe.search.images),
+        ),
         grids=tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items()),
     )
     write_report(report, work)
@@ -212,10 +218,10 @@ def confirm(size: int, budget: float, count: int, work: Path, recipe: Recipe, wa
 def searches_table(found: dict, recipe: Recipe, budget: float) -> Table:
     rows = []
     for name, one in found.items():
-        best = min((r for r in one.records if r.share <= budget + 1e-9), key=lambda r: r.score)
-        rows.append(
-            (name, f"{len(one.records)}", f"{best.score:.3f}", f"{best.share:.1%}", f"{one.reference_score:.3f}")
-        )
+        share = one.space.share
+        best = min((g for g in one.measured if share(g) <= budget + 1e-9), key=one.measured.__getitem__)
+        numbers = (f"{one.measured[best]:.3f}", f"{share(best):.1%}", f"{one.reference_score:.3f}")
+        rows.append((name, f"{len(one.measured)}", *numbers))
     note = (
         f"Scores on {recipe.search.images} images of the search's own seed (common random numbers). The error table is "
         "counted as plans in the total that each search may spend."
@@ -226,15 +232,15 @@ def searches_table(found: dict, recipe: Recipe, budget: float) -> Table:
     )
 
 
-def progress_curve(found: dict) -> Curve:
+def progress_curve(found: dict, images: int) -> Curve:
     """Best score within the budget against images generated."""
     lines = {}
     for name, one in found.items():
         points, best = [], float("inf")
-        for record in one.records:
-            if record.share <= one.plan.share + 0.02 and record.stage != "reference":
-                best = min(best, record.score)
-                points.append((float(record.images), best))
+        for i, (genes, score) in enumerate(one.measured.items()):
+            if i and one.space.share(genes) <= one.plan.share + 0.02:  # the first is the reference
+                best = min(best, score)
+                points.append((float((i + 1) * images), best))
         lines[name] = tuple(points)
     return Curve(title="Search progress", xlabel="generated images", ylabel="best score within the budget", lines=lines)
 

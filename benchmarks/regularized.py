@@ -41,6 +41,7 @@ from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.sampling import reference_plan
+from halfstep.scores import open_scores
 from halfstep.seeds import Stage, stage_seed
 from halfstep.shrink import corrected_plans
 from halfstep.terminal import RichWatch
@@ -100,7 +101,7 @@ def plans_of(judge: Judge, plan: StepPlan, recipe: Recipe, folder: Path, seed: i
     images = recipe.shrink.images if plan.steps <= BY_STRETCH else recipe.shrink.images // 2
     spec = replace(recipe.shrink, rounds=rounds, images=images)
     folder.mkdir(exist_ok=True)
-    found = corrected_plans(judge, plan, spec, folder, seed=seed, watch=watch).plans
+    found = corrected_plans(open_scores(judge, folder), plan, spec, seed=seed, watch=watch).plans
     controls = (SCALED, SOFT, STRETCHED) if rounds else (SCALED, SOFT)
     return {name: plan.uniform(name) for name in nets} | {name: found[name] for name in controls}
 

@@ -33,6 +33,7 @@ from halfstep.page import Grid, Report, Table, write_report
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
 from halfstep.sampling import reference_plan
+from halfstep.scores import open_scores
 from halfstep.sparse import STAGES
 from halfstep.terminal import RichWatch
 
@@ -145,7 +146,7 @@ def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichW
     macs = {name: every[name] for name in names}
     plan = reference_plan(judge.bank, noise, recipe.sample, macs)
     share = plan.uniform("2:4 SparseDM").macs / plan.macs
-    found = search_plan(judge, plan, recipe, work, budget=share, watch=watch)
+    found = search_plan(open_scores(judge, work), plan, recipe, work, budget=share, watch=watch)
     judge.bank = whole
     return found.plan.entries
 

@@ -31,6 +31,7 @@ from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.recipe import SpectralSpec
 from halfstep.recipes import named
 from halfstep.sampling import fewer_steps, reference_plan
+from halfstep.scores import open_scores
 from halfstep.spectrum import power_spectrum, radial_mean
 from halfstep.terminal import RichWatch
 
@@ -91,7 +92,7 @@ def main() -> None:
     mixable = Bank({"full": bank["full"], "spectral": bank["wavelet, by spectrum"]}, "full", bank.prediction_type)
     judge.bank = mixable
     start = reference_plan(mixable, noise, recipe.sample, mixable.macs())
-    found = search_plan(judge, start, recipe, work, budget=args.budget, watch=watch)
+    found = search_plan(open_scores(judge, work), start, recipe, work, budget=args.budget, watch=watch)
     judge.bank = bank
     names = {"full": "full", "spectral": "wavelet, by spectrum"}
     plans = {"reference": plan} | {name: plan.uniform(name) for name in STUDENTS}

@@ -12,15 +12,17 @@ import pytest
 from diffusers import DDIMScheduler
 
 from halfstep.errors import PlanError
-from halfstep.find import Found, _cheapest_that_holds, _final_round, _Measured, _seeds, baselines, search_plan
+from halfstep.find import Found, Search, baselines, search_plan
 from halfstep.plan import Row, StepPlan
 from halfstep.recipe import Recipe, SearchSpec
+from halfstep.scores import open_scores, read_scores
 from halfstep.search import ErrorTable, Space, frontier
-from halfstep.watch import SILENT
+from halfstep.seeds import Stage, stage_seed
 
 ENTRIES = {"full": 100, "w0.75": 60, "w0.50": 27, "w0.25": 8}
 GENES = 5
 BASE = 10.0
+FINALS = stage_seed(0, Stage.FINALS)
 
 
 def plan_of(steps: int = 2 * GENES) -> StepPlan:
@@ -42,7 +44,7 @@ class Additive:
 
     def __init__(self, costs: np.ndarray, luck: float = 0.0):
         self.costs, self.luck, self.asked = costs, luck, []
-        self.bank, self.batch = SimpleNamespace(names=tuple(ENTRIES)), 8
+        self.bank, self.batch = SimpleNamespace(names=tuple(ENTRIES), fingerprint=str), 8
 
     def true(self, genes) -> float:
         return BASE + float(self.costs[np.arange(GENES), list(genes)].sum())
@@ -74,12 +76,18 @@ def write_table(out, costs: np.ndarray) -> None:
     (out / "errors.json").write_text(json.dumps(record))
 
 
-def measured(judge: Additive, tmp_path, name: str = "search.jsonl", seed: int = 1) -> _Measured:
-    return _Measured(judge, PLAN, SPACE, tmp_path / name, 64, seed)
-
-
 def recipe(**changes) -> Recipe:
     return Recipe(search=replace(SearchSpec(method="frontier", fit=0, genes=GENES, images=64, finalists=0), **changes))
+
+
+def search_of(judge: Additive, tmp_path, seed: int = 0, **changes) -> Search:
+    return Search.of(open_scores(judge, tmp_path), PLAN, replace(recipe(final_images=64, **changes), seed=seed))
+
+
+def genes_of(rows) -> tuple[int, ...]:
+    """Of a record's rows: every gene is two of them."""
+    every = [list(ENTRIES).index(entry) for calls, entry, *_ in rows for _ in range(calls)]
+    return tuple(every[::2])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -87,7 +95,7 @@ def recipe(**changes) -> Recipe:
 def test_bisection_finds_the_cheapest_plan_that_holds(seed, share, tmp_path):
     judge = Additive(true_costs(seed))
     points, limit = frontier(judge.costs, SPACE.gene_macs), BASE * (1 + share)
-    found = _cheapest_that_holds(measured(judge, tmp_path), SPACE, points, limit, SILENT)
+    found = search_of(judge, tmp_path).cheapest_that_holds(points, limit)
     assert found == min(SPACE.cost(g) for g in EVERY if judge.true(g) <= limit)
     assert len(judge.asked) <= len(points).bit_length() + 1
 
@@ -98,14 +106,14 @@ def test_where_no_plan_of_a_fitted_frontier_holds_the_reference_is_what_holds(tm
     wrong[:, 1] = -1.0
     points = frontier(wrong, SPACE.gene_macs)
     assert points[-1].genes != (0,) * GENES, "an oracle that could tell"
-    assert _cheapest_that_holds(measured(judge, tmp_path), SPACE, points, BASE, SILENT) == SPACE.full_macs
+    assert search_of(judge, tmp_path).cheapest_that_holds(points, BASE) == SPACE.full_macs
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.5, 0.9, 1.0])
 def test_a_true_table_gives_the_best_of_all_plans_for_a_budget(budget, tmp_path):
     judge = Additive(true_costs())
     write_table(tmp_path, judge.costs)
-    found = search_plan(judge, PLAN, recipe(), tmp_path, budget=budget)
+    found = search_plan(open_scores(judge, tmp_path), PLAN, recipe(), tmp_path, budget=budget)
     assert judge.true([list(ENTRIES).index(name) for name in found.plan.entries[::2]]) == pytest.approx(
         min(judge.true(g) for g in EVERY if SPACE.share(g) <= budget + 1e-9)
     )
@@ -117,7 +125,7 @@ def test_a_true_table_gives_the_best_of_all_plans_for_a_budget(budget, tmp_path)
 def test_a_true_table_gives_the_cheapest_of_all_plans_for_a_tolerated_loss(share, tmp_path):
     judge = Additive(true_costs(1))
     write_table(tmp_path, judge.costs)
-    found = search_plan(judge, PLAN, recipe(finalists=3), tmp_path, max_loss=share)
+    found = search_plan(open_scores(judge, tmp_path), PLAN, recipe(finalists=3), tmp_path, max_loss=share)
     assert found.plan.macs == min(SPACE.cost(g) for g in EVERY if judge.true(g) <= BASE * (1 + share) + 1e-9)
 
 
@@ -127,11 +135,12 @@ def test_measured_plans_make_up_for_a_table_that_is_wrong(method, tmp_path):
     judge = Additive(true_costs(2))
     write_table(tmp_path, judge.costs[::-1])
     spec = recipe(method=method, fit=24, population=8, generations=8, finalists=2, final_images=64)
-    found = search_plan(judge, PLAN, spec, tmp_path, budget=0.4)
+    found = search_plan(open_scores(judge, tmp_path), PLAN, spec, tmp_path, budget=0.4)
     fitting = [judge.true(g) for g in EVERY if SPACE.share(g) <= 0.4]
     chosen = judge.true([list(ENTRIES).index(name) for name in found.plan.entries[::2]])
     assert np.mean(np.array(fitting) < chosen) <= (0.08 if method == "nsga2" else 0.01)
-    assert found.plan.share <= 0.4 and all(r.score == pytest.approx(judge.true(r.genes)) for r in found.records)
+    assert found.plan.share <= 0.4
+    assert found.measured == {genes: pytest.approx(judge.true(genes)) for genes in found.measured}
 
 
 def test_a_search_that_was_cut_ends_the_same_and_measures_nothing_twice(tmp_path):
@@ -141,50 +150,45 @@ def test_a_search_that_was_cut_ends_the_same_and_measures_nothing_twice(tmp_path
         out.mkdir()
         write_table(out, true_costs(2))
         if lines:
-            (out / "search.jsonl").write_bytes(b"".join(lines[:9]))
+            (out / "scores.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:20])
         spec = recipe(method="both", fit=10, population=6, generations=2, finalists=2, final_images=64)
-        ends.append(search_plan(judge, PLAN, spec, out, budget=0.5))
-        lines = lines or (out / "search.jsonl").read_bytes().splitlines(keepends=True)
-    assert ends[0].plan == ends[1].plan and ends[0].records == ends[1].records
-    known = {tuple(json.loads(line)["genes"]) for line in lines[:9]}
-    log = {tuple(json.loads(line)["genes"]) for line in (tmp_path / "cut" / "search.jsonl").read_text().splitlines()}
-    assert len(judge.asked) == len(log - known) + len((tmp_path / "cut" / "finals.jsonl").read_text().splitlines())
+        ends.append(search_plan(open_scores(judge, out), PLAN, spec, out, budget=0.5))
+        lines = lines or (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    assert ends[0] == ends[1] and list(ends[0].measured) == list(ends[1].measured)
+    assert (tmp_path / "cut" / "scores.jsonl").read_bytes() == b"".join(lines)
+    assert [genes_of(json.loads(line)["rows"]) for line in lines[9:]] == judge.asked
 
 
 def test_the_final_round_of_a_budget_takes_the_best_on_fresh_seeds_not_the_luckiest(tmp_path):
     judge = Additive(true_costs(4), luck=0.5)
-    log, fresh = measured(judge, tmp_path), measured(judge, tmp_path, "finals.jsonl", seed=2)
-    macs = SPACE.full_macs // 2
-    for genes in EVERY[:: len(EVERY) // 40]:
-        log("fit", genes)
-    chosen = _final_round(log, fresh, SPACE, 3, macs, None, SILENT)
-    fitting = sorted((r for r in log.records if SPACE.cost(r.genes) <= macs), key=lambda r: r.score)[:3]
-    candidates = {r.genes for r in fitting} | {SPACE.uniform_within(macs)[0]}
-    assert {r.genes for r in fresh.records} == candidates
-    assert chosen == min(candidates, key=lambda g: judge.score(PLAN.with_entries(SPACE.expand(g)), 64, 2))
+    search, macs = search_of(judge, tmp_path, finalists=3), SPACE.full_macs // 2
+    search.score_all("fit", EVERY[:: len(EVERY) // 40])
+    chosen = search.final_round(macs, None)
+    fitting = sorted((g for g in search.measured if SPACE.cost(g) <= macs), key=search.measured.get)[:3]
+    candidates = {*fitting, SPACE.uniform_within(macs)[0]}
+    finals = [one for one in read_scores(tmp_path) if one.stage == "final"]
+    assert {genes_of(one.rows) for one in finals} == candidates and {one.seed for one in finals} == {FINALS}
+    assert chosen == min(candidates, key=lambda g: judge.score(PLAN.with_entries(SPACE.expand(g)), 64, FINALS))
 
 
 def test_the_final_round_of_a_loss_takes_the_cheapest_that_holds_again(tmp_path):
     judge = Additive(true_costs(5), luck=1.0)
-    log, fresh = measured(judge, tmp_path), measured(judge, tmp_path, "finals.jsonl", seed=2)
-    reference = (0,) * GENES
-    for genes in [reference, *EVERY[:: len(EVERY) // 60]]:
-        log("fit", genes)
+    search, reference = search_of(judge, tmp_path, seed=1), (0,) * GENES
+    search.score_all("fit", [reference, *EVERY[:: len(EVERY) // 60]])
     limit = lambda score, count: 1.1 * score  # noqa: E731
-    chosen = _final_round(log, fresh, SPACE, 3, 0, limit, SILENT)
-    again = lambda genes: judge.score(PLAN.with_entries(SPACE.expand(genes)), 64, 2)  # noqa: E731
-    held = [r.genes for r in log.records if r.score <= 1.1 * log.known[reference]]
+    chosen = search.final_round(0, limit)
+    again = lambda genes: judge.score(PLAN.with_entries(SPACE.expand(genes)), 64, stage_seed(1, Stage.FINALS))  # noqa: E731
+    held = [genes for genes, score in search.measured.items() if score <= 1.1 * search.measured[reference]]
     assert chosen == min((g for g in held if again(g) <= 1.1 * again(reference)), key=SPACE.cost)
     assert any(SPACE.cost(g) < SPACE.cost(chosen) for g in held), "some held by luck alone"
 
 
 def test_refinement_starts_from_the_dearest_fitting_frontier_and_the_best_measured(tmp_path):
     judge, macs = Additive(true_costs(6)), SPACE.full_macs // 2
-    log = measured(judge, tmp_path)
-    for genes in EVERY[::100]:
-        log("fit", genes)
+    search = search_of(judge, tmp_path)
+    search.score_all("fit", EVERY[::100])
     points = frontier(judge.costs, SPACE.gene_macs)
-    seeds = _seeds(SPACE, points, macs, log)
+    seeds = search.starts(points, macs)
     assert len(set(seeds)) == len(seeds) and all(SPACE.cost(g) <= macs for g in seeds)
     assert seeds[0] == min((g for g in EVERY if SPACE.cost(g) <= macs), key=judge.true)
     best = sorted((g for g in EVERY[::100] if SPACE.cost(g) <= macs), key=judge.true)[:4]
@@ -193,8 +197,7 @@ def test_refinement_starts_from_the_dearest_fitting_frontier_and_the_best_measur
 
 def found_of(genes, plan: StepPlan = PLAN) -> Found:
     chosen = PLAN.with_entries(SPACE.expand(genes)).replacing(PLAN)
-    table = ErrorTable((1.0,), tuple(ENTRIES), np.zeros((1, 4)), np.zeros((GENES, 4)), 1)
-    return Found(chosen, plan, table, (), BASE, SPACE)
+    return Found(chosen, plan, SPACE, {}, BASE)
 
 
 @pytest.mark.parametrize("genes", [(0, 1, 2, 3, 3), (2, 2, 2, 2, 0), (3, 3, 3, 3, 2), (0, 0, 0, 1, 1)])
@@ -220,7 +223,7 @@ def test_no_control_is_the_plan_itself_or_the_reference(genes):
 
 def test_a_budget_below_the_cheapest_plan_is_refused(tmp_path):
     with pytest.raises(PlanError, match="cheapest"):
-        search_plan(Additive(true_costs()), PLAN, recipe(), tmp_path, budget=0.01)
+        search_plan(open_scores(Additive(true_costs()), tmp_path), PLAN, recipe(), tmp_path, budget=0.01)
 
 
 def test_a_table_of_the_measure_of_before_is_measured_again_and_a_cut_search_keeps_its_own(tmp_path, monkeypatch):
@@ -236,10 +239,10 @@ def test_a_table_of_the_measure_of_before_is_measured_again_and_a_cut_search_kee
         told.append(1)
         yield 1, 1, ErrorTable.from_json(record)
 
-    monkeypatch.setattr(find.searching, "error_table", measure)
+    monkeypatch.setattr(find, "error_table", measure)
     judge.moved = judge.class_of = None
-    search_plan(judge, PLAN, recipe(), tmp_path, budget=0.5)
+    search_plan(open_scores(judge, tmp_path), PLAN, recipe(), tmp_path, budget=0.5)
     assert not told
     (tmp_path / "errors.json").write_text(json.dumps(old))
-    search_plan(judge, PLAN, recipe(), tmp_path, budget=0.5)
+    search_plan(open_scores(judge, tmp_path), PLAN, recipe(), tmp_path, budget=0.5)
     assert told == [1] and json.loads((tmp_path / "errors.json").read_text())["measure"] == "moved features"

@@ -64,6 +64,7 @@ FLOORS = {
         "quality",
         "sanity",
         "judge",
+        "scores",
         "restore",
         "kernels",
         "device",

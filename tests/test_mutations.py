@@ -476,7 +476,7 @@ def open_report(folder: Path) -> str:
     return digest(re.sub(r'src="data:[^"]*"', "", text))
 
 
-RECORDS = ("search.jsonl", "shrink.jsonl", "finals.jsonl", "errors.json", "log.jsonl", "state/layouts.json")
+RECORDS = ("scores.jsonl", "errors.json", "log.jsonl", "state/layouts.json")
 QUICK = {
     "bank": Subject(build_bank, open_pipeline, share=2),
     "bank alone": Subject(build_bank, open_bank),

@@ -13,7 +13,7 @@ import pytest
 
 from halfstep import disk
 from halfstep.errors import RunError
-from halfstep.results import Cost, read_comparison, read_costs, read_finals
+from halfstep.results import Cost, read_comparison, read_costs
 from halfstep.search import ErrorTable
 from halfstep.story import MAX_PICTURES, _pictures, plans_table
 
@@ -102,11 +102,10 @@ def test_a_comparison_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("record", [{"a": 3}, {"a": {"macs": 1}}, {"a": {"macs": 1, "params": "2"}}, {"a": []}])
-def test_costs_and_finals_of_another_shape_are_refused(tmp_path: Path, record: dict):
+def test_costs_of_another_shape_are_refused(tmp_path: Path, record: dict):
     disk.write_json(tmp_path / "a.json", record)
-    for read in (read_costs, read_finals):
-        with pytest.raises(RunError, match=r"a\.json"):
-            read(tmp_path / "a.json")
+    with pytest.raises(RunError, match=r"a\.json"):
+        read_costs(tmp_path / "a.json")
     cost = Cost(macs=1, params=2, device="cpu")
     disk.write_json(tmp_path / "a.json", {"a": cost.to_json()})
     assert read_costs(tmp_path / "a.json") == {"a": cost}

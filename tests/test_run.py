@@ -32,6 +32,7 @@ from halfstep.recipe import Recipe, RunRecord
 from halfstep.recipes import named
 from halfstep.rundir import images_for, open_run
 from halfstep.sampling import StepAwarePipeline
+from halfstep.scores import SEARCHED, read_scores
 from halfstep.spectrum import radial_mean
 from halfstep.train import Diffusion, TrainState, dense_objective
 from halfstep.uvit import UViT2DModel
@@ -78,7 +79,7 @@ def test_a_change_of_the_measurement_measures_again_and_trains_and_searches_noth
     run.optimize(str(dense), "digits", out, recipe, budget=0.5, watch=watch)
     record = json.loads((out / "quality.json").read_text())
     assert (record["about"]["tolerance"], record["about"]["n"]) == (0.5, 48)
-    for name in ("search.jsonl", "errors.json", "plan.json", "supernet/log.jsonl"):
+    for name in ("scores.jsonl", "errors.json", "plan.json", "supernet/log.jsonl"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     assert (out / "earlier-1" / "quality.json").read_bytes() == (finished / "quality.json").read_bytes()
     assert told[0].startswith("1,500 pictures of digits") and told[1].startswith("UNet2DModel of")
@@ -88,7 +89,7 @@ def test_a_change_of_the_measurement_measures_again_and_trains_and_searches_noth
 def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
     plan = StepPlan.load(finished / "plan.json")
     assert plan.share <= 0.5
-    names = "recipe.json cost.json errors.json search.jsonl plan.json quality.json pictures.npz samples.png report.html"
+    names = "recipe.json cost.json errors.json scores.jsonl plan.json quality.json pictures.npz samples.png report.html"
     assert all((finished / name).is_file() for name in names.split())
     pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
     assert pipe.plan == plan
@@ -100,16 +101,15 @@ def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
 
 
 def test_the_final_round_measures_the_best_plans_again_and_chooses_the_best_of_them(finished):
-    searched, finals = (
-        [json.loads(line) for line in (finished / name).read_text().splitlines()]
-        for name in ("search.jsonl", "finals.jsonl")
-    )
-    fitting = sorted((r for r in searched if r["share"] <= 0.5), key=lambda r: r["score"])
-    uniform = max((r for r in finals if len(set(r["genes"])) == 1), key=lambda r: r["share"])
-    assert {tuple(r["genes"]) for r in finals} == {tuple(r["genes"]) for r in [*fitting[:3], uniform]}
+    scored = read_scores(finished)
+    searched, finals = ([one for one in scored if one.stage in kinds] for kinds in (SEARCHED, ("final",)))
+    fitting = sorted((one for one in searched if one.share <= 0.5), key=lambda one: one.score)
+    uniform = max((one for one in finals if len(one.rows) == 1), key=lambda one: one.share)
+    assert {one.digest for one in finals} == {one.digest for one in [*fitting[:3], uniform]}
+    assert not {one.seed for one in finals} & {one.seed for one in searched}
     pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
-    best = min(finals, key=lambda r: r["score"])
-    assert pipe.plan.entries == tuple(list(pipe.bank)[gene] for gene in best["genes"] for _ in range(2))
+    best = min(finals, key=lambda one: one.score)
+    assert pipe.plan.entries == tuple(entry for calls, entry, *_ in best.rows for _ in range(calls))
 
 
 def test_entries_and_plans_are_timed_on_one_device_at_one_batch_in_one_layout_and_the_records_say_so(finished):
@@ -150,9 +150,9 @@ def test_a_supernet_may_leave_the_dense_width_out(dense, tmp_path):
 
 
 def test_a_finished_run_is_not_searched_again_and_can_be_reported_again(finished, dense):
-    before = (finished / "search.jsonl").read_bytes()
+    before = (finished / "scores.jsonl").read_bytes()
     page = run.optimize(str(dense), "digits", finished, tiny(), budget=0.5)
-    assert (finished / "search.jsonl").read_bytes() == before
+    assert (finished / "scores.jsonl").read_bytes() == before
     page.unlink()
     assert run.report(finished) == page and page.is_file()
 
@@ -169,8 +169,8 @@ def test_the_narrow_entry_is_a_plain_unet(finished, tmp_path):
 def test_a_huge_tolerated_loss_finds_a_cheap_plan(finished, tmp_path):
     found = run.search(str(finished), "digits", tmp_path / "o", tiny(), max_loss=1000.0)
     assert found.plan.share < 0.5
-    finals = [json.loads(line) for line in (tmp_path / "o" / "finals.jsonl").read_text().splitlines()]
-    assert [r["share"] for r in finals] == [1.0, pytest.approx(found.plan.share)]  # the cheapest held again
+    finals = [one.share for one in read_scores(tmp_path / "o") if one.stage == "final"]
+    assert finals == [1.0, pytest.approx(found.plan.share)]  # the cheapest held again
     record = run.evaluate(str(tmp_path / "o"), "digits", tmp_path / "e", tiny())
     assert record.plans["plan"].share == pytest.approx(found.plan.share)
 
@@ -179,12 +179,12 @@ def test_numbers_of_steps_and_corrections_compete_for_one_budget(finished, tmp_p
     edits = ["search.step_counts=2,6,400", "search.shrink=true", "shrink.images=32", "shrink.final_images=32"]
     recipe = tiny(*edits, "shrink.scales=0.9", "shrink.thresholds=0.1", "shrink.rounds=0")
     found = run.search(str(finished), "digits", tmp_path / "o", recipe, budget=0.5)
-    finals = json.loads((tmp_path / "o" / "finals.json").read_text())
-    assert {name.split(" ")[0] for name in finals} == {"4", "2", "6"}  # 400 steps are too dear in any width
-    best = min(finals, key=lambda name: finals[name]["score"])
-    assert best == f"{found.plan.steps} steps, {'corrected' if found.plan.corrected else 'plain'}"
+    finals = [one for one in read_scores(tmp_path / "o") if one.stage == "steps"]
+    assert {one.steps for one in finals} == {4, 2, 6}  # 400 steps are too dear in any width
+    best = min(finals, key=lambda one: one.score)
+    assert (best.steps, best.corrected, best.macs) == (found.plan.steps, found.plan.corrected, found.plan.macs)
     full = StepPlan.load(finished / "plan.json").uniform().macs
-    assert all(one["macs"] <= 0.5 * full for one in finals.values())
+    assert all(one.macs <= 0.5 * full for one in finals)
     assert StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline").plan == found.plan
     with pytest.raises(HalfstepError, match="budget"):
         run.search(str(finished), "digits", tmp_path / "p", recipe, max_loss=0.1)
@@ -263,7 +263,7 @@ run.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:
 def test_a_run_killed_in_training_and_in_the_search_ends_like_an_uninterrupted_one(finished, dense, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, "-c", SCRIPT, str(dense), str(out), *EDITS]
-    for sign in (out / "supernet" / "state" / "train.safetensors", out / "search.jsonl"):
+    for sign in (out / "supernet" / "state" / "train.safetensors", out / "scores.jsonl"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begun = time.time()
         while not sign.exists() and process.poll() is None and time.time() - begun < 120:

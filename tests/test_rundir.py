@@ -252,13 +252,17 @@ def test_a_run_that_has_only_its_record_is_begun_anew_and_one_that_has_more_is_n
     ("edit", "moved"),
     [
         ("eval.tolerance=0.2", ["quality.json", "report.html"]),
-        ("eval.features=digits", ["features", "finals.json", "quality.json", "report.html", "search.jsonl"]),
+        (
+            "eval.features=digits",
+            ["features", "finals.json", "quality.json", "report.html", "scores.jsonl", "search.jsonl"],
+        ),
     ],
 )
 def test_another_measurement_sets_aside_what_hangs_on_it_and_nothing_that_was_trained(tmp_path, edit, moved):
     out, inputs = tmp_path / "run", INPUTS | {"verb": "optimize"}
     open_run(out, tiny(), inputs, {})
-    for name in ("quality.json", "report.html", "search.jsonl", "finals.json", "features/x", "supernet/x", "plan.json"):
+    measured = ("quality.json", "report.html", "scores.jsonl", "search.jsonl", "finals.json", "features/x")
+    for name in (*measured, "supernet/x", "plan.json"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text(name)
     before = listing(out)

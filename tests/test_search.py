@@ -35,6 +35,10 @@ def toy_score(costs: np.ndarray, genes) -> float:
     return 10 + float(costs[np.arange(len(costs)), list(genes)].sum())
 
 
+def toy_scores(costs: np.ndarray):
+    return lambda plans: [toy_score(costs, genes) for genes in plans]
+
+
 def toy_f(costs: np.ndarray, genes) -> float:
     """DDSM's objective with w_M = 0.001 per MMAC."""
     return toy_score(costs, genes) + 0.001 * float(np.mean([WIDTH_MMACS[g] for g in genes]))
@@ -172,7 +176,7 @@ def test_promising_plans_come_nearer_to_the_optimum_than_as_many_random_ones():
 def run_toy(steps: int, spec: SearchSpec, seed: int = 1):
     space, costs = toy(steps)
     goal = Goal("scalar", trade=TRADE)
-    return costs, list(evolve(space, lambda g: toy_score(costs, g), goal, spec, seed=seed))
+    return costs, list(evolve(space, toy_scores(costs), goal, spec, seed=seed))
 
 
 def test_genes_stay_in_range_and_a_seed_gives_the_same_search():
@@ -227,7 +231,7 @@ def test_mutation_changes_one_gene_per_child_as_intended_and_none_as_released(re
 def test_extreme_prices_give_the_full_net_and_the_narrowest():
     space, costs = toy(10)
     for trade, entry in ((1e-6, 0), (1e6, 3)):
-        steps = evolve(space, lambda g: toy_score(costs, g), Goal("scalar", trade=trade), PAPER)
+        steps = evolve(space, toy_scores(costs), Goal("scalar", trade=trade), PAPER)
         best = min(steps, key=lambda r: r[1] + trade * space.share(r[0]))[0]
         assert best == (entry,) * 10
 
@@ -237,7 +241,7 @@ def test_budget_search_never_measures_a_plan_over_the_budget_and_starts_from_the
     macs = int(0.5 * space.full_macs)
     seeds = [best_within(frontier(costs, space.gene_macs), macs).genes]
     spec = SearchSpec(population=8, generations=5)
-    found = list(evolve(space, lambda g: toy_score(costs, g), Goal("budget", macs=macs), spec, seeds=seeds))
+    found = list(evolve(space, toy_scores(costs), Goal("budget", macs=macs), spec, seeds=seeds))
     assert found[0][0] == seeds[0]
     assert all(space.cost(g) <= macs for g, _ in found)
     assert min(s for _, s in found) <= toy_score(costs, seeds[0])
@@ -247,7 +251,7 @@ def test_the_goal_of_a_loss_finds_cheap_plans():
     space, costs = toy(10)
     limit = toy_score(costs, (0,) * 10) + 0.5
     spec = SearchSpec(population=20, generations=15, init="uniform")
-    found = list(evolve(space, lambda g: toy_score(costs, g), Goal("loss", limit=limit), spec))
+    found = list(evolve(space, toy_scores(costs), Goal("loss", limit=limit), spec))
     assert min(space.share(g) for g, s in found if s <= limit) < 0.9
 
 

@@ -14,6 +14,7 @@ from halfstep.errors import HalfstepError
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.sampling import StepAwarePipeline
+from halfstep.scores import read_scores
 from halfstep.shrink import climb
 
 EDITS = """
@@ -29,28 +30,30 @@ def shrunk(tmp_path_factory) -> Path:
     return out
 
 
-def records(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def measured(folder: Path, stage: str) -> dict[tuple, float]:
+    """The scores of a stage by the (scale, threshold) of every row."""
+    found = [one for one in read_scores(folder) if one.stage == stage]
+    return {tuple((s, t) for calls, _, s, t in one.rows for _ in range(calls)): one.score for one in found}
 
 
 def test_the_chosen_correction_is_the_best_on_fresh_seeds_and_ends_in_the_pipeline(shrunk):
-    finals = records(shrunk / "shrink_finals.jsonl")
-    best = min(finals, key=lambda r: r["score"])
+    finals = measured(shrunk, "final corrections")
+    best = min(finals, key=finals.__getitem__)
     pipe = StepAwarePipeline.from_pretrained(shrunk / "pipeline")
-    assert pipe.plan.corrections == tuple(map(tuple, best["corrections"]))
+    assert pipe.plan.corrections == best
     assert pipe.plan == StepPlan.load(shrunk / "plan.json") and pipe.plan.share == 1
-    assert [[1.0, 0.0]] * 4 in [r["corrections"] for r in finals]
+    assert ((1.0, 0.0),) * 4 in finals
     page = (shrunk / "report.html").read_text()
     assert "Scale at each call" in page and "What runs at each step" not in page  # one net runs at all of them
 
 
 def test_each_walk_ends_where_both_neighbours_were_measured_and_are_no_better(shrunk):
-    tried = {tuple(map(tuple, r["corrections"])): r["score"] for r in records(shrunk / "shrink.jsonl")}
+    tried = measured(shrunk, "corrections")
     for kind, grid in ((0, (0.8, 0.9, 1.0, 1.1)), (1, (0.0, 0.1))):
         found = {value: tried.get(((value, 0.0) if kind == 0 else (1.0, value),) * 4) for value in grid}
-        measured = [value for value in grid if found[value] is not None]
-        best = grid.index(min(measured, key=lambda value: found[value]))
-        assert set(grid[max(0, best - 1) : best + 2]) <= set(measured)
+        seen = [value for value in grid if found[value] is not None]
+        best = grid.index(min(seen, key=lambda value: found[value]))
+        assert set(grid[max(0, best - 1) : best + 2]) <= set(seen)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=12), st.integers(0, 11), st.integers(0, 11))
@@ -76,9 +79,9 @@ def test_shrinking_helps_five_ancestral_steps_as_the_paper_s_controls_do(shrunk)
 
 
 def test_a_finished_run_measures_nothing_again(shrunk):
-    before = (shrunk / "shrink.jsonl").read_bytes(), (shrunk / "shrink_finals.jsonl").read_bytes()
+    before = (shrunk / "scores.jsonl").read_bytes()
     run.shrink("digits", "digits", shrunk, Recipe().edit(EDITS))
-    assert ((shrunk / "shrink.jsonl").read_bytes(), (shrunk / "shrink_finals.jsonl").read_bytes()) == before
+    assert (shrunk / "scores.jsonl").read_bytes() == before
 
 
 def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_corrected(shrunk, tmp_path):
@@ -95,7 +98,7 @@ def test_a_model_that_predicts_the_clean_sample_is_corrected_too(tmp_path):
     run.shrink(str(dense), "digits", tmp_path / "o", Recipe().edit(EDITS))
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline")
     assert pipe.bank.prediction_type == "sample"
-    assert len(records(tmp_path / "o" / "shrink.jsonl")) > 3
+    assert len(measured(tmp_path / "o", "corrections")) > 3
 
 
 def test_impossible_grids_are_refused():

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from safetensors.torch import save_file
 
+from halfstep.content import fingerprint
 from halfstep.denoiser import class_count, eager
 from halfstep.disk import read_record, write_atomic
 from halfstep.errors import ModelError, RecipeError
@@ -94,6 +95,7 @@ class Bank(torch.nn.Module):
         class_count(self.config)  # refuses a conditioning that no sampler here can give
         self._check_links()
         self._macs: dict[str, int] = {}
+        self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
         self.eval()
 
     def __getitem__(self, name: str) -> Any:
@@ -185,6 +187,13 @@ class Bank(torch.nn.Module):
             layers = {name: masking.layers() for name, masking in self.masking.items()}
             self._macs = {name: count_macs(self[name], densities=layers.get(name)) for name in self.names}
         return dict(self._macs)
+
+    def fingerprint(self, name: str) -> str:
+        """16 hex digits that change with any weight or setting of an entry, or with what it predicts; read once."""
+        key = name, self.dtype
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(eager(self[name]), {"prediction_type": self.prediction_type})
+        return self._fingerprints[key]
 
     def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
         """What every entry costs here, timed in turns: MACs as `macs`, bytes as stored by `save_pretrained`."""

@@ -26,6 +26,7 @@ from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.scores import counted, open_scores
 from halfstep.seeds import Stage, stage_seed
 from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
@@ -109,16 +110,16 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     bank = Bank(entries, plain, pipe.bank.prediction_type, vae=pipe.bank.vae, classes=pipe.bank.classes)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
     plan = reference_plan(bank, pipe.process, recipe.sample, bank.macs())
+    book = open_scores(judge, out, watch)
+    scores = book.on(recipe.shrink.images, stage_seed(recipe.seed, Stage.SEARCH))
     with watch.stage("choose r", len(bank)) as told:
-        curve = {}
-        for i, name in enumerate(bank):
-            curve[name] = judge.score(plan.uniform(name), recipe.shrink.images, stage_seed(recipe.seed, Stage.SEARCH))
-            told(i + 1, f"{name}: {curve[name]:.3g}")
+        found = scores.many([plan.uniform(name) for name in bank], "penalty", seen=counted(told))
+    curve = dict(zip(bank, found, strict=True))
     best = min(curve, key=lambda name: curve[name])
-    found = corrected_plans(judge, plan, replace(recipe.shrink, rounds=0), out, seed=recipe.seed, watch=watch)
-    controls = {f"{plain}, {name}": found.plans[name] for name in ("one scale", "one threshold")}
-    scores = {name: found.scores[name] for name in ("one scale", "one threshold")}
-    disk.write_json(out / "grid.json", {"images": recipe.shrink.images, "scores": curve, "controls": scores})
+    shrunk = corrected_plans(book, plan, replace(recipe.shrink, rounds=0), seed=recipe.seed, watch=watch)
+    controls = {f"{plain}, {name}": shrunk.plans[name] for name in ("one scale", "one threshold")}
+    beside = {name: shrunk.scores[name] for name in ("one scale", "one threshold")}
+    disk.write_json(out / "grid.json", {"images": recipe.shrink.images, "scores": curve, "controls": beside})
     others = {name: plan.uniform(name) for name in bank if name not in (plain, best)}
     plans = {"reference": plan, "plan": plan.uniform(best)} | controls | others
     verdict = measure_plans(judge, plans, recipe, watch=watch)

@@ -87,14 +87,6 @@ class Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Final:
-    """The best plan of one number of steps: its score on fresh seeds, and MACs per image and trajectory."""
-
-    score: float
-    macs: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class GridScores:
     """grid.json: the score of every weight of a penalty, by its entry "r=0.1", and of the plain training's controls."""
 
@@ -252,16 +244,7 @@ class Comparison:
 
 def read_costs(file: Path, do: str = "run again") -> dict[str, Cost]:
     """cost.json, by entry. Raises RunError."""
-    return _by_name(file, Cost, "costs", do)
-
-
-def read_finals(file: Path, do: str = "delete it") -> dict[str, Final]:
-    """finals.json, by number of steps. Raises RunError."""
-    return _by_name(file, Final, "scores", do)
-
-
-def _by_name(file: Path, cls: Any, what: str, do: str) -> dict[str, Any]:
-    return typed(disk.read_json(file, what=what, do=do), dict[str, cls], "", file, RunError, do)
+    return typed(disk.read_json(file, what="costs", do=do), dict[str, Cost], "", file, RunError, do)
 
 
 def read_comparison(file: Path, do: str = "run again", *, rows: Sequence[str] = ("plan",)) -> Comparison:

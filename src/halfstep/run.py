@@ -62,6 +62,7 @@ from halfstep.restore import (
 from halfstep.results import Comparison, Cost
 from halfstep.rundir import CONTENT, contents_of, encoded, open_run
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
+from halfstep.scores import open_scores
 from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
 from halfstep.spectrum import spectra
@@ -164,7 +165,8 @@ def search(
     read = [about_images(fitted), about_bank(model, pipe.bank, pipe.process)]
     out = open_run(out, recipe, inputs, contents, watch, read)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
-    found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    book = open_scores(judge, out, watch)
+    found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
     return found
 
@@ -283,7 +285,8 @@ def optimize(
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
     plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
-    found = search_steps(judge, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    book = open_scores(judge, out, watch)
+    found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     StepAwarePipeline(pipe.bank, found.plan).save_pretrained(out / "pipeline")
@@ -490,7 +493,8 @@ def shrink(
     judge, recipe = judge_for(bank, data, recipe, out, watch)
     if not (out / "cost.json").is_file():
         write_costs(bank, out)
-    found = shrink_plan(judge, plan, recipe.shrink, out, seed=recipe.seed, watch=watch)
+    book = open_scores(judge, out, watch)
+    found = shrink_plan(book, plan, recipe.shrink, seed=recipe.seed, watch=watch)
     watch.say(f"best on fresh seeds: {found.chosen}")
     controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
     counts = [k * plan.steps for k in (2, 10) if k * plan.steps <= process.timesteps]

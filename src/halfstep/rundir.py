@@ -40,7 +40,8 @@ IGNORED = {
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 
 _RESULTS = ("quality.json", "pictures.npz", "report.html", "figures")
-_SEARCHED = ("errors.json", "search.jsonl", "finals.json*", "shrink*.jsonl", "grid.json", "steps-*", "features")
+_BEFORE = ("search.jsonl", "finals.json*", "shrink*.jsonl")  # of before there was scores.jsonl
+_SEARCHED = ("errors.json", "scores.jsonl", *_BEFORE, "grid.json", "steps-*", "features")
 MEASURED = {
     "eval.images": _RESULTS,
     "eval.bootstrap": _RESULTS,

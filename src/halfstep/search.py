@@ -40,8 +40,6 @@ from halfstep.typed import build
 
 Genes = tuple[int, ...]
 """The entry's index of every gene."""
-Score = Callable[[Genes], float]
-"""Measured quality of a plan, lower is better."""
 Measure = Callable[[torch.Tensor, torch.Tensor], float]
 """How far images are from their twins of the same noise, both [N,C,H,W] in [-1, 1] (decoded where the bank works on
 latents): (twins in the reference's run, images) -> 0 or more."""

@@ -8,31 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from halfstep import disk
-from halfstep.judge import Judge
 from halfstep.plan import StepPlan
 from halfstep.recipe import ShrinkSpec
+from halfstep.scores import ScoreBook, counted
 from halfstep.seeds import Stage, stage_seed
-from halfstep.watch import SILENT, Told, Watch
+from halfstep.watch import SILENT, Watch
 
 Correction = tuple[float, float]
 """(scale, threshold) of a stretch of rows."""
 Value = TypeVar("Value")
 NONE: Correction = (1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class ShrinkRecord:
-    """One measured plan: the correction of every row, its score, and on how many images."""
-
-    corrections: tuple[tuple[float, float], ...]
-    score: float
-    images: int
 
 
 @dataclass(frozen=True)
@@ -53,42 +42,41 @@ class Shrunk:
         return self.plans[self.chosen]
 
 
-def shrink_plan(
-    judge: Judge, plan: StepPlan, spec: ShrinkSpec, out: Path, *, seed: int = 0, watch: Watch = SILENT
-) -> Shrunk:
+def shrink_plan(book: ScoreBook, plan: StepPlan, spec: ShrinkSpec, *, seed: int = 0, watch: Watch = SILENT) -> Shrunk:
     """The best correction of every stretch of a plan's rows, for the judge's score.
 
     Finds the candidates as `corrected_plans` does. The last choice is made on fresh seeds, and may be to correct
     nothing.
     """
-    found = corrected_plans(judge, plan, spec, out, seed=seed, watch=watch)
+    found = corrected_plans(book, plan, spec, seed=seed, watch=watch)
+    fresh = book.on(spec.final_images, stage_seed(seed, Stage.FINALS))
     with watch.stage("final round", len(found.plans)) as told:
-        log = _Measured(judge, out / "shrink_finals.jsonl", spec.final_images, stage_seed(seed, Stage.FINALS), told)
-        scores = {name: log(one) for name, one in found.plans.items()}
-        told(len(scores), "")
-    return replace(found, scores=scores)
+        scores = fresh.many(list(found.plans.values()), "final corrections", seen=counted(told))
+        told(len(scores), "")  # two names of one plan are measured once
+    return replace(found, scores=dict(zip(found.plans, scores, strict=True)))
 
 
 def corrected_plans(
-    judge: Judge, plan: StepPlan, spec: ShrinkSpec, out: Path, *, seed: int = 0, watch: Watch = SILENT
+    book: ScoreBook, plan: StepPlan, spec: ShrinkSpec, *, seed: int = 0, watch: Watch = SILENT
 ) -> Shrunk:
     """The best corrections of a plan, as the search saw them.
 
     First one scale for all rows, then one threshold, each by a walk along its grid; from the better of them, every
-    stretch in turn tries its neighbours on both grids, `spec.rounds` times. Every measurement is written to
-    out/shrink.jsonl, and read again when resumed. A net that predicts v or the clean sample is corrected in its noise
+    stretch in turn tries its neighbours on both grids, `spec.rounds` times. Every measurement is kept in
+    `book`, and known when resumed. A net that predicts v or the clean sample is corrected in its noise
     too.
     """
     parts = min(spec.parts, len(plan.rows))
     scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})
     total = 8 + 4 * parts * spec.rounds  # two walks of about four measurements
-    if warning := judge.too_few(spec.images, "shrink.images"):
+    if warning := book.judge.too_few(spec.images, "shrink.images"):
         watch.say(f"warning: {warning}")
+    scores = book.on(spec.images, stage_seed(seed, Stage.SEARCH))
     with watch.stage("shrink", total) as told:
-        log = _Measured(judge, out / "shrink.jsonl", spec.images, stage_seed(seed, Stage.SEARCH), told)
+        seen = counted(told)
 
         def score(corrections: Sequence[Correction]) -> float:
-            return log(by_stretch(plan, corrections))
+            return scores(by_stretch(plan, corrections), "corrections", seen=seen)
 
         none = (NONE,) * parts
         score(none)
@@ -99,6 +87,7 @@ def corrected_plans(
             before = best
             for part in range(parts):
                 around = [(*best[:part], one, *best[part + 1 :]) for one in _around(best[part], scales, thresholds)]
+                scores.many([by_stretch(plan, one) for one in around], "corrections", seen=seen)
                 best = min([best, *around], key=score)
             if best == before:
                 break
@@ -133,21 +122,3 @@ def _around(one: Correction, scales: Sequence[float], thresholds: Sequence[float
     i, j = scales.index(scale), thresholds.index(threshold)
     found = [(scales[k], threshold) for k in (i - 1, i + 1) if 0 <= k < len(scales)]
     return found + [(scale, thresholds[k]) for k in (j - 1, j + 1) if 0 <= k < len(thresholds)]
-
-
-class _Measured:
-    """Scores corrected twins of one plan, logs each, and knows those of an earlier, interrupted search."""
-
-    def __init__(self, judge: Judge, file: Path, count: int, seed: int, told: Told):
-        self.judge, self.file, self.count, self.seed, self.told = judge, file, count, seed, told
-        self.known = {one.corrections: one.score for one in disk.read_records(file, ShrinkRecord)}
-        self.done = 0
-
-    def __call__(self, plan: StepPlan) -> float:
-        if plan.corrections not in self.known:
-            self.known[plan.corrections] = self.judge.score(plan, self.count, self.seed)
-            record = ShrinkRecord(plan.corrections, self.known[plan.corrections], self.count)
-            disk.append_record(self.file, vars(record))
-            self.done += 1
-            self.told(self.done, f"score {record.score:.3g}")
-        return self.known[plan.corrections]

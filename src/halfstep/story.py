@@ -11,7 +11,6 @@ import numpy as np
 from halfstep import disk
 from halfstep.arrays import read_arrays
 from halfstep.errors import PlanError, RunError
-from halfstep.evolve import SearchRecord
 from halfstep.figures import Curve, Heatmap, Pareto, PlanChart, Series
 from halfstep.page import Grid, Report, Table, write_report
 from halfstep.pictures import picture_grid
@@ -29,8 +28,8 @@ from halfstep.results import (
     Verdict,
     read_comparison,
     read_costs,
-    read_finals,
 )
+from halfstep.scores import SEARCHED, Scored, read_scores
 from halfstep.search import ErrorTable
 from halfstep.train import Logged
 
@@ -232,17 +231,17 @@ def _judgement(row: PlanRow, tolerance: float) -> str:
             return f"whether quality held {within} is not decided{decided_text(row)}"
 
 
-def _steps_table(out: Path, images: int) -> list[Table]:
+def _steps_table(scored: Sequence[Scored], images: int) -> list[Table]:
     """What competed for the budget, where numbers of steps and corrections did; `images`: so many for each."""
-    if not (out / "finals.json").is_file():
+    ordered = sorted((one for one in scored if one.stage == "steps"), key=lambda one: one.score)
+    if not ordered:
         return []
-    ordered = sorted(read_finals(out / "finals.json", "run again").items(), key=lambda item: item[1].score)
-    rows = tuple((name, f"{one.macs / 1e6:,.0f}", f"{one.score:.3g}") for name, one in ordered)
+    rows = tuple((one.name, f"{one.macs / 1e6:,.0f}", f"{one.score:.3g}") for one in ordered)
     note = f"The best plan of each on {images} images of the same fresh noise, which chose the first."
     return [Table(title="Numbers of steps", columns=("", "MMACs", "FD"), rows=rows, note=note, best=0)]
 
 
-def pareto(record: Comparison, searched: Sequence[SearchRecord], images: int = 0) -> Pareto:
+def pareto(record: Comparison, searched: Sequence[Scored], images: int = 0) -> Pareto:
     """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
     dots = tuple((one.share, one.score, None, None) for one in searched if one.stage != "reference")
     label = f"the search, on {images} images\n(uncorrected: higher)"
@@ -321,7 +320,9 @@ def tell(out: Path) -> Path:
     table = ErrorTable.load(out / "errors.json") if (out / "errors.json").exists() else None  # `compress` searches none
     plan = StepPlan.load(out / "plan.json")
     pictures = _pictures(out / "pictures.npz", again)
-    searched = disk.read_records(out / "search.jsonl", SearchRecord)
+    scored = read_scores(out)
+    # where numbers of steps compete, there is a table for each, and the searches' shares are of unlike references
+    searched = [one for one in scored if one.stage in SEARCHED] if table else []
     if run.recipe is None:
         raise RunError(got="a run without a recipe", expected="one that was measured", where=out, do=again)
     report = Report(
@@ -330,7 +331,7 @@ def tell(out: Path) -> Path:
         facts=_facts(run.inputs, run.recipe, record, len(searched), table),
         tables=(
             plans_table(record),
-            *_steps_table(out, run.recipe.search.final_images),
+            *_steps_table(scored, run.recipe.search.final_images),
             costs_table(costs, plan.reference),
         ),
         figures=(
@@ -405,6 +406,7 @@ FILES = {
     "quality.json": "every number of this page",
     "cost.json": "parameters, MACs, latency and memory of the bank",
     "errors.json": "the error table",
+    "scores.jsonl": "every plan that was measured",
     "search.jsonl": "every plan that was measured",
 }
 
