@@ -3,10 +3,11 @@
 Paper: The Missing U for Efficient Diffusion Models, Calvo-Ordonez et al., TMLR 2024, arXiv 2310.20092. Its net, with
 what differs there, is in `ode.py`.
 
-Implemented: the noise loss.
+Implemented: the usual denoising loss, which the paper leaves as it is.
 
-What differs, and why: the paper trains and runs one step of the solver; here every batch is solved in a number of steps
-drawn from a set, so that one set of weights is several entries of a bank. Optional, not in the paper: a teacher.
+What differs, and why: the released code trains and runs one step of the solver; here every batch is solved in a number
+of steps drawn from a set, so that one set of weights is several entries of a bank. A teacher is optional, and not in
+the paper.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def continuous_objective(
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
     """One loss per batch: mean squared error to the target, plus `weight` * that to the teacher's prediction.
 
+    L = |s_n(x_t, t) - target|^2 + weight |s_n(x_t, t) - teacher(x_t, t)|^2, s_n solved in n ~ Uniform(spec_steps).
     Every batch is solved in a number of steps drawn evenly from `spec_steps`, so that all of them work. Random numbers
     are torch's global ones; as many are drawn for one step count as for several, so two runs see the same noise.
     Raises ModelError where there is no step count, or one below 1.

@@ -50,7 +50,11 @@ Field = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rk4(f: Field, z: torch.Tensor, steps: int) -> torch.Tensor:
-    """z(1) from z(0) = z in `steps` equal steps of Kutta's 3/8 rule: order 4, four evaluations of f a step."""
+    """z(1) from z(0) = z in `steps` equal steps of Kutta's 3/8 rule: order 4, four evaluations of f a step.
+
+    z <- z + h (k1 + 3 k2 + 3 k3 + k4) / 8, with k1 = f(z), k2 = f(z + h k1 / 3), k3 = f(z + h (k2 - k1 / 3)) and
+    k4 = f(z + h (k1 - k2 + k3)).
+    """
     h = 1 / steps
     for _ in range(steps):  # add(k, alpha=h) is z + h k in one pass over memory
         k1 = f(z)
@@ -118,7 +122,7 @@ Solver = Literal["rk4", "midpoint", "euler", "adjoint", "dopri5"]
 class Dynamics(nn.Module):
     """The right-hand side of first order: state [B, c, H, W], FiLM's (scale, shift) [B, c, 1, 1] -> its change, as z.
 
-    norm, conv, softplus, norm, FiLM, conv, softplus; plus the state. Everything is smooth, as solvers want it.
+    f(z) = z + softplus(conv2(h (1 + scale) + shift)), h = norm2(softplus(conv1(norm1(z)))): smooth, as solvers want it.
     `residual=False` is the released ablation "no res-blocks": nothing is added, and the second kernel is 1x1.
     """
 
@@ -141,9 +145,9 @@ class Dynamics(nn.Module):
 
 
 class SecondOrderDynamics(Dynamics):
-    """The same of second order, z = [position; velocity] with c/2 channels each: z' = [velocity; acceleration(z)].
+    """The same of second order, z = [x; v] with c/2 channels each: x'' = a(x, x'), so z' = [v; a(z)].
 
-    No softplus at the end, for accelerations have both signs.
+    a(z) = conv2(softplus(h (1 + scale) + shift)), h as above: no softplus at the end, as accelerations have both signs.
     """
 
     order = 2
@@ -174,6 +178,7 @@ class SelfAttention(nn.Module):
 class OdeBlock(nn.Module):
     """One stage: z(0) [B, c, H, W] and embedding [B, e] (or None) -> z(1), then attention where the stage has it.
 
+    z(1) = z(0) + integral over tau from 0 to 1 of f(z(tau), e), whose FiLM is (scale, shift) = Linear(silu(e)).
     `time`: "film" (scale and shift inside the equation), "stage" (an MLP of the embedding is added to z(0)) or "none".
     """
 
@@ -251,6 +256,7 @@ class ContinuousUNet2DModel(ModelMixin, ConfigMixin):
     `norm_num_groups`: at most so many groups, fewer for widths that they do not divide.
     `solver_steps`, `solver`: no weight depends on them, see `with_solver`. `zero_head`: begin with output 0.
     Raises ModelError for sizes, channels and choices that do not fit together.
+    There are as many parameters as fields of the config, because diffusers' `register_to_config` makes it from them.
     """
 
     _supports_gradient_checkpointing = True
@@ -306,8 +312,7 @@ class ContinuousUNet2DModel(ModelMixin, ConfigMixin):
         self.up = nn.ModuleList(stage(i) for i in reversed(range(levels)))
         self.head = nn.Conv2d(widths[0], out_channels, 1)
         if zero_head:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+            _zero(self.head)
 
     def forward(
         self,
@@ -352,6 +357,11 @@ class ContinuousUNet2DModel(ModelMixin, ConfigMixin):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, z, embedding, steps, solver)
         return block(z, embedding, steps, solver)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _check(config: Any) -> None:

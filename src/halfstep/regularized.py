@@ -106,6 +106,9 @@ def regular_objective(
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
     """The plain loss + r * penalty, one loss a step; with r = 0 the plain loss and nothing else.
 
+    L = mean (f - target)^2 + r H(f), the paper's (3) with its scale kappa = H inside the network f (see this module's
+    head); "out_l1", for one: H = mean over coordinates of |f_j|, f in epsilon units.
+
     alphas_cumprod: [T], the levels that `draw`'s timesteps index.
     """
     predict = predictor(model)

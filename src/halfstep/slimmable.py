@@ -8,9 +8,10 @@ its training (widest + narrowest + random widths between, losses summed, own tim
 width per step is in `search.py`, since it does not care what its entries are.
 
 What differs, and why:
-- Layers are not rewritten. A width is a plain, narrower `UNet2DModel` whose parameters are slices of the full one's
-  (`architectures.slices_for`), run by `torch.func.functional_call`: gradients reach the shared weights, stock
-  diffusers loads what comes out, and a narrow step costs what a narrow model costs. Any `UNet2DModel` config works.
+- Layers are not rewritten. A width is a plain, narrower model of the same class whose parameters are slices of the full
+  one's (`architectures.slices_for`), run by `torch.func.functional_call`: gradients reach the shared weights, stock
+  diffusers loads what comes out, and a narrow step costs what a narrow model costs. Any `UNet2DModel`
+  config works; `architectures.py` says which other classes have widths.
 - Inputs that are concatenations are sliced segment by segment (`concat="aligned"`): the slim net's skip half uses the
   weights that the full net uses for its skip. The released code takes the leading columns of the whole concatenation,
   which the full net uses for the hidden half; `concat="leading"` does that.
@@ -115,7 +116,9 @@ def sandwich_objective(
     teacher: Predict | None = None,
     through: Sequence[Through | None] = (None,),
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
-    """The losses of one sandwich step (spec section 2.4): widest, narrowest, then `spec.sandwich - 2` widths between.
+    """The losses of one sandwich step: widest, narrowest, then `spec.sandwich - 2` widths between.
+
+    L = L(widest) + L(narrowest) + sum over j of L(w_j), w_j ~ Uniform(between), L(w) = |eps_w(x_t, t) - eps|^2.
 
     Each loss draws its own timestep and noise on the same images unless `spec.shared_noise`. With `spec.distill` the
     widths regress to a prediction instead of the target: the narrower ones to the widest net's, or all to `teacher`'s.

@@ -246,7 +246,10 @@ def sparse_objective(
     teacher: Predict | None = None,
     on_new_pattern: Callable[[], None] | None = None,
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
-    """The losses of one step: noise + `spec.teacher` * teacher (spec section 3.5), then the pull on dropped weights.
+    """The losses of one step: noise + `spec.teacher` * teacher, then the pull on dropped weights.
+
+    L = |s - eps|^2 + eta |s - teacher|^2 + lambda / 2 |(1 - m) W|^2, s run with m W for W: the last term's gradient is
+    SR-STE's lambda (1 - m) W, and that of s reaches all of W straight through the mask m.
 
     Draws (noisy sample, timestep, target) by `draw`. `teacher` is always dense and gets no gradient. `on_new_pattern`
     is called before the first step of every pattern but the first (the moving average starts again there).

@@ -29,7 +29,8 @@ from halfstep.recipe import SpectralSpec
 def spectral_weights(clean: torch.Tensor, size: tuple[int, int], alpha: float, most: float = 50.0) -> torch.Tensor:
     """The weight of every frequency, from the clean images [B,C,H,W] resized to `size` by area: [B, 1, h, w].
 
-    |spectrum|^alpha with a floor under the magnitude, divided by its mean over the frequencies, at most `most`.
+    w(f) = |X_0(f)|^alpha, X_0 the transform of the clean images; with a floor under the magnitude, divided by its mean
+    over the frequencies, at most `most`.
     """
     resized = F.adaptive_avg_pool2d(clean.float(), size)
     magnitude = torch.fft.fft2(resized, norm="ortho").abs().mean(1, keepdim=True)
@@ -39,7 +40,10 @@ def spectral_weights(clean: torch.Tensor, size: tuple[int, int], alpha: float, m
 
 
 def frequency_loss(theirs: torch.Tensor, ours: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean weighted squared modulus of the difference's orthonormal transform; [B,C,h,w] twice, weights [B,1,h,w]."""
+    """Mean weighted squared modulus of the difference's orthonormal transform; [B,C,h,w] twice, weights [B,1,h,w].
+
+    L_freq = |w^(1/2) (X_teacher - X_student)|^2 for one level, X the transform of what it puts out.
+    """
     difference = torch.fft.fft2((theirs - ours).float(), norm="ortho")
     return (weights * (difference.real.square() + difference.imag.square())).mean()
 
@@ -108,7 +112,10 @@ def spectral_objective(
     spec: SpectralSpec,
     steps: int,
 ) -> Callable[[Any], Iterator[torch.Tensor]]:
-    """noise + spatial * sum of squared feature differences + freq * the same by frequency, weighted (section 4).
+    """noise + spatial * sum of squared feature differences + freq * the same by frequency, weighted.
+
+    L = |s - eps|^2 + spatial sum_i |F_i - A_i S_i|^2 + freq sum_i L_freq(F_i, A_i S_i): F_i and S_i what teacher and
+    student put out at level i and at the end, A_i the student's alignment (none at the end).
 
     Teacher and student see the same noisy images, timesteps and conditions. The frequency term grows from 0 over the
     first `spec.ramp` of the steps.

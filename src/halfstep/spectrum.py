@@ -1,6 +1,6 @@
 """Spectra of pictures and of what a denoiser makes of them, beside the best that a linear denoiser can do.
 
-Source: Diffusion Probabilistic Model Made Slim, Yang et al., CVPR 2023, arXiv 2211.17106, section 4.
+Source: Diffusion Probabilistic Model Made Slim, Yang et al., CVPR 2023, arXiv 2211.17106.
 
 Implemented: the optimal linear (Wiener) denoiser of a power spectrum, spectra by frequency, four lines of a denoiser.
 

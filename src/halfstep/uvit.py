@@ -37,6 +37,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
     `embed_dim`: width D of every token; `depth`: blocks without the middle one, even; `num_heads`: divides D.
     `mlp_time_embed`: a two-layer MLP on the sinusoid. `num_class_embeds`: a class token from that many embeddings.
     Raises ModelError for sizes that make no patches, no heads or no symmetric depth.
+    There are as many parameters as fields of the config, because diffusers' `register_to_config` makes it from them.
     Published sizes: S (512, 12, 8), M (768, 16, 12), L (1024, 20, 16), as (embed_dim, depth, num_heads).
     """
 

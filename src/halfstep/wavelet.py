@@ -1,6 +1,6 @@
 """A U-Net that resamples through gated wavelet bands: the net of Spectral Diffusion (see `spectral.py`).
 
-Paper: Diffusion Probabilistic Model Made Slim, Yang et al., CVPR 2023, arXiv 2211.17106, section 5.
+Paper: Diffusion Probabilistic Model Made Slim, Yang et al., CVPR 2023, arXiv 2211.17106 (its figure 5).
 
 Implemented: the Haar transform, and wavelet-gated down- and upsampling in place of a U-Net's resampling convolutions.
 
@@ -59,6 +59,7 @@ def inverse_haar(bands: torch.Tensor) -> torch.Tensor:
 class Gates(nn.Module):
     """Four gates in (0, 1) from the mean of the input: [B, C, H, W] -> [B, 4, gates, 1, 1].
 
+    g = sigmoid(FFN(mean over pixels of X)), one g_b for each of the bands b = LL, LH, HL, HH.
     `gates`: channels of a band, or 1 for scalar gates. `start`: logits of the low and of the detail bands at the start.
     """
 
@@ -75,7 +76,7 @@ class Gates(nn.Module):
 
 
 class WaveletDown(nn.Module):
-    """[B, C, H, W] -> [B, C, H/2, W/2]: the gated sum of the four bands."""
+    """[B, C, H, W] -> [B, C, H/2, W/2]: the gated sum of the four bands, X' = sum over b of g_b X_b."""
 
     def __init__(self, channels: int, scalar: bool, start: tuple[float, float]):
         super().__init__()
@@ -86,7 +87,10 @@ class WaveletDown(nn.Module):
 
 
 class WaveletUp(nn.Module):
-    """[B, C, H, W] -> [B, C, 2H, 2W]: quarters of the channels are bands; gated, transformed back, projected to C."""
+    """[B, C, H, W] -> [B, C, 2H, 2W]: quarters of the channels are bands; gated, transformed back, projected to C.
+
+    X' = P inverse_haar(g_LL X_LL, g_LH X_LH, g_HL X_HL, g_HH X_HH), P the 1x1 convolution C/4 -> C.
+    """
 
     def __init__(self, channels: int, scalar: bool, start: tuple[float, float]):
         super().__init__()
@@ -104,6 +108,7 @@ class SpectralUNet2DModel(ModelMixin, ConfigMixin):
     The arguments are `UNet2DModel`'s; `gate`: "channel" or "scalar"; `gate_start`: logits of the low and the detail
     gates at the start ((0, 0) makes downsampling plain decimation). Raises ModelError for channels that are no multiple
     of 4, for sizes that do not halve at every level, and for block types that resample inside their ResNet blocks.
+    There are as many parameters as fields of the config, because diffusers' `register_to_config` makes it from them.
     """
 
     @register_to_config
