@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from caged import Hung, caged, limits
 from halfstep import cli, run
 from halfstep.errors import HalfstepError
+from halfstep.options import Common
 from halfstep.sums import FILE as SUMS
 from halfstep.sums import write_sums
 from test_mutations import EDITS, Stop, build_bank, build_optimized, net
@@ -111,7 +112,7 @@ def good(tmp_path_factory) -> Path:
     build_bank(home / "bank")
     DDPMPipeline(net(), DDPMScheduler()).save_pretrained(home / "dense")
     with contextlib.suppress(KeyboardInterrupt):
-        run.train("digits", home / "half", cli.recipe_for("", "digits", EDITS, dense=True), watch=Stop(2))
+        run.train("digits", home / "half", Common(edits=EDITS).recipe_for("digits", dense=True), watch=Stop(2))
     (home / "pictures").mkdir()
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)
@@ -599,7 +600,7 @@ def finished(tmp_path_factory) -> Path:
 def test_reports_of_hostile_runs_are_refused(name, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     REPORTS[name](tmp_path / "run")
-    require_refusal(["report", "--out", str(tmp_path / "run")])
+    require_refusal(["report", str(tmp_path / "run")])
 
 
 # ------------------------------------------------------------------------------------------------ options and edits
@@ -642,12 +643,12 @@ _OPTIONS: list[list[str]] = [
     ["compress", "sparse", *SOME, "--pattern", "999:1"],
     ["compress", "sparse", *SOME, "--pattern", "2:" + "4" * 5000],
     ["compress", "sparse", *SOME, "--pattern", ""],
-    ["compress", "spectral", "--teacher", "dense", *SOME[2:], "--reduction", "nan"],
-    ["compress", "spectral", "--teacher", "dense", *SOME[2:], "--reduction", "1e999"],
-    ["compress", "spectral", "--teacher", "dense", *SOME[2:], "--reduction", "1e300"],
+    ["compress", "spectral", "--model", "dense", *SOME[2:], "--reduction", "nan"],
+    ["compress", "spectral", "--model", "dense", *SOME[2:], "--reduction", "1e999"],
+    ["compress", "spectral", "--model", "dense", *SOME[2:], "--reduction", "1e300"],
     ["compress", "regularized", *SOME, "--steps", "1000000000000"],
-    ["report", "--out", "nowhere"],
-    ["report", "--out", "pictures"],
+    ["report", "nowhere"],
+    ["report", "pictures"],
     ["train", "--data", "digits", "--out", "pictures"],
     ["train", "--data", "digits", "--out", "pictures/0.png"],
     ["train", "--data", "digits", "--out", "/proc/nowhere"],

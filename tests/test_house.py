@@ -86,7 +86,7 @@ FLOORS = {
         "methods",
         "run",
     ),
-    "faces": ("terminal", "cli", "__main__"),
+    "faces": ("options", "terminal", "cli", "__main__"),
 }
 HEIGHT = {module: floor for floor, modules in enumerate(FLOORS.values()) for module in modules}
 MODULES = sorted(p.stem for p in SOURCE.glob("*.py") if p.stem != "__init__")

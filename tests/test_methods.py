@@ -38,7 +38,7 @@ def dense(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ode(dense, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "ode"
-    methods.continuous("digits", out, tiny(), teacher=str(dense))
+    methods.continuous("digits", out, tiny(), model=str(dense))
     return out
 
 

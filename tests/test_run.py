@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from halfstep import compress, methods, run
+from halfstep.device import default_device, use_device
 from halfstep.errors import DivergedError, HalfstepError
 from halfstep.fresh import new_model
 from halfstep.loop import run_loop
@@ -133,13 +135,22 @@ def test_a_recipe_fixes_the_layout_that_a_timing_chooses_otherwise(finished, tmp
     assert not (tmp_path / "state" / "layouts.json").exists()
 
 
-def test_profile_measures_on_the_device_it_is_told(dense):
-    (cost,) = run.profile(str(dense), repeats=1, device="cpu").values()
-    assert cost.device.startswith("cpu")
+@pytest.mark.parametrize("name", ["cuda:63", "gpu please", "meta"])
+def test_a_device_that_is_not_here_is_refused_and_changes_nothing(name):
+    before = default_device()
     with pytest.raises(HalfstepError, match="--device"):
-        run.profile(str(dense), device="cuda:63")
-    with pytest.raises(HalfstepError, match="--device"):
-        run.profile(str(dense), device="gpu please")
+        use_device(name)
+    assert default_device() == before
+
+
+def test_everything_runs_on_the_device_that_is_named(dense):
+    before = default_device()
+    try:
+        use_device("cpu")
+        (cost,) = run.profile(str(dense), repeats=1).values()
+        assert cost.device.startswith("cpu") and Accelerator().device.type == "cpu"
+    finally:
+        use_device(str(before))
 
 
 def test_a_supernet_may_leave_the_dense_width_out(dense, tmp_path):

@@ -14,10 +14,12 @@ import typer
 import typer.core
 
 import halfstep.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
+from halfstep import __version__
 from halfstep.errors import HalfstepError, RunError
-from halfstep.recipe import MAX_SEED, MOST_IN_A_BATCH, Recipe
+from halfstep.options import Common, common
+from halfstep.recipe import Recipe, RunRecord, settings
 from halfstep.recipes import RECIPES, named
-from halfstep.terminal import RichWatch, accept_any_text, console, line, notes
+from halfstep.terminal import RichWatch, accept_any_text, console, line, notes, settings_table
 
 RESUMED = ("demo", "train", "compress", "optimize", "search", "shrink")
 """The verbs that go on from where they were when the command is repeated; the others begin anew."""
@@ -54,12 +56,8 @@ Data = Annotated[
     typer.Option("--data", help="`digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The run folder: made if absent, resumed if it is this run's.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help=f"A named recipe: {', '.join(RECIPES)}.")]
-Edits = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Edit a field of the recipe, e.g. `--set train.steps=2000`; may be repeated.", show_default=False
-    ),
+MaybeModel = Annotated[
+    str | None, typer.Option("--model", help="Begin from this model; without one, from the images alone.")
 ]
 Budget = Annotated[float | None, typer.Option(help="Share of the reference's MACs that the plan may use, in (0, 1].")]
 MaxLoss = Annotated[
@@ -71,14 +69,26 @@ Classes = Annotated[
         "--class", help="A class by name or number, of a class-conditional model; may be repeated.", show_default=False
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+TRAINED = ("recipe", "edits", "seed", "device")
+"""Common options of what trains; its steps are the recipe's `train.steps`."""
+SAMPLED = ("recipe", "edits", "steps", "scheduler", "seed", "batch", "device")
+"""Common options of what samples."""
 
 
-def recipe_for(name: str, data: str, edits: list[str] | None, *, dense: bool = False) -> Recipe:
-    """The named recipe with its edits; without a name, the bundled data's own recipe or the default."""
-    if not name:
-        name = "default" if data != "digits" else "digits-dense" if dense else "digits"
-    return named(name).edit(edits or [])
+def told_version(asked: bool) -> None:
+    """Print the version and end."""
+    if asked:
+        line(f"halfstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=told_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
@@ -105,60 +115,56 @@ def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
 
 
 @app.command()
-def demo(
-    out: Out = Path("runs/demo"),
-    budget: Budget = 0.5,
-    edits: Edits = None,
-) -> None:
+@common("edits", "seed", "device")
+def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = 0.5) -> None:
     """The main job on the bundled digits and model: about 6 minutes on 2 CPU cores.
 
     Example: `halfstep demo --out runs/demo`
     """
-    optimize(model="digits", data="digits", out=out, budget=budget, max_loss=None, recipe="digits", edits=edits)
+    from halfstep import run
+
+    recipe = common.recipe_for("digits")
+    show_run(out, run.optimize("digits", "digits", out, recipe, budget=budget, watch=RichWatch()), plan=True)
 
 
 @app.command()
-def train(
-    data: Data,
-    out: Out,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Train on from this folder instead of from scratch.")
-    ] = None,
-    recipe: RecipeName = "",
-    edits: Edits = None,
-) -> None:
+@common(*TRAINED)
+def train(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
     """Train a dense denoiser; writes a stock diffusers DDPMPipeline to OUT/pipeline.
 
-    Killed or stopped runs resume when the command is repeated.
+    The training steps are `--set train.steps=N`. Killed or stopped runs resume when the command is repeated.
 
     Example: `halfstep train --data folder:photos --out runs/dense --set data.size=32 --set train.steps=20000`
     """
     from halfstep import run
 
-    done = run.train(data, out, recipe_for(recipe, data, edits, dense=True), model=model, watch=RichWatch())
+    done = run.train(data, out, common.recipe_for(data, dense=True), model=model, watch=RichWatch())
     line(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
 
 
 @compress_app.command()
-def slimmable(model: Model, data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None) -> None:
+@common(*SAMPLED)
+def slimmable(model: Model, data: Data, out: Out, common: Common) -> None:
     """DDSM: a supernet whose narrower widths share its weights; writes a bank of widths to OUT/pipeline.
 
     Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim`
     """
     from halfstep import compress
 
-    done = compress.slimmable(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
+    done = compress.slimmable(model, data, out, common.recipe_for(data), watch=RichWatch())
     line(f"pipeline: {done}\nsamples (a row for each entry, the dense net first): {out / 'samples.png'}")
 
 
 @compress_app.command()
+@common(*SAMPLED)
 def sparse(
     model: Model,
     data: Data,
     out: Out,
-    pattern: Annotated[str, typer.Option(help="N:M, keep N of every M weights along a layer's input.")] = "2:4",
-    recipe: RecipeName = "",
-    edits: Edits = None,
+    common: Common,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M, keep N of every M weights along a layer's input; default: 2:4.")
+    ] = None,
 ) -> None:
     """SparseDM: fine-tune under N:M masks, with the dense model as the teacher; evaluates and writes a report too.
 
@@ -168,40 +174,42 @@ def sparse(
     """
     from halfstep import methods
 
-    settings = recipe_for(recipe, data, [*(edits or []), f"sparse.pattern={pattern}"])
-    show_run(out, methods.sparse(model, data, out, settings, watch=RichWatch()))
+    recipe = common.recipe_for(data, sparse_pattern=pattern)
+    show_run(out, methods.sparse(model, data, out, recipe, watch=RichWatch()))
 
 
 @compress_app.command()
+@common(*SAMPLED)
 def spectral(
-    teacher: Annotated[str, typer.Option("--teacher", help="The dense model: a diffusers folder, or `digits`.")],
+    model: Model,
     data: Data,
     out: Out,
-    reduction: Annotated[float, typer.Option(help="How many times fewer MACs than the teacher.")] = 8.0,
-    recipe: RecipeName = "",
-    edits: Edits = None,
+    common: Common,
+    reduction: Annotated[
+        float | None, typer.Option(help="How many times fewer MACs than the model, its teacher; default: 8.")
+    ] = None,
 ) -> None:
     """Spectral Diffusion: a slim wavelet-gated student, distilled by spectrum; evaluates and writes a report too.
 
     `halfstep search --model OUT` then mixes student and teacher step by step.
 
-    Example: `halfstep compress spectral --teacher runs/dense --data folder:photos --reduction 8 --out runs/slim`
+    Example: `halfstep compress spectral --model runs/dense --data folder:photos --reduction 8 --out runs/slim`
     """
     from halfstep import methods
 
-    settings = recipe_for(recipe, data, [*(edits or []), f"spectral.reduction={reduction}"])
-    show_run(out, methods.spectral(teacher, data, out, settings, watch=RichWatch()))
+    recipe = common.recipe_for(data, spectral_reduction=reduction)
+    show_run(out, methods.spectral(model, data, out, recipe, watch=RichWatch()))
 
 
 @compress_app.command()
+@common(*SAMPLED)
 def continuous(
     data: Data,
     out: Out,
-    teacher: Annotated[
-        str | None, typer.Option("--teacher", help="A dense model to learn from as well, and to be compared with.")
+    common: Common,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A dense model to learn from as well, and to be compared with.")
     ] = None,
-    recipe: RecipeName = "",
-    edits: Edits = None,
 ) -> None:
     """The Missing U: a continuous U-Net whose solver steps are chosen at sampling; evaluates and writes a report too.
 
@@ -211,42 +219,31 @@ def continuous(
     """
     from halfstep import methods
 
-    settings = recipe_for(recipe, data, edits, dense=teacher is None)
-    show_run(out, methods.continuous(data, out, settings, teacher=teacher, watch=RichWatch()))
+    recipe = common.recipe_for(data, dense=model is None)
+    show_run(out, methods.continuous(data, out, recipe, model=model, watch=RichWatch()))
 
 
 @compress_app.command()
-def regularized(
-    data: Data,
-    out: Out,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Train on from this model instead of from scratch.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps for which the weight is chosen.", min=1)] = 50,
-    recipe: RecipeName = "",
-    edits: Edits = None,
-) -> None:
+@common(*SAMPLED)
+def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
     """Regularised score matching: trains a grid of penalty weights and keeps the best, beside its two controls.
+
+    The best for the sampler and its `--steps`.
 
     The controls, one scale and one threshold for a plainly trained model, need no training: see `halfstep shrink`.
 
-    Example: `halfstep compress regularized --data folder:photos --steps 50 --set sample.scheduler=ddpm --out runs/reg`
+    Example: `halfstep compress regularized --data folder:photos --steps 50 --scheduler ddpm --out runs/reg`
     """
     from halfstep import methods
 
-    settings = recipe_for(recipe, data, [*(edits or []), f"sample.steps={steps}"], dense=model is None)
-    show_run(out, methods.regularized(data, out, settings, model=model, watch=RichWatch()))
+    recipe = common.recipe_for(data, dense=model is None)
+    show_run(out, methods.regularized(data, out, recipe, model=model, watch=RichWatch()))
 
 
 @app.command()
+@common(*SAMPLED)
 def optimize(
-    model: Model,
-    data: Data,
-    out: Out,
-    budget: Budget = None,
-    max_loss: MaxLoss = None,
-    recipe: RecipeName = "",
-    edits: Edits = None,
+    model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None
 ) -> None:
     """Your model and images in; a cheaper pipeline, its plan and a report out.
 
@@ -257,22 +254,14 @@ def optimize(
     """
     from halfstep import run
 
-    settings = recipe_for(recipe, data, edits)
-    page = run.optimize(model, data, out, settings, budget=budget, max_loss=max_loss, watch=RichWatch())
+    recipe = common.recipe_for(data)
+    page = run.optimize(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
     show_run(out, page, plan=True)
 
 
 @app.command()
-def search(
-    model: Model,
-    data: Data,
-    out: Out,
-    budget: Budget = None,
-    max_loss: MaxLoss = None,
-    recipe: RecipeName = "",
-    edits: Edits = None,
-    as_json: AsJson = False,
-) -> None:
+@common(*SAMPLED, "as_json")
+def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None) -> None:
     """Search a plan for a bank that `compress` wrote, for a budget or a tolerated loss.
 
     With `--set search.step_counts=20,10` other numbers of steps compete for the same budget, and with
@@ -282,60 +271,68 @@ def search(
     """
     from halfstep import run
 
-    settings = recipe_for(recipe, data, edits)
-    found = run.search(model, data, out, settings, budget=budget, max_loss=max_loss, watch=RichWatch())
-    show(found.plan.to_json(), as_json, lambda: str(found.plan))
+    recipe = common.recipe_for(data)
+    found = run.search(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
+    show(found.plan.to_json(), common.as_json, lambda: str(found.plan))
 
 
 @app.command()
+@common("seed", "batch", "device", "dtype")
 def sample(
     model: Model,
     out: Out,
+    common: Common,
     count: Annotated[int, typer.Option(help="How many images.", min=1, max=1_000_000)] = 16,
-    seed: Annotated[int, typer.Option(help="Image k depends on the seed and k alone.", min=0, max=MAX_SEED)] = 0,
-    batch: Annotated[
-        int, typer.Option(help="Images per batch; changes the speed, not the images.", min=1, max=MOST_IN_A_BATCH)
-    ] = 64,
     classes: Classes = None,
 ) -> None:
     """Draw images with a step-aware pipeline: one PNG each, and grid.png.
 
+    Its plan says the sampler and the steps. Image k depends on the seed and k alone.
     A class-conditional model draws the classes of `--class` in turn, or all that it has.
 
     Example: `halfstep sample --model runs/half --count 64 --out pictures`
     """
     from halfstep import run
 
-    grid = run.sample(model, out, count=count, seed=seed, batch=batch, classes=classes or (), watch=RichWatch())
+    grid = run.sample(
+        model,
+        out,
+        count=count,
+        seed=common.seed or 0,
+        batch=common.batch or 64,
+        classes=classes or (),
+        dtype=common.dtype,
+        watch=RichWatch(),
+    )
     line(f"images: {out}\ngrid:   {grid}")
 
 
 @app.command()
-def evaluate(
-    model: Model, data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None, as_json: AsJson = False
-) -> None:
+@common("recipe", "edits", "seed", "batch", "device", "dtype", "as_json")
+def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
     """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
+
+    The plan says the sampler and the steps.
 
     Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
     """
     from halfstep import run, story
     from halfstep.page import rich_table
 
-    record = run.evaluate(model, data, out, recipe_for(recipe, data, edits), watch=RichWatch())
-    show(record.to_json(), as_json, lambda: rich_table(story.plans_table(record, brief=True)))
+    record = run.evaluate(model, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
+    show(record.to_json(), common.as_json, lambda: rich_table(story.plans_table(record, brief=True)))
 
 
 @app.command()
+@common("batch", "device", "dtype", "as_json")
 def profile(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Batch size of the latency.", min=1, max=MOST_IN_A_BATCH)] = 1,
+    common: Common,
     repeats: Annotated[int, typer.Option(help="Timed calls per entry.", min=1, max=10_000)] = 10,
-    device: Annotated[
-        str, typer.Option(help="Where to measure, e.g. `cpu` or `cuda:1`; default: where everything else runs.")
-    ] = "",
-    as_json: AsJson = False,
 ) -> None:
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
+
+    The latency is of one call with `--batch` images (default: 1).
 
     Example: `halfstep profile --model digits --batch 64`
     """
@@ -343,16 +340,19 @@ def profile(
     from halfstep.page import rich_table
     from halfstep.story import costs_table
 
-    costs = run.profile(model, batch=batch, repeats=repeats, device=device, watch=RichWatch())
+    batch = common.batch or 1
+    costs = run.profile(model, batch=batch, repeats=repeats, dtype=common.dtype, watch=RichWatch())
     record = {name: cost.to_json() for name, cost in costs.items()}
-    show(record, as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
+    show(record, common.as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
 
 
 @app.command()
+@common("device")
 def spectrum(
     models: Annotated[list[str], typer.Option("--model", help="A denoiser or pipeline; repeat it to compare several.")],
     data: Data,
     out: Out,
+    common: Common,
     timesteps: Annotated[
         list[int] | None, typer.Option("--timestep", help="Noise level, 0 to 999; may be repeated.", show_default=False)
     ] = None,
@@ -371,18 +371,18 @@ def spectrum(
 
 
 @app.command()
+@common("seed", "device", "as_json")
 def denoise(
     models: Annotated[list[str], typer.Option("--model", help="A denoiser or pipeline; repeat it to compare several.")],
     images: Annotated[list[Path], typer.Option("--image", help="A picture file of any size; may be repeated.")],
     out: Out,
+    common: Common,
     noise: Annotated[float, typer.Option(help="Standard deviation of the noise, on pictures from 0 to 1.")] = 0.1,
     steps: Annotated[
-        list[int] | None, typer.Option("--steps", help="Model calls per tile (default 1); may be repeated.", min=1)
+        list[int] | None, typer.Option("--steps", help="Sampling steps of a tile (default 1); may be repeated.", min=1)
     ] = None,
     noisy: Annotated[bool, typer.Option("--noisy", help="The pictures are noisy already: only restore them.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the added noise.", min=0, max=MAX_SEED)] = 0,
     classes: Classes = None,
-    as_json: AsJson = False,
 ) -> None:
     """Denoise real pictures with a diffusion model, beside classical denoisers: PSNR, SSIM, time per picture.
 
@@ -402,70 +402,118 @@ def denoise(
         noise=noise,
         steps=steps or (1,),
         noisy=noisy,
-        seed=seed,
+        seed=common.seed or 0,
         classes=classes or (),
         watch=RichWatch(),
     )
     if found:
-        show([record.to_json() for record in found], as_json, lambda: rich_table(restored_table(found)))
-    if not as_json:
+        show([record.to_json() for record in found], common.as_json, lambda: rich_table(restored_table(found)))
+    if not common.as_json:
         line(f"pictures: {out}, side by side in {out / 'report.html'}")
 
 
 @app.command()
-def shrink(
-    model: Model,
-    data: Data,
-    out: Out,
-    steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; default: the pipeline's own plan, or the recipe's.", min=1)
-    ] = None,
-    recipe: RecipeName = "",
-    edits: Edits = None,
-) -> None:
+@common(*SAMPLED)
+def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
     """Better pictures in few steps without training: scale and threshold the predicted noise, row by row.
 
     Walks along a grid of scales and one of thresholds for all rows, then tries stretches of rows, by the distance to
-    your images; the last choice is made on fresh seeds, and may be to correct nothing. Any sampler: `--set
-    sample.scheduler=ddpm`.
+    your images; the last choice is made on fresh seeds, and may be to correct nothing. A pipeline's own plan is
+    corrected, unless `--steps` or `--scheduler` says another.
 
     Example: `halfstep shrink --model runs/dense --data folder:photos --steps 20 --out runs/shrunk`
     """
     from halfstep import run
 
-    settings = recipe_for(recipe, data, edits)
-    show_run(out, run.shrink(model, data, out, settings, steps=steps, watch=RichWatch()), plan=True)
+    recipe = common.recipe_for(data)
+    steps = recipe.sample.steps if common.scheduler else common.steps
+    show_run(out, run.shrink(model, data, out, recipe, steps=steps, watch=RichWatch()), plan=True)
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Option("--out", help="The folder of a finished optimize run.")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]) -> None:
     """Write the report of a finished run again (after an update of Halfstep, say).
 
-    Example: `halfstep report --out runs/half`
+    Example: `halfstep report runs/half`
     """
     from halfstep import run
 
-    line(f"report: {run.report(out)}")
+    line(f"report: {run.report(folder)}")
 
 
 @app.command()
-def features(data: Data, out: Out, recipe: RecipeName = "", edits: Edits = None) -> None:
+@common(*TRAINED)
+def features(data: Data, out: Out, common: Common) -> None:
     """Train the feature classifier that Fréchet distances on your data rest on.
 
     Example: `halfstep features --data folder:photos --out runs/features --set eval.feature_steps=3000`
     """
     from halfstep import measured
 
-    line(f"features: {measured.features(data, out, recipe_for(recipe, data, edits), watch=RichWatch())}")
+    line(f"features: {measured.features(data, out, common.recipe_for(data), watch=RichWatch())}")
+
+
+@app.command("recipe")
+@common("edits", "as_json")
+def show_recipe(
+    common: Common,
+    name: Annotated[str, typer.Argument(metavar="[NAME|RUN]", help="A named recipe, or the folder of a run.")] = "",
+) -> None:
+    """Every field of a recipe: its value, what it may be, and what it means; or what a run used and read.
+
+    Without a name: the recipes that there are, and the default one. Fields that differ from it are marked.
+
+    Example: `halfstep recipe fashion16 --set sample.steps=10`, `halfstep recipe runs/half`
+    """
+    run = None
+    if name not in RECIPES and Path(name, "recipe.json").is_file():
+        run = RunRecord.load(Path(name))
+    elif name not in RECIPES and Path(name).is_dir() and name:
+        raise RunError(got="no recipe.json", expected="the folder of a run", where=name, do="give what a verb wrote")
+    recipe = run.recipe if run else named(name or "default", where="the recipe")
+    recipe = recipe and recipe.edit(common.edits or [])
+    known = {} if name else {one: " ".join((make.__doc__ or "").split()) for one, make in RECIPES.items()}
+    if common.as_json:
+        show(_recipe_record(recipe, run, known), True, lambda: None)
+        return
+    for one, about in known.items():
+        line(f"{one}: {about}")
+    if run:
+        for given in (*(f"{key}: {value}" for key, value in run.inputs.items()), *run.read):
+            line(given)
+    if recipe:
+        console.print(settings_table(settings(recipe), set(recipe.differences(named("default")))))
+
+
+def _recipe_record(recipe: Recipe | None, run: RunRecord | None, known: dict[str, str]) -> dict[str, Any]:
+    usual = named("default")
+    theirs = {leaf.name: leaf.value for _, leaves in settings(usual).values() for leaf in leaves}
+    return {
+        "recipes": known,
+        "inputs": run.inputs if run else {},
+        "read": list(run.read) if run else [],
+        "fields": [
+            {
+                "name": leaf.name,
+                "value": leaf.value,
+                "default": theirs[leaf.name],
+                "allowed": leaf.allowed,
+                "meaning": leaf.meaning,
+            }
+            for _, leaves in (settings(recipe) if recipe else {}).values()
+            for leaf in leaves
+        ],
+    }
 
 
 @app.command()
+@common("as_json")
 def verify(
     folder: Annotated[Path, typer.Argument(help="A pipeline folder, or a run folder with all that is in it.")],
+    common: Common,
     accept: Annotated[
         bool, typer.Option("--accept", help="Record what lies there now as right: after an edit of your own.")
     ] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Whether a pipeline's or a run's files are those that were written; exit code 2 where one changed or is missing.
 
@@ -485,7 +533,7 @@ def verify(
     told = ", ".join(f"{count[state]} {state}" for state in get_args(State) if count[state])
     note = f"{told}; recorded as they are now" if accept else told
     table = Table(title=str(folder), columns=("file", "state"), rows=rows, note=note)
-    show([{"file": one.file, "state": one.state} for one in found], as_json, lambda: rich_table(table))
+    show([{"file": one.file, "state": one.state} for one in found], common.as_json, lambda: rich_table(table))
     if (count["changed"] or count["missing"]) and not accept:
         raise typer.Exit(2)
 

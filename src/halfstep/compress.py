@@ -106,20 +106,20 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
 
 
 @releasing
-def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = None, watch: Watch = SILENT) -> Path:
+def continuous(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """The Missing U: a continuous U-Net from images, with a dense teacher or alone. Returns the folder of a
     `StepAwarePipeline` whose bank holds "continuous@1" … for every number of solver steps, which share one set of
     weights, and "full", the teacher as it came (without one, the most solver steps are the reference)."""
-    source, recipe = opened(teacher, recipe)
-    job = Job("continuous", teacher, data, out, recipe, source, watch)
+    source, recipe = opened(model, recipe)
+    job = Job("continuous", model, data, out, recipe, source, watch)
     torch.manual_seed(recipe.seed)
     net = continuous_net(recipe, job.images, source.dense)
     if not job.begun(net):
         return job.done
-    beside = f", {net.num_parameters() / source.dense.num_parameters():.0%} of the teacher's" if teacher else ""
+    beside = f", {net.num_parameters() / source.dense.num_parameters():.0%} of the teacher's" if model else ""
     macs = count_macs(net) / 1e6
     watch.say(f"continuous U-Net: {net.num_parameters():,} parameters{beside}, {macs:,.1f} MMACs at one solver step")
-    weight = recipe.continuous.teacher if teacher else 0.0
+    weight = recipe.continuous.teacher if model else 0.0
     lesson = predictor(job.teacher()) if weight else None
     if recipe.continuous.checkpoint:
         net.enable_gradient_checkpointing()

@@ -16,7 +16,9 @@ def default_device() -> torch.device:
 def device_named(name: str) -> torch.device:
     """The device of this machine that torch calls so, e.g. "cuda:1". Raises ModelError."""
     try:
-        return torch.empty(0, device=name).device
+        found = torch.zeros(1, device=name)
+        found.item()  # of "meta", which holds no numbers, there is none
+        return found.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
             got=f"{name!r}",
@@ -24,3 +26,18 @@ def device_named(name: str) -> torch.device:
             where="--device",
             do=f"leave it out to run on {default_device()}",
         ) from error
+
+
+def use_device(name: str) -> None:
+    """Run everything from here on where torch names it, e.g. "cuda:1". Raises ModelError (see `device_named`)."""
+    place, here = device_named(name), PartialState()
+    if here.num_processes > 1:
+        raise ModelError(
+            got=f"{name!r} for {here.num_processes} processes",
+            expected="a device for each",
+            where="--device",
+            do="leave it out: the launcher places them",
+        )
+    here.device = place
+    if place.type == "cuda":
+        torch.cuda.set_device(place)

@@ -72,12 +72,12 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
 
 
 @releasing
-def continuous(data: str, out: Path, recipe: Recipe, *, teacher: str | None = None, watch: Watch = SILENT) -> Path:
+def continuous(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """The Missing U from images to a report: train the continuous net, measure every number of solver steps beside the
     teacher, or where there is none beside the most steps. Returns report.html; resumes."""
     begun = time.time()
-    _ready(teacher, data, recipe, watch)
-    pipe = open_pipeline(str(compress.continuous(data, out, recipe, teacher=teacher, watch=watch)))
+    _ready(model, data, recipe, watch)
+    pipe = open_pipeline(str(compress.continuous(data, out, recipe, model=model, watch=watch)))
     main = f"continuous@{min(recipe.continuous.steps)}"
     return measured(pipe, pipe.bank, main, data, out, recipe, begun, watch)
 

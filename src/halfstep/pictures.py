@@ -131,7 +131,7 @@ def read_picture(file: Path) -> np.ndarray:
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """[-1, 1] float [N,C,H,W] -> uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
 def picture(pixels: np.ndarray) -> Image.Image:

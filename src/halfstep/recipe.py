@@ -259,7 +259,10 @@ class EvalSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All settings of one run. Sections are frozen dataclasses; variants by `dataclasses.replace` or `edit`."""
+    """All settings of one run.
+
+    Sections are frozen dataclasses; variants by `dataclasses.replace` or `edit`.
+    """
 
     name: Annotated[Text, "of the recipe that this one began as"] = "default"
     seed: Annotated[int, Bounds(0, MAX_SEED), "of everything that is drawn"] = 0

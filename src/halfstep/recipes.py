@@ -145,13 +145,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def named(name: str) -> Recipe:
-    """A recipe by name. Raises RecipeError with the nearest name."""
+def named(name: str, *, where: str = "--recipe") -> Recipe:
+    """A recipe by name. Raises RecipeError with the nearest name, and with `where` the name was given."""
     if name not in RECIPES:
         raise RecipeError(
             got=repr(name),
             expected=f"one of {', '.join(RECIPES)}",
-            where="--recipe",
+            where=where,
             do=f"did you mean {nearest(name, RECIPES)}?",
         )
     return RECIPES[name]()

@@ -24,7 +24,7 @@ from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, write_classes
 from halfstep.content import fingerprint
 from halfstep.denoiser import class_count, cond_of, cond_to, copy_of, predictor
-from halfstep.device import default_device, device_named
+from halfstep.device import default_device
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
@@ -126,20 +126,18 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
 
 
 def profile(
-    source: str, *, batch: int = 1, repeats: int = 10, device: str = "", watch: Watch = SILENT
+    source: str, *, batch: int = 1, repeats: int = 10, dtype: str = "float32", watch: Watch = SILENT
 ) -> dict[str, Cost]:
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
 
-    `device`: where to measure, as torch names it ("cpu", "cuda:1"); by default where everything else runs. Raises
-    ModelError for one that this machine has not.
+    `dtype`: in what precision, as torch names it.
     """
-    place = device_named(device) if device else default_device()
     if any((folder / "plan.json").is_file() for folder in (Path(source), Path(source) / "pipeline")):
         bank = open_pipeline(source).bank
     else:  # whatever process it was trained under: a network costs the same
         bank = Bank({"full": load_denoiser(source)[0]}, "full", "epsilon")
     watch.say(about_bank(source, bank))
-    return bank.to(place).costs(batch=batch, repeats=repeats)
+    return bank.to(default_device(), getattr(torch, dtype)).costs(batch=batch, repeats=repeats)
 
 
 @releasing
@@ -196,11 +194,13 @@ def sample(
     seed: int = 0,
     batch: int = 64,
     classes: Sequence[str | int] = (),
+    dtype: str = "float32",
     watch: Watch = SILENT,
 ) -> Path:
     """Draw images with a step-aware pipeline: out/000000.png …, and out/grid.png. Returns the grid's path.
 
     `classes`: what a class-conditional model draws, by name or number, in turn; without any all of its classes.
+    `dtype`: in what precision, as torch names it.
     Raises RunError for a folder with other files, or with the images of another request.
     """
     pipe = open_pipeline(source)
@@ -213,10 +213,10 @@ def sample(
     def choose(k: int) -> int:
         return asked[k % len(asked)]
 
-    inputs = {"verb": "sample", "model": str(source), "count": str(count), "seed": str(seed)}
+    inputs = {"verb": "sample", "model": str(source), "count": str(count), "seed": str(seed), "dtype": dtype}
     inputs["classes"] = ", ".join(map(str, asked))
     out = open_run(out, None, inputs, contents_of(None, bank, bank.vae, pipe.plan.to_json()), watch, read)
-    pipe.to(default_device())
+    pipe.to(default_device(), getattr(torch, dtype))
     begun, done = time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:
@@ -233,15 +233,22 @@ def sample(
 
 
 @releasing
-def evaluate(source: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Comparison:
-    """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it."""
+def evaluate(
+    source: str, data: str, out: Path, recipe: Recipe, *, dtype: str = "float32", watch: Watch = SILENT
+) -> Comparison:
+    """Measure a step-aware pipeline's plan beside its reference; writes out/quality.json and returns it.
+
+    `dtype`: in what precision both run, as torch names it.
+    """
     pipe = open_pipeline(source)
     fitted = require_fit(pipe.bank, data, recipe, watch)
     images = fitted.images
     require_measurable(images, recipe)
     contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json())
     read = [about_images(fitted), about_bank(source, pipe.bank, pipe.process)]
-    out = open_run(out, recipe, {"verb": "evaluate", "model": str(source), "data": data}, contents, watch, read)
+    inputs = {"verb": "evaluate", "model": str(source), "data": data, "dtype": dtype}
+    out = open_run(out, recipe, inputs, contents, watch, read)
+    pipe.to(getattr(torch, dtype))
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     verdict = measure_plans(judge, {"reference": pipe.plan.uniform(), "plan": pipe.plan}, recipe, watch=watch)
     disk.write_json(out / "quality.json", verdict.record.to_json())

@@ -167,7 +167,8 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
     old = RunRecord.load(out)
     free = () if asked.inputs["verb"] == "features" else tuple(MEASURED)  # there the network is the result
     changed = [name for name in _changed(old, asked) if name not in free]
-    changed += [k for k, v in asked.inputs.items() if k not in CONTENT and old.inputs.get(k) != v]
+    inputs = {"dtype": "float32"} | old.inputs  # of before 2026-11-27, when there was no choice
+    changed += [k for k, v in asked.inputs.items() if k not in CONTENT and inputs.get(k) != v]
     steadier = bool(changed) and _may_be_steadier(out, changed)
     if changed and not steadier:
         raise RunError(

@@ -6,13 +6,15 @@ import io
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
+from halfstep.typed import Leaf
 from halfstep.watch import Told, Watch
 
 # Nothing that is printed is markup: paths and names hold brackets and colons, which would vanish, colour or crash.
@@ -75,6 +77,35 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def settings_table(sections: Mapping[str, tuple[str, list[Leaf]]], marked: Collection[str]) -> Group:
+    """The fields of a recipe by their sections: name, value as `--set` takes it, meaning and in brackets the choices.
+
+    `marked`: the names that get a star: they differ from the default recipe.
+    """
+    tables: list[RenderableType] = []
+    for section, (about, leaves) in sections.items():
+        table = Table(box=None, pad_edge=False, show_header=False, expand=True, title_justify="left")
+        table.title = Text(f"\n{section}: {about}" if section else about, style="bold")
+        table.add_column(no_wrap=True)
+        table.add_column(ratio=1, overflow="fold")
+        table.add_column(ratio=3, overflow="fold")
+        for leaf in leaves:
+            star, style = ("* ", "bold") if leaf.name in marked else ("  ", "")
+            meaning = Text(leaf.meaning)
+            if leaf.choices:
+                meaning.append(f" [{leaf.choices}]", style="dim")
+            table.add_row(f"{star}{leaf.name}", Text(as_typed(leaf.value), style=style), meaning)
+        tables.append(table)
+    return Group(*tables, *(["\n* differs from the default recipe"] if marked else []))
+
+
+def as_typed(value: object) -> str:
+    """A field's value as a user types it after `--set name=`."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_typed, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 class RichWatch(Watch):

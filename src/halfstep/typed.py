@@ -69,6 +69,11 @@ class Leaf:
         """Type and range in words, e.g. "a whole number, 1 to 64"."""
         return describe(self.hint)
 
+    @property
+    def choices(self) -> str:
+        """What a user may type, in short: "1 to 64", "ddim, ddpm", "true, false"; "" for any text."""
+        return _choices(self.hint)
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The known name closest to a mistyped one, for error messages."""
@@ -273,6 +278,27 @@ def describe(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "a section of fields"
     return _KINDS.get(hint, ("none", ""))[0]
+
+
+def _choices(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        bounds = [note for note in inner[1:] if isinstance(note, Bounds)]
+        if inner[0] not in (int, float) or not bounds:
+            return _choices(inner[0])
+        wide = [Bounds(b.low, None if (b.high or 0) >= _ENDLESS else b.high, b.above) for b in bounds]
+        return ", ".join(map(str, wide))
+    if origin is Literal:
+        return ", ".join(str(one) for one in inner if one != "")
+    if origin is tuple:
+        return f"several, {_choices(inner[0])}".removesuffix(", ")
+    if _is_union(hint):
+        return " or ".join(_choices(one) for one in inner)
+    return {int: "a whole number", float: "a number", bool: "true, false", str: ""}.get(hint, "none")
+
+
+_ENDLESS = 10**9
+"""A bound so high that nobody meets it."""
 
 
 def _several(hint: Any) -> str:
