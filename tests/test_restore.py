@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -164,6 +165,28 @@ def test_it_equals_diffusers_ddim_on_the_schedule_cut_at_the_start(kind, clip):
             theirs = ddim.step(predict(theirs, t.repeat(3)), t, theirs).prev_sample
     assert torch.allclose(mine, theirs, atol=1e-5)
     assert (mine - noisy).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 3, 7, 240])
+def test_it_is_ddim_written_out_where_the_steps_do_not_divide_the_timesteps(kind, steps):
+    """DDIM (arXiv 2010.02502, eq. 12, eta = 0) between the levels of `timesteps_from`, whatever falls between them."""
+    start, predict = 239, from_estimate(lambda x, level: torch.tanh(x) * (1 - level / 2), kind)
+    noisy, asked = normal(2, 1, 8, 8), []
+
+    def noting(sample, timestep, cond, memo):
+        asked.append(timestep.tolist())
+        return predict(sample, timestep, cond, memo)
+
+    found = restore(noting, noisy, ratio(start) / 2, noise_config(kind), steps=steps)
+    timesteps = timesteps_from(start, steps)
+    levels = [float(ALPHAS[t]) for t in timesteps] + [1.0]
+    wanted = math.sqrt(levels[0]) * noisy
+    for level, after in itertools.pairwise(levels):
+        clean = torch.tanh(wanted) * (1 - level / 2)
+        noise = (wanted - math.sqrt(level) * clean) / math.sqrt(1 - level)
+        wanted = math.sqrt(after) * clean + math.sqrt(1 - after) * noise
+    assert asked == [[t, t] for t in timesteps] and torch.allclose(found, wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

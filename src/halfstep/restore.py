@@ -21,18 +21,21 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 
-from halfstep.denoiser import Cond, Memo, Predict, clean_and_noise, repeated
+from halfstep.denoiser import Cond, Memo, Predict, repeated
 from halfstep.errors import DataError, HalfstepError, ModelError, PlanError
+from halfstep.plan import Row
 from halfstep.process import Process
 from halfstep.profiling import interleave
-from halfstep.sampling import image_generators
+from halfstep.samplers import with_timesteps
+from halfstep.sampling import image_generators, last, walk
 
 Denoiser = Callable[[torch.Tensor, float], torch.Tensor]
 """(noisy [C,H,W], in [0, 1] but for the noise; sigma) -> restored [C,H,W] in about [0, 1]"""
@@ -66,7 +69,6 @@ def timesteps_from(start: int, steps: int) -> list[int]:
     return [(start + 1) * (steps - i) // steps - 1 for i in range(steps)]
 
 
-@torch.inference_mode()
 def restore(
     predict: Predict,
     noisy: torch.Tensor,
@@ -81,33 +83,35 @@ def restore(
     noisy: [B,C,S,S], in [-1, 1] but for the noise: do not clamp it.  sigma: as everywhere in [0, 1] terms.
     process: the process that the model was trained under, or its scheduler's config.
     steps: calls of the model; 1 is its one-shot estimate.  Returns [B,C,S,S] in about [-1, 1].
-    The update is written out because DDIMScheduler.step knows its own grid over all timesteps only.
+    A noisy picture is a sample at the last timestep of a shorter process, the model's own at `steps` of its timesteps
+    ("respaced", arXiv 2102.09672): sampled at each of them, diffusers' grid is the right one for any number of steps.
     Raises: DataError (sigma), PlanError (steps), ModelError (a prediction that is no noise, picture or velocity).
     """
-    scheduler = Process.of(process).scheduler()
-    timesteps = timesteps_from(matching_timestep(sigma, scheduler.alphas_cumprod), steps)
-    levels = [float(scheduler.alphas_cumprod[t]) for t in timesteps] + [1.0]
-    sample, memo = math.sqrt(levels[0]) * noisy, Memo()
-    for t, (level, after) in zip(timesteps, pairwise(levels), strict=True):
-        prediction = predict(sample, torch.full((len(sample),), t, device=sample.device), cond or {}, memo)
-        clean, noise = _parts(prediction, sample, level, scheduler)
-        sample = math.sqrt(after) * clean + math.sqrt(1 - after) * noise
-    return sample
+    process = Process.of(process)
+    levels = process.scheduler().alphas_cumprod
+    chosen = torch.tensor(timesteps_from(matching_timestep(sigma, levels), steps)).flip(0)
+    scheduler = _respaced(process, levels[chosen])
+
+    def there(sample: torch.Tensor, t: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
+        found = predict(sample, chosen[t].expand(len(sample)).to(sample.device), cond, memo)
+        if found.shape != sample.shape:
+            got, expected = f"a prediction {list(found.shape)}", f"{list(sample.shape)}, as the sample"
+            raise ModelError(got=got, expected=expected, where="model", do="bring a model that predicts no variance")
+        return found
+
+    rows = [Row(float(t), "restored") for t in scheduler.timesteps]
+    sample = scheduler.alphas_cumprod[-1].sqrt() * noisy
+    return last(walk([there] * steps, rows, scheduler, sample, cond=cond))
 
 
-def _parts(
-    prediction: torch.Tensor, sample: torch.Tensor, level: float, scheduler: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clean part and the noise of a sample; clipping moves the clean part alone, as in diffusers."""
-    if prediction.shape != sample.shape:
-        got, expected = f"a prediction {list(prediction.shape)}", f"{list(sample.shape)}, as the sample"
-        raise ModelError(got=got, expected=expected, where="model", do="bring a model that predicts no variance")
-    clean, noise = clean_and_noise(prediction, sample, torch.tensor(level), scheduler.config.prediction_type)
-    if scheduler.config.thresholding:
-        clean = scheduler._threshold_sample(clean)
-    elif scheduler.config.clip_sample:
-        clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-    return clean, noise
+def _respaced(process: Process, levels: torch.Tensor) -> DDIMScheduler:
+    """DDIM at every timestep of the process whose alphas_cumprod are `levels`, falling: beta = 1 - level / the one
+    before. What it clips is the model's process's."""
+    exact = levels.double()
+    betas = 1 - exact / torch.cat([exact.new_ones(1), exact[:-1]])
+    own = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    grid = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+    return with_timesteps(DDIMScheduler.from_config(process.config() | own | grid), len(betas))
 
 
 # ---- pictures larger than the model --------------------------------------------------------------------------------
