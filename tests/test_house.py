@@ -25,6 +25,8 @@ FLOORS = {
         "threads",
         "sums",
         "seeds",
+        "machine",
+        "folder",
     ),
     "nets": (
         "content",

@@ -12,6 +12,7 @@ from torch import nn
 from halfstep import profiling
 from halfstep.denoiser import Memo, predictor
 from halfstep.errors import HalfstepError, ModelError
+from halfstep.machine import machine
 from halfstep.profiling import Inputs
 from halfstep.results import Cost
 
@@ -379,6 +380,6 @@ def test_macs_alike_on_cuda(monkeypatch):
 
 
 def test_machine():
-    found = profiling.machine()
+    found = machine()
     assert set(found) == {"python", "torch", "diffusers", "cpu", "cores", "threads", "cuda", "platform"}
     assert found["cpu"] and found["cores"] >= 1 and found["torch"] == torch.__version__

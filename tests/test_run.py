@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from halfstep import compress, methods, run
 from halfstep.device import default_device, use_device
 from halfstep.errors import DivergedError, HalfstepError
+from halfstep.folder import open_run
 from halfstep.fresh import new_model
 from halfstep.loop import run_loop
 from halfstep.masks import masked
@@ -32,7 +33,7 @@ from halfstep.plan import StepPlan
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, RunRecord
 from halfstep.recipes import named
-from halfstep.rundir import images_for, open_run
+from halfstep.rundir import images_for
 from halfstep.sampling import StepAwarePipeline
 from halfstep.scores import SEARCHED, read_scores
 from halfstep.spectrum import radial_mean

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from accelerate import PartialState
 
 from halfstep.errors import ModelError
+from halfstep.machine import this_process
 
 
 def default_device() -> torch.device:
     """The device that accelerate takes here: a GPU where there is one."""
-    return PartialState().device
+    return this_process().device
 
 
 def device_named(name: str) -> torch.device:
@@ -30,7 +30,7 @@ def device_named(name: str) -> torch.device:
 
 def use_device(name: str) -> None:
     """Run everything from here on where torch names it, e.g. "cuda:1". Raises ModelError (see `device_named`)."""
-    place, here = device_named(name), PartialState()
+    place, here = device_named(name), this_process()
     if here.num_processes > 1:
         raise ModelError(
             got=f"{name!r} for {here.num_processes} processes",

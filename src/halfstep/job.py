@@ -14,13 +14,14 @@ from halfstep.bank import Bank
 from halfstep.denoiser import copy_of, require_same_shape
 from halfstep.device import default_device
 from halfstep.fit import Fitted, fit, names_of
+from halfstep.folder import open_run
 from halfstep.latents import check_vae
 from halfstep.loop import preview_of, run_loop
 from halfstep.models import load_classes, load_denoiser, load_vae
 from halfstep.process import Process
 from halfstep.reading import about_images, about_model
 from halfstep.recipe import Recipe
-from halfstep.rundir import contents_of, encoded, fit_data, images_for, open_run
+from halfstep.rundir import contents_of, encoded, fit_data, images_for
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.train import Diffusion, Objective, TrainState
 from halfstep.watch import Watch

@@ -16,9 +16,10 @@ from halfstep.data import Images
 from halfstep.denoiser import class_count
 from halfstep.features import Extractor, load_features, raw_pixels
 from halfstep.fit import fit
+from halfstep.machine import machine
 from halfstep.pictures import to_uint8
 from halfstep.plan import StepPlan
-from halfstep.profiling import interleave, machine
+from halfstep.profiling import interleave
 from halfstep.quality import (
     Distances,
     Reference,

@@ -8,35 +8,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 
 from halfstep import disk
 from halfstep.bank import Bank
 from halfstep.data import Images
-from halfstep.errors import DivergedError, RecipeError
+from halfstep.errors import DivergedError
+from halfstep.folder import DIVERGED
 from halfstep.latents import Latents
 from halfstep.pictures import picture_grid, to_uint8
 from halfstep.process import Process
-from halfstep.recipe import Recipe, TrainSpec
+from halfstep.recipe import STEADIER, Recipe, TrainSpec
 from halfstep.sampling import reference_plan, sample_images
-from halfstep.train import STEADIER, Logged, Objective, TrainRecord, TrainState, stamp
+from halfstep.train import Logged, Objective, TrainRecord, TrainState, stamp
 from halfstep.train import train as train_loop
 from halfstep.watch import Watch
-
-DIVERGED = Path("state") / "diverged.json"
-"""Stands in a run folder whose training ended in a loss that was not finite, until it goes on."""
-
-
-def require_tracker(name: str) -> None:
-    """Refuse a tracker that is not installed; accelerate would only warn and train on without it."""
-    known = [str(tracker) for tracker in get_available_trackers()]
-    if name and name not in known:
-        raise RecipeError(
-            got=f"{name}, which is not installed here",
-            expected=f"one of {', '.join(known)}" if known else "an installed tracker",
-            where="train.tracker",
-            do=f"pip install {name}, or leave it out: log.jsonl is written anyway",
-        )
 
 
 def run_loop(

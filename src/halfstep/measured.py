@@ -19,13 +19,14 @@ from halfstep.device import default_device
 from halfstep.errors import DataError, HalfstepError, RunError
 from halfstep.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.fit import Fitted, fit
+from halfstep.folder import open_run
 from halfstep.judge import TIMED_BATCH, Judge, Measured, extractor_for, measure_plans
 from halfstep.lock import releasing
-from halfstep.profiling import machine
+from halfstep.machine import machine
 from halfstep.quality import NEIGHBOURS
 from halfstep.reading import about_images
 from halfstep.recipe import Recipe
-from halfstep.rundir import contents_of, fit_data, images_for, open_run
+from halfstep.rundir import contents_of, fit_data, images_for
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.story import tell
 from halfstep.typed import typed

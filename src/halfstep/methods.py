@@ -10,6 +10,7 @@ from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
 from halfstep.fit import Fitted
+from halfstep.folder import open_run
 from halfstep.job import Source, images_of, opened, read_of
 from halfstep.judge import measure_plans
 from halfstep.lock import releasing
@@ -24,7 +25,7 @@ from halfstep.measured import (
 )
 from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe
-from halfstep.rundir import contents_of, encoded, open_run
+from halfstep.rundir import contents_of, encoded
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.scores import counted, open_scores
 from halfstep.seeds import Stage, stage_seed

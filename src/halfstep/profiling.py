@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.metadata
 import inspect
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor
 from halfstep.errors import HalfstepError, ModelError
+from halfstep.machine import cpu_name
 from halfstep.results import Cost
 
 
@@ -201,21 +200,6 @@ def peak_mib(call: Callable[[], object], *, device: torch.device | str | None = 
     if kind == "cuda":
         return _peak_mib_cuda(call, device)
     return _peak_mib_cpu(call) if kind == "cpu" else None
-
-
-def machine() -> dict[str, object]:
-    """What this machine is, for records: versions, processor, usable cores, torch threads, CUDA device or None."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": importlib.metadata.version("diffusers"),
-        "cpu": _cpu_name(),
-        "cores": usable,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "platform": platform.platform(),
-    }
 
 
 def layout_of(model: nn.Module) -> str:
@@ -394,14 +378,5 @@ def _wait() -> None:
 
 
 def _device_name(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name() if device.type == "cpu" else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name() if device.type == "cpu" else ""
     return f"{device.type}: {name}" if name else device.type
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

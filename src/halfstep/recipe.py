@@ -74,6 +74,10 @@ class TrainSpec:
     tracker: Annotated[Literal["", "tensorboard", "wandb", "trackio", "aim"], "that is told the losses too"] = ""
 
 
+STEADIER = ("lr", "clip_norm", "precision", "warmup", "schedule")
+"""Fields of TrainSpec with which a diverged training may go on: they say how to step, not what a state holds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlimSpec:
     """DDSM's supernet. The dense model stays in the bank as "full", whatever the widths are."""

@@ -28,6 +28,7 @@ from halfstep.device import default_device
 from halfstep.errors import DataError, ModelError, PlanError
 from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
+from halfstep.folder import CONTENT, open_run
 from halfstep.fresh import new_model
 from halfstep.job import images_of, opened, process_of, read_of
 from halfstep.judge import measure_plans
@@ -60,7 +61,7 @@ from halfstep.restore import (
     timesteps_from,
 )
 from halfstep.results import Comparison, Cost
-from halfstep.rundir import CONTENT, contents_of, encoded, open_run
+from halfstep.rundir import contents_of, encoded
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.scores import open_scores
 from halfstep.shrink import shrink_plan

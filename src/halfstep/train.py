@@ -304,10 +304,6 @@ def train(
             since = 0
 
 
-STEADIER = ("lr", "clip_norm", "precision", "warmup", "schedule")
-"""Fields of TrainSpec with which a diverged training may go on: they say how to step, not what a state holds."""
-
-
 def _require_finite(loss: float, norm: float, step: int, spec: TrainSpec, bf16: bool) -> None:
     """Raise DivergedError unless the sums of losses and of gradient norms up to a step are finite."""
     if math.isfinite(loss) and math.isfinite(norm):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,10 @@ from halfstep import lock, run
 from halfstep.bank import Bank
 from halfstep.content import digest_tensors, fingerprint
 from halfstep.errors import HalfstepError, RunError
+from halfstep.folder import IGNORED, MEASURED, open_run
 from halfstep.measured import features
 from halfstep.models import load_denoiser
 from halfstep.recipe import Recipe, RunRecord, SampleSpec, field_names
-from halfstep.rundir import IGNORED, MEASURED, open_run
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.sources import _names
 from halfstep.sums import write_sums
@@ -43,6 +44,54 @@ def test_every_name_that_may_change_between_two_calls_is_a_field():
     assert set(MEASURED) <= set(field_names())
     for prefix in {prefix for prefixes in IGNORED.values() for prefix in prefixes}:
         assert any(name == prefix or (prefix.endswith(".") and name.startswith(prefix)) for name in field_names())
+
+
+def test_a_folder_is_known_without_torch():
+    code = "import sys, halfstep.folder; print([m for m in ('torch', 'accelerate', 'diffusers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+AS_RANK = """
+import sys, time
+from pathlib import Path
+from halfstep.folder import open_run
+from halfstep.recipe import Recipe
+
+class Slow:
+    def say(self, line):
+        print("said", line, end=" ")
+        time.sleep(1.5)
+
+inputs = {"verb": "train", "model": "m", "data": "d"}
+out = open_run(Path(sys.argv[1]), Recipe(), inputs, {}, Slow(), ["pictures"])
+print("opened" if (out / "recipe.json").is_file() else "not there yet")
+"""
+
+
+@pytest.mark.slow
+def test_the_second_of_two_processes_waits_until_the_first_has_opened_the_folder(tmp_path: Path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", AS_RANK, tmp_path / "run"],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert told == ["said pictures opened", "opened"]
 
 
 def listing(root: Path) -> dict[str, bytes | None]:

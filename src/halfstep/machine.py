@@ -1,0 +1,51 @@
+"""What this machine is, for records, and which of several processes this one is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def machine() -> dict[str, object]:
+    """What this machine is, for records: versions, processor, usable cores, torch threads, CUDA device or None."""
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": importlib.metadata.version("diffusers"),
+        "cpu": cpu_name(),
+        "cores": usable,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def this_process() -> PartialState:
+    """This process among those of one training, as accelerate was told in the environment.
+
+    That all run on CPUs (`accelerate launch --cpu`) an `Accelerator` reads there and a bare `PartialState` does not: it
+    would take every process for the only one, and the later `Accelerator` would believe it.
+    """
+    from accelerate import PartialState  # and with it torch
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=bool(parse_flag_from_env("ACCELERATE_USE_CPU")))
