@@ -288,7 +288,7 @@ def measure_costs(part: str, recipe: Recipe, work: Path, repeats: int) -> None:
 def measure_quality(part: str, judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> None:
     """What trained nets are judged by, as far as it is not there yet."""
     bank, name = judge.bank, "continuous, one step only"
-    plan = reference_plan(bank, noise, recipe.sample, bank.macs())
+    plan = reference_plan(bank, noise, recipe.sample)
     if part == "quality":
         disk.write_json(work / "quality.json", asdict(quality_table(judge, plan, recipe, work, watch)))
     elif part == "perturbed":

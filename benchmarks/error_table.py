@@ -45,7 +45,7 @@ def main() -> None:
     folder = compress.slimmable("digits", "digits", args.out / "supernet", recipe, watch=watch)
     pipe = run.open_pipeline(str(folder))
     judge, recipe = judge_for(pipe.bank, "digits", recipe, args.out, watch)
-    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample, pipe.bank.macs())
+    plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample)
     space = Space.of(plan, pipe.bank.names, recipe.search.genes)
     finals: list[torch.Tensor] = []
 

@@ -34,7 +34,6 @@ from halfstep.judge import Judge, measure_plans
 from halfstep.models import load_denoiser
 from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.plan import StepPlan
-from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
 from halfstep.sampling import fewer_steps, reference_plan
@@ -143,13 +142,11 @@ def main() -> None:
     pipe = run.open_pipeline(str(folders["supernet"]))
     recipe = named(f"fashion{args.size}").edit(args.set)
     judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
-    macs = pipe.bank.macs()
-    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, macs)
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample)
     found = searches(judge, plan, recipe, work, args.budget, watch, not args.one_search)
     if "small" in folders:
         judge.bank = with_small(pipe.bank, folders["small"])
-        macs["small"] = count_macs(judge.bank["small"])
-        plan = replace(plan, entry_macs=macs)
+        plan = replace(plan, prices=judge.bank.prices())
     best = found["frontier + NSGA-II"]  # the default method; the others are its controls
     space = best.space
     plans = {"reference": plan, "plan": plan.with_entries(best.plan.entries)}
@@ -157,10 +154,10 @@ def main() -> None:
     if len(found) > 1:
         others = {f"plan, {name}": one for name, one in found.items() if one is not best}
         plans |= {name: plan.with_entries(one.plan.entries) for name, one in others.items()}
-    plans |= {f"uniform {name}": plan.uniform(name) for name in macs if name not in ("full", "small")}
+    plans |= {f"uniform {name}": plan.uniform(name) for name in plan.prices if name not in ("full", "small")}
     for i, genes in enumerate(random_plans(space, best.plan.macs, 3, seed=11)):
         plans[f"random plan {i + 1}"] = plan.with_entries(space.expand(genes))
-    fewer = max(1, int(plan.steps * best.plan.share))
+    fewer = max(1, int(plan.sampler.steps * best.plan.share))
     plans[f"dense, {fewer} steps"] = fewer_steps(plan, fewer)
     if "small" in folders:
         plans["small model alone"] = plan.uniform("small")

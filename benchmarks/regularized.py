@@ -92,13 +92,13 @@ def trained(name: str, seeds: int, recipe: Recipe, work: Path, watch: RichWatch)
 
 def plans_of(judge: Judge, plan: StepPlan, recipe: Recipe, folder: Path, seed: int, watch: RichWatch) -> dict:
     """The plans to measure at one sampler and number of calls, by name; `plan` is the plain net's."""
-    if plan.steps >= REFERENCE:
+    if plan.sampler.steps >= REFERENCE:
         return {PLAIN: plan}
-    nets = list(judge.bank) if plan.steps <= ALL_NETS else [PLAIN, list(judge.bank)[-1]]
-    if plan.steps > ALL_NETS and seed > 0:
+    nets = list(judge.bank) if plan.sampler.steps <= ALL_NETS else [PLAIN, list(judge.bank)[-1]]
+    if plan.sampler.steps > ALL_NETS and seed > 0:
         return {name: plan.uniform(name) for name in nets}
-    rounds = recipe.shrink.rounds if plan.steps <= BY_STRETCH else 0
-    images = recipe.shrink.images if plan.steps <= BY_STRETCH else recipe.shrink.images // 2
+    rounds = recipe.shrink.rounds if plan.sampler.steps <= BY_STRETCH else 0
+    images = recipe.shrink.images if plan.sampler.steps <= BY_STRETCH else recipe.shrink.images // 2
     spec = replace(recipe.shrink, rounds=rounds, images=images)
     folder.mkdir(exist_ok=True)
     found = corrected_plans(open_scores(judge, folder), plan, spec, seed=seed, watch=watch).plans
@@ -130,7 +130,7 @@ def measure(
 ) -> None:
     """Every cell (sampler, calls, seed) that is not measured yet, the page after each."""
     data, _, model, _ = SOURCES[name]
-    noise, macs = load_denoiser(model)[1], [bank.macs() for bank in banks]
+    noise, prices = load_denoiser(model)[1], [bank.prices() for bank in banks]
     for net in (bank[entry] for bank in banks for entry in bank):
         net.compile()  # a fifth of the time on a CPU
     for kind, calls, seed in cells:
@@ -140,7 +140,7 @@ def measure(
         judge, settings = judge_for(banks[seed], data, recipe, work, watch)
         rule = {"scheduler": "ddpm", "variance": "beta"} if kind == "beta" else {"scheduler": kind}
         sample = replace(settings.sample, steps=calls, **rule)
-        plan = reference_plan(judge.bank, noise, sample, macs[seed])
+        plan = reference_plan(judge.bank, noise, sample, prices[seed])
         plans = plans_of(judge, plan, settings, work / f"shrink-{kind}-{calls}-{seed}", seed, watch)
         pictures = work / f"pictures-{kind}-{calls}.npz" if seed == 0 else None
         disk.write_json(file, measure_cell(judge, plans, settings.eval.images, seed, pictures))

@@ -78,11 +78,11 @@ def main() -> None:
 def as_it_comes(bank: Bank, process: Process, name: str, steps: int) -> StepPlan:
     """The sampler with the betas of the process and its own defaults for the rest."""
     cls, options = SCHEDULERS[name]
-    return plan_for(bank, cls.from_config(process.config() | options), steps, bank.macs())
+    return plan_for(bank, cls.from_config(process.config() | options), steps)
 
 
 def as_put(bank: Bank, process: Process, name: str, steps: int) -> StepPlan:
-    return reference_plan(bank, process.config(), replace(SampleSpec(), scheduler=name, steps=steps), bank.macs())
+    return reference_plan(bank, process.config(), replace(SampleSpec(), scheduler=name, steps=steps))
 
 
 if __name__ == "__main__":

@@ -142,9 +142,8 @@ def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichW
     """What runs at each step of the best plan over dense, 2:4 and 1:4 that costs no more than 2:4 everywhere."""
     whole, names = judge.bank, ("full", *SEARCHED)
     judge.bank = Bank({name: whole[name] for name in names}, "full", whole.prediction_type)
-    every = whole.macs()  # a mask's zeros are left out
-    macs = {name: every[name] for name in names}
-    plan = reference_plan(judge.bank, noise, recipe.sample, macs)
+    every = whole.prices()  # a mask's zeros are left out
+    plan = reference_plan(judge.bank, noise, recipe.sample, {name: every[name] for name in names})
     share = plan.uniform("2:4 SparseDM").macs / plan.macs
     found = search_plan(open_scores(judge, work), plan, recipe, work, budget=share, watch=watch)
     judge.bank = whole
@@ -181,7 +180,7 @@ def main() -> None:
         show_table(masked_loss_table(bank, noise), f"sparse-{args.net}-loss.md")
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
-    plan = reference_plan(bank, noise, recipe.sample, bank.macs())
+    plan = reference_plan(bank, noise, recipe.sample)
     shown = [name for name in bank if name != "full" and name in rows]
     plans = {"reference": plan} | {name: plan.uniform(name) for name in shown}
     if args.search:

@@ -88,17 +88,17 @@ def main() -> None:
         show_table(loss_table(bank, noise), f"spectral-{'weights' if args.weights else 'loss'}.md")
         return
     judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
-    plan = reference_plan(bank, noise, recipe.sample, bank.macs())
+    plan = reference_plan(bank, noise, recipe.sample)
     mixable = Bank({"full": bank["full"], "spectral": bank["wavelet, by spectrum"]}, "full", bank.prediction_type)
     judge.bank = mixable
-    start = reference_plan(mixable, noise, recipe.sample, mixable.macs())
+    start = reference_plan(mixable, noise, recipe.sample)
     found = search_plan(open_scores(judge, work), start, recipe, work, budget=args.budget, watch=watch)
     judge.bank = bank
     names = {"full": "full", "spectral": "wavelet, by spectrum"}
     plans = {"reference": plan} | {name: plan.uniform(name) for name in STUDENTS}
     plans["teacher and student mixed"] = plan.with_entries([names[e] for e in found.plan.entries])
     for share in (found.plan.share, 1 / args.reduction):
-        steps = max(1, round(plan.steps * share))
+        steps = max(1, round(plan.sampler.steps * share))
         plans[f"teacher, {steps} steps"] = fewer_steps(plan, steps)
     verdict = measure_plans(judge, plans, recipe, keep=512, repeats=3, watch=watch)
     (work / "quality.json").write_text(json.dumps(verdict.record.to_json(), indent=2))

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 
 from halfstep.errors import PlanError
 from halfstep.find import Found, Search, baselines, search_plan
-from halfstep.plan import Row, StepPlan
+from halfstep.plan import Price, Row, Sampler, StepPlan
 from halfstep.recipe import Recipe, SearchSpec
 from halfstep.scores import open_scores, read_scores
 from halfstep.search import ErrorTable, Space, frontier
@@ -30,8 +30,8 @@ def plan_of(steps: int = 2 * GENES) -> StepPlan:
     scheduler.set_timesteps(steps)
     rows = tuple(Row(float(t), "full") for t in scheduler.timesteps)
     config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    kind = {"scheduler": "DDIMScheduler", "scheduler_config": config, "steps": steps}
-    return StepPlan(rows=rows, **kind, reference="full", entry_macs=ENTRIES)
+    sampler, prices = Sampler("DDIMScheduler", config, steps), {name: Price(macs) for name, macs in ENTRIES.items()}
+    return StepPlan(rows=rows, sampler=sampler, reference="full", prices=prices)
 
 
 PLAN = plan_of()
@@ -118,7 +118,7 @@ def test_a_true_table_gives_the_best_of_all_plans_for_a_budget(budget, tmp_path)
         min(judge.true(g) for g in EVERY if SPACE.share(g) <= budget + 1e-9)
     )
     assert found.plan.share <= budget + 1e-9 and found.reference_score == BASE
-    assert found.plan.baseline.macs == PLAN.macs and StepPlan.load(tmp_path / "plan.json") == found.plan
+    assert found.plan.baseline.price == PLAN.price and StepPlan.load(tmp_path / "plan.json") == found.plan
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.5])
@@ -209,7 +209,7 @@ def test_controls_cost_about_what_the_plan_costs(genes):
     dearest = max((e for e in ENTRIES if 10 * ENTRIES[e] <= found.plan.macs), key=ENTRIES.__getitem__)
     assert [set(one.entries) for one in uniform] == [{dearest}]
     assert len(steps) == 1 and set(steps[0].entries) == {"full"}
-    assert abs(steps[0].macs - found.plan.macs) <= ENTRIES["full"] / 2 or steps[0].steps == 1
+    assert abs(steps[0].macs - found.plan.macs) <= ENTRIES["full"] / 2 or steps[0].sampler.steps == 1
     if "random plan" in controls:
         assert found.plan.macs - 0.05 * PLAN.macs <= controls["random plan"].macs <= found.plan.macs
 

@@ -367,6 +367,10 @@ def many_rows(home: Path) -> None:
     (home / "bank/plan.json").write_text(json.dumps(record))
 
 
+def sampled(name: str, steps: int, **config: Any) -> Change:
+    return edited("bank/plan.json", sampler={"name": name, "config": config, "steps": steps})
+
+
 UNET, SCHEDULER = "dense/unet/config.json", "dense/scheduler/scheduler_config.json"
 WEIGHTS = "dense/unet/diffusion_pytorch_model.safetensors"
 FULL = "bank/bank/full/config.json"
@@ -437,16 +441,16 @@ MODELS: dict[str, tuple[Change, list[str]]] = {
     "a mask that is a number": (edited("bank/bank/2of4/mask.json", pattern=3), BANK),
     "a plan of 1,500,000 rows": (many_rows, BANK),
     "a plan of no rows": (edited("bank/plan.json", rows=[]), BANK),
-    "a plan of 10**9 steps": (edited("bank/plan.json", steps=10**9), BANK),
-    "a plan of -1 steps": (edited("bank/plan.json", steps=-1), BANK),
-    "a plan whose scheduler is a function": (edited("bank/plan.json", scheduler="logging"), BANK),
-    "a plan whose scheduler is a model": (edited("bank/plan.json", scheduler="UNet2DModel"), BANK),
+    "a plan of 10**9 steps": (sampled("DDIMScheduler", 10**9), BANK),
+    "a plan of -1 steps": (sampled("DDIMScheduler", -1), BANK),
+    "a plan whose scheduler is a function": (sampled("logging", 3), BANK),
+    "a plan whose scheduler is a model": (sampled("UNet2DModel", 3), BANK),
     "a plan whose reference costs nothing": (
-        edited("bank/plan.json", entry_macs={"full": 0, "w1.00": 0, "w0.50": 0, "2:4": 0}),
+        edited("bank/plan.json", prices={n: {"macs": 0} for n in ("full", "w1.00", "w0.50", "2:4")}),
         BANK,
     ),
     "a plan whose scheduler's training had 10**12 steps": (
-        edited("bank/plan.json", scheduler_config={"num_train_timesteps": 10**12}),
+        sampled("DDIMScheduler", 3, num_train_timesteps=10**12),
         BANK,
     ),
     "an index that is a list": (written("bank/model_index.json", "[]"), BANK),

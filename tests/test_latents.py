@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep import compress, run
 from halfstep.bank import Bank
@@ -20,6 +24,7 @@ from halfstep.fresh import new_model
 from halfstep.judge import Judge
 from halfstep.latents import decode, encode_images, factor
 from halfstep.models import load_denoiser, load_vae
+from halfstep.plan import Price
 from halfstep.recipe import Recipe
 from halfstep.sampling import (
     StepAwarePipeline,
@@ -30,6 +35,7 @@ from halfstep.sampling import (
     start_noise,
 )
 from halfstep.search import Space, error_table
+from halfstep.sums import write_sums
 
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
@@ -110,11 +116,37 @@ def test_a_latent_denoiser_is_a_stock_ldm_pipeline_and_samples_as_one(vae_folder
     wanted = stock(batch_size=2, generator=generator, num_inference_steps=4, eta=0.0, output_type="np").images
     net, noise = load_denoiser(tmp_path / "ldm")
     bank = Bank({"full": net}, "full", "epsilon", vae=load_vae(tmp_path / "ldm"))
-    plan = reference_plan(bank, noise, Recipe().edit(EDITS).sample, bank.macs())
+    plan = reference_plan(bank, noise, Recipe().edit(EDITS).sample)
     pipe = StepAwarePipeline(bank, plan)
     pipe.set_progress_bar_config(disable=True)
     found = pipe(batch_size=2, generator=torch.Generator().manual_seed(3), output_type="np").images
     assert np.abs(found - wanted).max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_latent_plan_tells_what_decoding_costs_and_a_pixel_plan_costs_nothing_beside_its_calls(tmp_path):
+    """Oracle: torch's own counter over a real decoding, its attention run as plain products."""
+    vae, spec = tiny_vae(), Recipe().edit(EDITS)
+    dense = new_model(spec.model, encode_images(vae, load_images("digits")), 1000).eval()
+    noise = DDIMScheduler(clip_sample=False).config
+    bank, pixels = Bank({"full": dense}, "full", "epsilon", vae=vae), Bank({"full": dense}, "full", "epsilon")
+    plan, plain = reference_plan(bank, noise, spec.sample), reference_plan(pixels, noise, spec.sample)
+    side = dense.config.sample_size
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        decode(vae, torch.zeros(1, dense.config.in_channels, side, side))
+    assert plan.fixed == Price(counter.get_total_flops() // 2) and plan.fixed.macs > 0
+    assert plain.fixed == Price(0) and replace(plan, fixed=Price(0)) == plain  # the calls cost the same
+    assert "beside the calls" in str(plan) and "beside the calls" not in str(plain)
+    StepAwarePipeline(bank, plan).save_pretrained(tmp_path / "p")
+    assert StepAwarePipeline.from_pretrained(tmp_path / "p").plan == plan
+    for fixed, warned in ({"macs": 5}, True), ({"macs": 0}, False):  # a plan of before tells none
+        plan_file = tmp_path / "p" / "plan.json"
+        plan_file.write_text(json.dumps(plan.to_json() | {"fixed": fixed}))
+        write_sums(tmp_path / "p")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert StepAwarePipeline.from_pretrained(tmp_path / "p").plan == plan
+        assert any("the fixed part 5 (" in str(one.message) for one in told) == warned
 
 
 def test_training_writes_a_pipeline_that_diffusers_loads(dense):

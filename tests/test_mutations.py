@@ -45,7 +45,7 @@ from halfstep.features import FeatureNet, raw_pixels
 from halfstep.latents import encode_images
 from halfstep.masks import Masking, Pattern, mask_all
 from halfstep.models import load_denoiser, load_vae
-from halfstep.plan import StepPlan
+from halfstep.plan import Correction, StepPlan
 from halfstep.quality import reference_stats
 from halfstep.recipe import Recipe, TrainSpec
 from halfstep.sampling import StepAwarePipeline, build_scheduler, plan_for, reference_plan
@@ -231,7 +231,7 @@ def open_bank(folder: Path) -> str:
 def build_plan(folder: Path) -> None:
     bank = Bank({"full": net(), "w0.50": net(1)}, "full", "epsilon")
     plan = plan_for(bank, DDIMScheduler(), 4, {"full": 10, "w0.50": 4}).with_entries(["full", "w0.50"] * 2)
-    plan.with_corrections([(0.98, 0.01)] * 4).save(folder / "plan.json")
+    plan.with_corrections([Correction(0.98, 0.01)] * 4).save(folder / "plan.json")
 
 
 def open_plan(folder: Path) -> str:

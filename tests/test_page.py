@@ -16,7 +16,7 @@ from halfstep.errors import PlanError, RunError
 from halfstep.figures import Curve, Heatmap, Pareto, PlanChart, Series
 from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.pictures import picture_grid
-from halfstep.plan import Row, StepPlan
+from halfstep.plan import Correction, Price, Row, Sampler, StepPlan
 from halfstep.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality
 from halfstep.story import costs_table, plans_table, summary
 
@@ -130,8 +130,8 @@ def test_costs_refuse_an_unknown_reference():
 
 def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the_reference():
     rows = tuple(Row(t, "r=0.1") for t in (30.0, 20.0, 10.0))
-    kind, macs = {"scheduler": "DDPMScheduler", "scheduler_config": {}}, {"r=0": 8, "r=0.1": 8}
-    plan = StepPlan(rows=rows, **kind, steps=3, reference="r=0", entry_macs=macs)
+    prices = {"r=0": Price(8), "r=0.1": Price(8)}
+    plan = StepPlan(rows=rows, sampler=Sampler("DDPMScheduler", {}, 3), reference="r=0", prices=prices)
     change = replace(CHANGE, share=-0.2, relative_low=-0.3, relative_high=-0.1)
     row = replace(ROW, share=1.0, held=True, verdict=None, difference=change)
     about = replace(ABOUT, floor=None, scale=None)
@@ -146,7 +146,7 @@ def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the
         unlike = replace(row, held=False, difference=replace(change, relative_low=low, relative_high=0.2))
         assert told in said(unlike)
     assert said(replace(row, share=0.4), plan.with_entries(["r=0", "r=0.1", "r=0"])).startswith("The plan saves 60%")
-    corrected = plan.with_corrections([(0.9, 0.0)] * 3)
+    corrected = plan.with_corrections([Correction(0.9)] * 3)
     assert said(row, corrected).startswith("The corrections cost nothing; with 50 DDPM calls")
 
 
@@ -205,8 +205,8 @@ def record_of(about: About = ABOUT, **changes) -> Comparison:
 
 
 def plan_of_one() -> StepPlan:
-    kind = {"scheduler": "DDIMScheduler", "scheduler_config": {}, "steps": 1}
-    return StepPlan(rows=(Row(1.0, "full"),), **kind, reference="full", entry_macs={"full": 8})
+    sampler = Sampler("DDIMScheduler", {}, 1)
+    return StepPlan(rows=(Row(1.0, "full"),), sampler=sampler, reference="full", prices={"full": Price(8)})
 
 
 def test_a_change_within_the_floor_is_told_without_a_percentage_and_undecided_with_the_images_it_takes():

@@ -194,7 +194,7 @@ def test_numbers_of_steps_and_corrections_compete_for_one_budget(finished, tmp_p
     finals = [one for one in read_scores(tmp_path / "o") if one.stage == "steps"]
     assert {one.steps for one in finals} == {4, 2, 6}  # 400 steps are too dear in any width
     best = min(finals, key=lambda one: one.score)
-    assert (best.steps, best.corrected, best.macs) == (found.plan.steps, found.plan.corrected, found.plan.macs)
+    assert (best.steps, best.corrected, best.macs) == (found.plan.sampler.steps, found.plan.corrected, found.plan.macs)
     full = StepPlan.load(finished / "plan.json").uniform().macs
     assert all(one.macs <= 0.5 * full for one in finals)
     assert StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline").plan == found.plan
@@ -339,7 +339,7 @@ def test_widths_and_masks_compose_to_entries_that_share_one_set_of_weights(dense
     bank = StepAwarePipeline.from_pretrained(folder).bank
     assert list(bank) == ["full", "w1.00", "w1.00+2:4", "w0.50", "w0.50+2:4"]
     assert sorted(p.parent.name for p in folder.rglob("bank/*/*.safetensors")) == ["full", "w1.00"]
-    macs = bank.macs()
+    macs = {name: price.macs for name, price in bank.prices().items()}
     assert macs["w0.50+2:4"] < macs["w0.50"] < macs["w1.00+2:4"] < macs["w1.00"] == macs["full"]
     masking, half, sparse = bank.masking["w0.50+2:4"], bank["w0.50"].state_dict(), bank["w0.50+2:4"].state_dict()
     for name in half:
@@ -371,7 +371,7 @@ def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teach
     teacher = run.train("digits", tmp_path / "dense", tiny(*edits))
     page = methods.spectral(str(teacher), "digits", tmp_path / "slim", tiny(*edits))
     bank = StepAwarePipeline.from_pretrained(tmp_path / "slim" / "pipeline").bank
-    assert list(bank) == ["full", "spectral"] and bank.macs()["spectral"] * 8 <= bank.macs()["full"]
+    assert list(bank) == ["full", "spectral"] and bank.prices()["spectral"].macs * 8 <= bank.prices()["full"].macs
     assert type(bank["spectral"]).__name__ == ("SpectralUNet2DModel" if "true" in edit else "UNet2DModel")
     assert page.is_file() and not [name for name in bank["spectral"].state_dict() if "align" in name]
     found = run.search(str(tmp_path / "slim"), "digits", tmp_path / "mix", tiny(*edits), budget=0.6)

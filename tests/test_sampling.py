@@ -17,7 +17,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from halfstep.bank import Bank
 from halfstep.denoiser import corrected
 from halfstep.errors import HalfstepError, ModelError, PlanError
-from halfstep.plan import Row
+from halfstep.plan import Correction, Guide, Price, Row
 from halfstep.process import BETA_SCHEDULERS
 from halfstep.recipe import SampleSpec
 from halfstep.samplers import REFUSED, SCHEDULERS
@@ -106,7 +106,7 @@ def test_any_sampler_of_a_recipe_equals_a_straight_loop_over_its_scheduler(kind)
     bank = bank_of()
     plan = plan_of(bank, kind, 6)
     mine = pipeline(bank, plan)(2, generator=image_generators(1, 0, 2), output_type="pt").images
-    scheduler = getattr(diffusers, plan.scheduler).from_config(dict(plan.scheduler_config))
+    scheduler = getattr(diffusers, plan.sampler.name).from_config(dict(plan.sampler.config))
     assert torch.equal(mine, straight_loop(bank["full"], scheduler, 6, image_generators(1, 0, 2)))
 
 
@@ -260,7 +260,7 @@ def test_heun_has_a_row_for_each_evaluation_and_each_row_runs_its_entry():
 def test_a_trajectory_tells_every_row_and_goes_on_from_any_of_them(kind):
     """Oracle: a straight loop over diffusers' scheduler."""
     bank = bank_of()
-    plan = plan_of(bank, kind).with_corrections([(0.9, 0.1)] * len(plan_of(bank, kind).rows))
+    plan = plan_of(bank, kind).with_corrections([Correction(0.9, 0.1)] * len(plan_of(bank, kind).rows))
     scheduler = build_scheduler(plan)
     x = start_noise(bank, image_generators(3, 0, 2)) * scheduler.init_noise_sigma
     drawn = {"generator": image_generators(5, 0, 2)} if kind in ("ddim", "ddpm", "dpmsolver++") else {}
@@ -330,7 +330,7 @@ def test_without_labels_the_classes_come_in_turn():
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
     bank = bank_of()
-    plan = replace(plan_of(bank, kind), entry_macs=bank.macs())
+    plan = replace(plan_of(bank, kind), prices=bank.prices())
     pipe = pipeline(bank, plan.with_entries([("slim", "full")[i % 3 == 2] for i in range(len(plan.rows))]))
     pipe.save_pretrained(tmp_path / "p")
     again = StepAwarePipeline.from_pretrained(tmp_path / "p")
@@ -340,7 +340,7 @@ def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
     assert torch.equal(first, again(2, output_type="pt").images)
     index = json.loads((tmp_path / "p" / "model_index.json").read_text())
     assert index["_class_name"] == "StepAwarePipeline"
-    stock = getattr(diffusers, plan.scheduler).from_pretrained(tmp_path / "p", subfolder="scheduler")
+    stock = getattr(diffusers, plan.sampler.name).from_pretrained(tmp_path / "p", subfolder="scheduler")
     assert type(stock) is type(again.scheduler)
 
 
@@ -350,7 +350,7 @@ def test_the_macs_of_a_plan_are_the_banks_own(tmp_path):
     pipeline(bank, plan_of(bank)).save_pretrained(tmp_path / "p")
     with pytest.warns(UserWarning, match=r"plan\.json.*full 4"):
         again = StepAwarePipeline.from_pretrained(tmp_path / "p")
-    assert again.plan.entry_macs == bank.macs()
+    assert again.plan.prices == bank.prices()
     again.save_pretrained(tmp_path / "p")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -361,7 +361,7 @@ def test_the_macs_of_a_plan_are_the_banks_own(tmp_path):
 def test_diffusers_options_act_or_are_refused_by_name(cls, tmp_path):
     """Every keyword was swallowed: torch_dtype and typing errors alike."""
     bank = bank_of()
-    plan = replace(plan_of(bank), entry_macs=bank.macs())
+    plan = replace(plan_of(bank), prices=bank.prices())
     pipeline(bank, plan).save_pretrained(tmp_path / "p", safe_serialization=True)
     folder = tmp_path / "p" / ("bank" if cls is Bank else "")
     found = cls.from_pretrained(folder, torch_dtype=torch.float16, use_safetensors=True, local_files_only=True)
@@ -512,8 +512,74 @@ def test_a_correction_is_what_a_net_with_a_scaled_thresholded_output_does(kind):
     plan = plan_of(bank, kind)
     twin = Bank({"full": shrunk.eval(), "slim": bank["slim"]}, "full", "epsilon")
     wanted = torch.cat(list(sample_images(twin, plan, 3, seed=1)))
-    corrected = plan.with_corrections([(0.9, 0.2)] * len(plan.rows))
+    corrected = plan.with_corrections([Correction(0.9, 0.2)] * len(plan.rows))
     assert torch.equal(torch.cat(list(sample_images(bank, corrected, 3, seed=1))), wanted)
+
+
+def drawn(bank, plan, **options):
+    return torch.cat(list(sample_images(bank, plan, 3, seed=1, **options)))
+
+
+class Mixed(torch.nn.Module):
+    """What autoguidance is said to be, in closed form: D_w = w D_1 + (1 - w) D_0, as one net."""
+
+    def __init__(self, own, guide, weight):
+        super().__init__()
+        self.own, self.guide, self.weight, self.config = own, guide, weight, own.config
+
+    def forward(self, sample, timestep, **kwargs):
+        own, guide = (net(sample, timestep, **kwargs)[0] for net in (self.own, self.guide))
+        return (self.weight * own + (1 - self.weight) * guide,)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpmsolver++", "heun"])
+def test_a_guided_row_is_the_closed_form_of_autoguidance(kind, prediction, conditional):
+    bank = bank_of(prediction, **({"num_class_embeds": 3} if conditional else {}))
+    config = DDPMScheduler(prediction_type=prediction).config
+    plan = reference_plan(bank, config, SampleSpec(scheduler=kind, steps=5), {"full": 4, "slim": 1})
+    guided = plan.with_guides([Guide("slim", 2.5)] * len(plan.rows))
+    mixed = Bank({"full": Mixed(bank["full"], bank["slim"], 2.5), "slim": bank["slim"]}, "full", prediction)
+    found, wanted, plain = drawn(bank, guided), drawn(mixed, plan), drawn(bank, plan)
+    assert (found - wanted).abs().max() < 1e-4 and (found - plain).abs().max() > 0.01
+    first = plan.with_guides([Guide("slim", 2.5), *[None] * (len(plan.rows) - 1)])
+    assert all(
+        (drawn(bank, first) - other).abs().max() > 1e-3 for other in (found, plain)
+    )  # it is rows that are guided
+    correction = [Correction(0.9, 0.1)] * len(plan.rows)  # of what was guided
+    corrected, twin = guided.with_corrections(correction), plan.with_corrections(correction)
+    assert (drawn(bank, corrected) - drawn(mixed, twin)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "heun"])
+def test_a_guide_of_weight_one_is_none_and_of_weight_zero_runs_alone(kind):
+    bank = bank_of()
+    plan = plan_of(bank, kind)
+    rows = len(plan.rows)
+    assert (drawn(bank, plan.with_guides([Guide("slim", 1.0)] * rows)) - drawn(bank, plan)).abs().max() < 1e-5
+    alone = drawn(bank, plan.with_guides([Guide("slim", 0.0)] * rows))
+    assert torch.equal(alone, drawn(bank, plan.uniform("slim")))
+
+
+def test_every_network_call_of_a_guided_plan_is_priced_and_a_step_tells_the_rows_own_prediction():
+    bank, called = bank_of(), []
+    plan = plan_of(bank, "ddim", 4).with_guides([None, Guide("slim", 2.0), Guide("full", 3.0), None])
+    for name in bank:
+        bank[name].register_forward_hook(lambda net, inputs, out, name=name: called.append((name, out[0])))
+    generators = image_generators(0, 0, 1)
+    steps = list(trajectory(bank, plan, start_noise(bank, generators), generators))
+    assert plan.called == tuple(name for name, _ in called) == ("full", "full", "slim", "full", "full", "full")
+    assert plan.macs == sum({"full": 4, "slim": 1}[name] for name, _ in called)
+    assert all(torch.equal(step.prediction, called[k][1]) for step, k in zip(steps, (0, 1, 3, 5), strict=True))
+
+
+def test_a_guided_pipeline_is_saved_and_draws_the_same(tmp_path):
+    bank = bank_of()
+    plan = replace(plan_of(bank), prices=bank.prices()).with_guides([Guide("slim", 1.5), *[None] * 4])
+    pipeline(bank, plan).save_pretrained(tmp_path / "p")
+    again = StepAwarePipeline.from_pretrained(tmp_path / "p")
+    assert again.plan == plan and torch.equal(drawn(again.bank, again.plan), drawn(bank, plan))
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpmsolver++", "heun", "euler"])
@@ -534,12 +600,13 @@ def test_a_net_that_predicts_something_else_is_corrected_in_its_noise(kind, pred
     bank, other = bank_of(), Other.from_config(net(0, 16).config)
     other.load_state_dict(bank["full"].state_dict())
     plan = plan_of(bank, kind)
-    corrected = plan.with_corrections([(0.9, 0.2)] * len(plan.rows))
+    corrected = plan.with_corrections([Correction(0.9, 0.2)] * len(plan.rows))
     wanted = torch.cat(list(sample_images(bank, corrected, 2, seed=1)))
     assert not torch.allclose(wanted, torch.cat(list(sample_images(bank, plan, 2, seed=1))), atol=0.05)
     twin = Bank({"full": other.eval()}, "full", prediction)
-    config = {**corrected.scheduler_config, "prediction_type": prediction}
-    found = torch.cat(list(sample_images(twin, replace(corrected, scheduler_config=config), 2, seed=1)))
+    config = {**corrected.sampler.config, "prediction_type": prediction}
+    told = replace(corrected, sampler=replace(corrected.sampler, config=config))
+    found = torch.cat(list(sample_images(twin, told, 2, seed=1)))
     assert (found - wanted).abs().max() < 2e-3
 
 
@@ -557,26 +624,32 @@ def test_settings_that_diffusers_trips_over_are_refused_in_one_line():
         {"interpolation_type": "cubic"},
     ):
         with pytest.raises(PlanError) as error:
-            pipeline(bank, replace(plan, scheduler_config={**plan.scheduler_config, **wrong}))
+            pipeline(bank, replace(plan, sampler=replace(plan.sampler, config={**plan.sampler.config, **wrong})))
         assert "\n" not in str(error.value)
 
 
 def test_plans_that_do_not_fit_are_refused():
     bank = bank_of()
     plan = plan_of(bank)
+    prices = {**plan.prices, "w9": Price(1)}
+
+    def told(**changes):
+        return replace(plan, sampler=replace(plan.sampler, **changes))
+
     wrong = [
         replace(plan, rows=(Row(5.0, "full"), *plan.rows[1:])),
         replace(plan, rows=(Row(float("nan"), "full"), *plan.rows[1:])),
         replace(plan, rows=plan.rows[::-1]),
         replace(plan, rows=plan.rows[:-1]),
         replace(plan, rows=(*plan.rows, plan.rows[-1])),
-        replace(plan, steps=plan.steps + 1),
-        replace(plan, scheduler_config={**plan.scheduler_config, "timestep_spacing": "trailing"}),
-        replace(plan, scheduler="DDPMPipeline"),
-        replace(plan, scheduler="UNet2DModel"),
-        replace(plan, scheduler="NoSuchScheduler"),
-        replace(plan, scheduler="__version__"),
-        replace(plan, entry_macs={**plan.entry_macs, "w9": 1}, rows=(Row(plan.rows[0].timestep, "w9"), *plan.rows[1:])),
+        told(steps=plan.sampler.steps + 1),
+        told(config={**plan.sampler.config, "timestep_spacing": "trailing"}),
+        told(name="DDPMPipeline"),
+        told(name="UNet2DModel"),
+        told(name="NoSuchScheduler"),
+        told(name="__version__"),
+        replace(plan, prices=prices, rows=(Row(plan.rows[0].timestep, "w9"), *plan.rows[1:])),
+        replace(plan, prices=prices).with_guides([Guide("w9", 2.0)] * len(plan.rows)),
     ]
     for bad in wrong:
         with pytest.raises(PlanError) as error:
@@ -603,7 +676,7 @@ def test_folders_that_hold_no_pipeline_are_refused(tmp_path):
     pipeline(bank, plan_of(bank)).save_pretrained(tmp_path / "p")
     file = tmp_path / "p" / "plan.json"
     record = json.loads(file.read_text())
-    record["entry_macs"]["w9"], record["rows"][0][1] = 1, "w9"
+    record["prices"]["w9"], record["rows"][0]["entry"] = {"macs": 1}, "w9"
     file.write_text(json.dumps(record))
     write_sums(tmp_path / "p")
     with pytest.raises(PlanError, match="w9"):

@@ -35,7 +35,7 @@ def judge_of(net, images, kind: str = "epsilon") -> Judge:
 
 
 def plan_of(judge: Judge, noise, scheduler: str = "ddim", steps: int = 3):
-    return reference_plan(judge.bank, noise, SampleSpec(scheduler=scheduler, steps=steps), judge.bank.macs())
+    return reference_plan(judge.bank, noise, SampleSpec(scheduler=scheduler, steps=steps))
 
 
 class Heard(Watch):
@@ -69,7 +69,7 @@ def test_the_control_is_ddim_with_as_many_calls_of_the_same_net(bundled, images)
     assert sanity.control_plan(judge.bank, plan_of(judge, bundled[1])) is None
     heun = plan_of(judge, bundled[1], "heun", 3)
     control = sanity.control_plan(judge.bank, heun)
-    assert (control.scheduler, len(control.rows), control.macs) == ("DDIMScheduler", 5, heun.macs)
+    assert (control.sampler.name, len(control.rows), control.macs) == ("DDIMScheduler", 5, heun.macs)
     assert set(control.entries) == {"full"}
 
 

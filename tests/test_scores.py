@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from halfstep.bank import Bank
 from halfstep.errors import RunError
-from halfstep.plan import StepPlan
+from halfstep.plan import NONE, Correction, Guide, StepPlan
 from halfstep.sampling import fewer_steps, plan_for
 from halfstep.scores import counted, open_scores, read_scores
 
@@ -29,7 +29,7 @@ def bank_of(*seeds: int) -> Bank:
 
 
 BANK = bank_of(0, 1)
-PLAN = plan_for(BANK, DDIMScheduler(), 4, BANK.macs())
+PLAN = plan_for(BANK, DDIMScheduler(), 4)
 PLANS = [PLAN.with_entries([f"net{k >> i & 1}" for i in range(4)]) for k in range(16)]
 
 
@@ -42,7 +42,7 @@ class Told:
     def true(self, plan: StepPlan, count: int, seed: int) -> float:
         """Any number that hangs on all of what a picture hangs on."""
         rows = sum((i + 1) * len(row.entry + "x" * int(row.entry[-1])) for i, row in enumerate(plan.rows))
-        return rows + 100 * plan.steps + count / 7 + seed / 3
+        return rows + 100 * plan.sampler.steps + count / 7 + seed / 3
 
     def score(self, plan: StepPlan, count: int, seed: int) -> float:
         with self.lock:
@@ -99,7 +99,8 @@ def test_a_score_hangs_on_rows_sampler_weights_images_and_seed_and_on_nothing_el
     assert not measures(PLANS[1].replacing(PLAN))  # what a plan is told to replace draws nothing
     assert not measures(PLANS[1], bank=bank_of(0, 1)) and not measures(PLANS[1], bank=bank_of(0, 1, 2))
     assert measures(PLANS[2]) and measures(fewer_steps(PLAN, 3))
-    assert measures(PLANS[1].with_corrections([(0.9, 0.0)] * 4))
+    assert measures(PLANS[1].with_corrections([Correction(0.9)] * 4))
+    assert measures(PLANS[1].with_guides([Guide("net1", 2.0)] * 4))
     assert measures(PLANS[1], images=9) and measures(PLANS[1], seed=4)
     assert measures(PLANS[1], bank=bank_of(0, 2)) and measures(PLANS[1], bank=bank_of(2, 1))
     open_scores(judge, tmp_path).on(8, 3)(PLAN, "fit")
@@ -107,7 +108,7 @@ def test_a_score_hangs_on_rows_sampler_weights_images_and_seed_and_on_nothing_el
 
 
 def test_a_score_is_told_with_all_that_a_reader_wants_to_know_of_it(tmp_path):
-    plan = PLANS[1].with_corrections([(1.0, 0.0), (1.0, 0.0), (0.9, 0.1), (0.9, 0.1)])
+    plan = PLANS[1].with_corrections([NONE, NONE, Correction(0.9, 0.1), Correction(0.9, 0.1)])
     told: list = []
     scores = open_scores(Told(), tmp_path).on(8, 3)
     for _ in range(2):

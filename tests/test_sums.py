@@ -18,6 +18,7 @@ from halfstep.bank import Bank
 from halfstep.cli import app
 from halfstep.errors import HalfstepError, ModelError, RunError
 from halfstep.models import load_denoiser
+from halfstep.plan import Price
 from halfstep.process import Process
 from halfstep.recipe import SampleSpec, TrainSpec
 from halfstep.sampling import StepAwarePipeline, reference_plan
@@ -47,7 +48,7 @@ def net() -> UNet2DModel:
 def written(tmp_path_factory):
     """A saved pipeline, as its files."""
     bank = Bank({"full": net(), "2:4 one-shot": net()}, "full", "epsilon")
-    plan = reference_plan(bank, Process(), SampleSpec(scheduler="dpmsolver++", steps=3), bank.macs())
+    plan = reference_plan(bank, Process(), SampleSpec(scheduler="dpmsolver++", steps=3))
     folder = tmp_path_factory.mktemp("written") / "pipeline"
     StepAwarePipeline(bank, plan).save_pretrained(folder)
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -84,7 +85,7 @@ def change(folder):
 
 HARMED = {
     "one bit of the weights": (change, WEIGHTS),
-    "a plan's entry": (lambda f: edit(f / "plan.json", rows=[[9.0, "full"]]), "plan.json"),
+    "a plan's entry": (lambda f: edit(f / "plan.json", rows=[{"timestep": 9.0, "entry": "full"}]), "plan.json"),
     "a file gone": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler/scheduler_config.json"),
     "a mask put in": (lambda f: (f / "bank" / "full" / "mask.json").write_text("{}"), "bank/full/mask.json"),
     "sums of no kind": (lambda f: (f / FILE).write_text("hello\n"), FILE),
@@ -106,7 +107,7 @@ def test_what_changed_is_refused_when_it_is_read_and_told_how_to_accept(how, fol
 
 
 def test_an_edit_of_ones_own_is_accepted_on_purpose(folder):
-    edit(folder / "plan.json", steps=3)
+    edit(folder / "plan.json", macs=3)
     (folder / "README.md").write_text("a file that nothing reads")
     with pytest.raises(ModelError, match=r"plan\.json changed"):
         StepAwarePipeline.from_pretrained(folder)
@@ -174,7 +175,7 @@ def test_the_command_tells_a_table_and_its_exit_code(folder, tmp_path):
 def test_a_failed_save_leaves_the_old_sums(folder, monkeypatch):
     before = (folder / FILE).read_bytes()
     pipe = StepAwarePipeline.from_pretrained(folder)
-    pipe.plan = replace(pipe.plan, entry_macs={**pipe.plan.entry_macs, "full": float("nan")})
+    pipe.plan = replace(pipe.plan, prices={**pipe.plan.prices, "full": Price(float("nan"))})
     with pytest.raises(HalfstepError):
         pipe.save_pretrained(folder)
     assert (folder / FILE).read_bytes() == before and require_whole(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -49,6 +49,37 @@ outers = st.builds(
 @given(outers)
 def test_a_dataclass_comes_back_from_its_json(value: Outer):
     assert build(Outer, json.loads(json.dumps(asdict(value))), "", "here") == value
+
+
+class Pair(NamedTuple):
+    left: Annotated[int, Bounds(0, 9)]
+    right: Inner | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    first: Pair
+    more: tuple[Pair, ...] = ()
+
+
+def test_a_named_tuple_is_read_as_a_section_of_its_fields():
+    record = {"first": {"left": 1}, "more": [{"left": 2, "right": {"name": "x"}}]}
+    assert build(Pairs, record, "", "here") == Pairs(Pair(1), (Pair(2, Inner(name="x")),))
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ({}, "here: got no first.left, expected a whole number, 0 to 9"),
+        ({"left": 10}, "here: first.left: got 10, expected a whole number, 0 to 9"),
+        ({"left": 1, "up": 2}, "here: got 'first.up', expected a known field"),
+        ([1, None], "here: got [1, None], expected a section of fields"),
+    ],
+)
+def test_a_named_tuple_that_is_none_is_refused(first, message):
+    with pytest.raises(PlanError) as error:
+        build(Pairs, {"first": first}, "", "here", error=PlanError)
+    assert str(error.value).startswith(message)
 
 
 GOOD: dict[str, Any] = {"inner": {"name": "x"}, "steps": 3}

@@ -18,9 +18,11 @@ from halfstep.content import fingerprint
 from halfstep.denoiser import class_count, eager
 from halfstep.disk import read_record, write_atomic
 from halfstep.errors import ModelError, RecipeError
+from halfstep.latents import decode_macs
 from halfstep.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
 from halfstep.models import WEIGHTS, empty_model, filled_model, load_model, read_config
 from halfstep.models import load_denoiser as load_denoiser  # scripts of before import it from here
+from halfstep.plan import Price
 from halfstep.profiling import call_times, count_macs, latency, layout_of
 from halfstep.results import Cost
 from halfstep.slices import Pieces, Slices, cut_all, require_inside, slices_to_json
@@ -94,7 +96,7 @@ class Bank(torch.nn.Module):
             self._check_stands_in(name)
         class_count(self.config)  # refuses a conditioning that no sampler here can give
         self._check_links()
-        self._macs: dict[str, int] = {}
+        self._prices: dict[str, Price] = {}
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
         self.eval()
 
@@ -181,12 +183,16 @@ class Bank(torch.nn.Module):
                 groups.append((own, [name]))
         return [names for _, names in groups]
 
-    def macs(self) -> dict[str, int]:
-        """MACs per image of one call of every entry; masked weights count by their pattern."""
-        if not self._macs:  # a tenth of a second each, and no weight or layout changes them
+    def prices(self) -> dict[str, Price]:
+        """What one call of every entry costs per image; masked weights count by their pattern."""
+        if not self._prices:  # a tenth of a second each, and no weight or layout changes them
             layers = {name: masking.layers() for name, masking in self.masking.items()}
-            self._macs = {name: count_macs(self[name], densities=layers.get(name)) for name in self.names}
-        return dict(self._macs)
+            self._prices = {name: Price(count_macs(self[name], densities=layers.get(name))) for name in self.names}
+        return dict(self._prices)
+
+    def fixed(self) -> Price:
+        """What a trajectory costs per image beside its calls: decoding its sample, where the bank works on latents."""
+        return Price(0) if self.vae is None else Price(decode_macs(self.vae, self.config))
 
     def fingerprint(self, name: str) -> str:
         """16 hex digits that change with any weight or setting of an entry, or with what it predicts; read once."""
@@ -196,10 +202,10 @@ class Bank(torch.nn.Module):
         return self._fingerprints[key]
 
     def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
-        """What every entry costs here, timed in turns: MACs as `macs`, bytes as stored by `save_pretrained`."""
+        """What every entry costs here, timed in turns: MACs as `prices`, bytes as stored by `save_pretrained`."""
         measured = latency({name: self[name] for name in self.names}, batch=batch, repeats=repeats)
-        macs, stored = self.macs(), {name: self._stored_bytes(name) / 2**20 for name in self.names}
-        return {name: replace(cost, macs=macs[name], stored_mib=stored[name]) for name, cost in measured.items()}
+        prices, stored = self.prices(), {name: self._stored_bytes(name) / 2**20 for name in self.names}
+        return {name: replace(cost, macs=prices[name].macs, stored_mib=stored[name]) for name, cost in measured.items()}
 
     def _stored_bytes(self, name: str) -> int:
         if name in self.shared:

@@ -126,12 +126,13 @@ def search_steps(
     assert budget is not None, "require_goal asked for one"
     found: dict[StepPlan, Found] = {}
     full = plan.uniform().macs
-    bases = {steps: fewer_steps(plan, steps) for steps in (plan.steps, *spec.step_counts)}  # refused before the search
+    own = plan.sampler.steps
+    bases = {steps: fewer_steps(plan, steps) for steps in (own, *spec.step_counts)}  # refused before the search
     for steps, base in bases.items():
         folder = out / f"steps-{steps}"
         share = min(1.0, budget * full / base.macs)
-        cheapest = min(base.entry_macs[name] for name in judge.bank) / base.entry_macs[base.reference]
-        if share < cheapest and steps != plan.steps:  # the plan's own number is refused by the search, with a reason
+        cheapest = min(base.prices[name].macs for name in judge.bank) / base.prices[base.reference].macs
+        if share < cheapest and steps != own:  # the plan's own number is refused by the search, with a reason
             watch.say(f"{steps} steps are too dear even with the cheapest entry")
             continue
         watch.say(f"{steps} steps")
@@ -344,6 +345,6 @@ def baselines(plan: StepPlan, found: Found) -> dict[str, StepPlan]:
         one = base.with_entries(space.expand(genes))
         if one.rows not in known:
             controls.setdefault("random plan", one)
-    steps = max(1, round(plan.steps * macs / plan.macs))
+    steps = max(1, round(plan.sampler.steps * macs / plan.macs))
     controls[f"{steps} steps of the reference"] = fewer_steps(plan, steps)
     return {name: one for name, one in controls.items() if one.rows not in known}

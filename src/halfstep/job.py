@@ -145,7 +145,7 @@ class Job:
         bank = bank_of(net.cpu())
         bank.vae, bank.classes = self.vae, names_of(bank.config, self.pictures, self.classes)
         bank.cpu()
-        plan = reference_plan(bank, self.noise, self.recipe.sample, bank.macs())
+        plan = reference_plan(bank, self.noise, self.recipe.sample)
         if PartialState().is_main_process:
             StepAwarePipeline(bank, plan).save_pretrained(self.done)
         return self.done

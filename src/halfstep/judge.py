@@ -208,7 +208,7 @@ def measure_plans(
         rows[name] = PlanRow(
             macs=plan.macs,
             share=plan.macs / plans[first].macs,
-            calls=len(plan.rows),
+            calls=len(plan.called),
             wall_ms=sorted(times[name])[len(times[name]) // 2],
             wall_share=ratios[len(ratios) // 2],
             wall_share_low=ratios[0],

@@ -173,8 +173,8 @@ def measured(
     judge, recipe = judge_for(bank, data, recipe, out, watch)
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
-    reference = reference_plan(bank, pipe.process, recipe.sample, bank.macs())
-    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs()).uniform(main)
+    reference = reference_plan(bank, pipe.process, recipe.sample)
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample).uniform(main)
     rows = {name: reference.uniform(name) for name in bank if name not in (bank.reference, main)}
     verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
     plan.save(out / "plan.json")

@@ -110,7 +110,7 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     plain = regular_name(0.0)
     bank = Bank(entries, plain, pipe.bank.prediction_type, vae=pipe.bank.vae, classes=pipe.bank.classes)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
-    plan = reference_plan(bank, pipe.process, recipe.sample, bank.macs())
+    plan = reference_plan(bank, pipe.process, recipe.sample)
     book = open_scores(judge, out, watch)
     scores = book.on(recipe.shrink.images, stage_seed(recipe.seed, Stage.SEARCH))
     with watch.stage("choose r", len(bank)) as told:
@@ -130,6 +130,6 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     if not (out / "cost.json").is_file():
         write_costs(kept, out)
     plans["plan"].save(out / "plan.json")
-    chosen = reference_plan(kept, pipe.process, recipe.sample, kept.macs()).uniform(best)
+    chosen = reference_plan(kept, pipe.process, recipe.sample).uniform(best)
     StepAwarePipeline(kept, chosen).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)

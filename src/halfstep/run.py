@@ -157,10 +157,10 @@ def search(
     fitted = require_fit(pipe.bank, data, recipe, watch)
     images = fitted.images
     require_measurable(images, recipe)
-    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample)
     require_goal(plan, pipe.bank.names, recipe, budget=budget, max_loss=max_loss)
     inputs = {"verb": "search", "model": str(model), "data": data, "goal": goal}
-    contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json())
+    contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_content())
     read = [about_images(fitted), about_bank(model, pipe.bank, pipe.process)]
     out = open_run(out, recipe, inputs, contents, watch, read)
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
@@ -216,7 +216,7 @@ def sample(
 
     inputs = {"verb": "sample", "model": str(source), "count": str(count), "seed": str(seed), "dtype": dtype}
     inputs["classes"] = ", ".join(map(str, asked))
-    out = open_run(out, None, inputs, contents_of(None, bank, bank.vae, pipe.plan.to_json()), watch, read)
+    out = open_run(out, None, inputs, contents_of(None, bank, bank.vae, pipe.plan.to_content()), watch, read)
     pipe.to(default_device(), getattr(torch, dtype))
     begun, done = time.perf_counter(), 0
     shown = []
@@ -245,7 +245,7 @@ def evaluate(
     fitted = require_fit(pipe.bank, data, recipe, watch)
     images = fitted.images
     require_measurable(images, recipe)
-    contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_json())
+    contents = contents_of(images, pipe.bank, pipe.bank.vae, pipe.plan.to_content())
     read = [about_images(fitted), about_bank(source, pipe.bank, pipe.process)]
     inputs = {"verb": "evaluate", "model": str(source), "data": data, "dtype": dtype}
     out = open_run(out, recipe, inputs, contents, watch, read)
@@ -279,7 +279,7 @@ def optimize(
     untrained = compress.slim_bank(
         source.dense, supernet, recipe.noise.prediction, compress.slim_maskings(supernet, recipe)
     )
-    plan = reference_plan(untrained, source.noise, recipe.sample, untrained.macs())
+    plan = reference_plan(untrained, source.noise, recipe.sample)
     require_goal(plan, untrained.names, recipe, budget=budget, max_loss=max_loss)
     inputs = {"verb": "optimize", "model": str(model), "data": data, "goal": goal}
     out = open_run(out, recipe, inputs, contents_of(fitted.images, *source), watch, read_of(source, model, fitted))
@@ -292,7 +292,7 @@ def optimize(
     judge, recipe = judge_for(pipe.bank, data, recipe, out, watch)
     if not (out / "cost.json").is_file():
         write_costs(pipe.bank, out)
-    plan = reference_plan(pipe.bank, pipe.process, recipe.sample, pipe.bank.macs())
+    plan = reference_plan(pipe.bank, pipe.process, recipe.sample)
     book = open_scores(judge, out, watch)
     found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     plans = {"reference": plan, "plan": found.plan} | baselines(plan, found)
@@ -491,9 +491,9 @@ def shrink(
     recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
     fitted = require_fit(bank, data, recipe, watch)
     require_measurable(fitted.images, recipe)
-    plan = own if own and not steps else reference_plan(bank, process, recipe.sample, bank.macs())
+    plan = own if own and not steps else reference_plan(bank, process, recipe.sample)
     inputs = {"verb": "shrink", "model": str(model), "data": data, "steps": str(steps)}
-    contents = contents_of(fitted.images, bank, bank.vae, process, own and own.to_json())
+    contents = contents_of(fitted.images, bank, bank.vae, process, own and own.to_content())
     read = [about_images(fitted), about_bank(model, bank, process)]
     out = open_run(out, recipe, inputs, contents, watch, read)
     if is_measured(out):
@@ -505,7 +505,7 @@ def shrink(
     found = shrink_plan(book, plan, recipe.shrink, seed=recipe.seed, watch=watch)
     watch.say(f"best on fresh seeds: {found.chosen}")
     controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
-    counts = [k * plan.steps for k in (2, 10) if k * plan.steps <= process.timesteps]
+    counts = [k * plan.sampler.steps for k in (2, 10) if k * plan.sampler.steps <= process.timesteps]
     more = {f"{count} steps, no correction": fewer_steps(plan, count) for count in counts}
     plans = {"reference": found.plans["none"], "plan": found.plan} | controls | more
     verdict = measure_plans(judge, plans, recipe, watch=watch)

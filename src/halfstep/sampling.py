@@ -22,7 +22,7 @@ from halfstep.disk import read_json, write_atomic
 from halfstep.errors import ModelError, PlanError
 from halfstep.latents import decode
 from halfstep.models import load_vae
-from halfstep.plan import Row, StepPlan
+from halfstep.plan import Price, Row, Sampler, StepPlan
 from halfstep.process import Process
 from halfstep.recipe import SampleSpec
 from halfstep.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
@@ -33,9 +33,14 @@ Labels = Callable[[int], int]
 """The number of an image -> its class"""
 
 
-def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, entry_macs: Mapping[str, int]) -> StepPlan:
+Prices = Mapping[str, Price | int]
+"""Of one call of each entry, per image; a number alone is its MACs."""
+
+
+def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, prices: Prices | None = None) -> StepPlan:
     """The plan that runs the bank's reference at every step of a diffusers scheduler.
 
+    `prices`: in place of the bank's own, which take a tenth of a second each to count; nothing is fixed then.
     Raises PlanError for a scheduler that no plan may name (see `samplers`), whose settings do not go together, or that
     takes another prediction than the bank gives; ModelError for a bank that predicts more than one picture.
     """
@@ -54,44 +59,50 @@ def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, entry_macs: Mapp
     rehearse(fresh)
     return StepPlan(
         rows=tuple(Row(float(t), bank.reference) for t in fresh.timesteps),
-        scheduler=name,
-        scheduler_config=config,
-        steps=steps,
+        sampler=Sampler(name, config, steps),
         reference=bank.reference,
-        entry_macs=dict(entry_macs),
+        prices=_prices(bank.prices() if prices is None else prices),
+        fixed=bank.fixed() if prices is None else Price(0),
     )
 
 
+def _prices(given: Prices) -> dict[str, Price]:
+    return {name: one if isinstance(one, Price) else Price(one) for name, one in given.items()}
+
+
 def reference_plan(
-    bank: Bank, noise: Process | Mapping[str, Any], sample: SampleSpec, entry_macs: Mapping[str, int]
+    bank: Bank, noise: Process | Mapping[str, Any], sample: SampleSpec, prices: Prices | None = None
 ) -> StepPlan:
-    """The reference plan of a recipe's sampler; `noise`: the process of the model's training, or its config."""
-    return plan_for(bank, sampler_of(Process.of(noise), sample), sample.steps, entry_macs)
+    """The reference plan of a recipe's sampler; `noise`: the process of the model's training, or its config; `prices`
+    as in `plan_for`."""
+    return plan_for(bank, sampler_of(Process.of(noise), sample), sample.steps, prices)
 
 
 def fewer_steps(plan: StepPlan, steps: int) -> StepPlan:
     """The reference in every row of the same sampler with another number of steps."""
-    scheduler = with_timesteps(scheduler_of(plan.scheduler, plan.scheduler_config), steps)
-    return replace(plan, rows=tuple(Row(float(t), plan.reference) for t in scheduler.timesteps), steps=steps)
+    scheduler = with_timesteps(scheduler_of(plan.sampler.name, plan.sampler.config), steps)
+    rows = tuple(Row(float(t), plan.reference) for t in scheduler.timesteps)
+    return replace(plan, rows=rows, sampler=replace(plan.sampler, steps=steps))
 
 
 def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> SchedulerMixin:
     """A fresh scheduler for one trajectory, its timesteps set. Raises PlanError when they are not the plan's."""
-    scheduler = with_timesteps(scheduler_of(plan.scheduler, plan.scheduler_config), plan.steps, device)
+    sampler = plan.sampler
+    scheduler = with_timesteps(scheduler_of(sampler.name, sampler.config), sampler.steps, device)
     own = [float(t) for t in scheduler.timesteps]
     for i, row in enumerate(plan.rows):
         if i >= len(own) or not abs(own[i] - row.timestep) <= 1e-3:
             raise PlanError(
                 got=f"timestep {row.timestep:g} in row {i}",
                 expected=f"{own[i]:g}" if i < len(own) else f"{len(own)} rows",
-                where=f"plan for {plan.scheduler} with {plan.steps} steps",
+                where=f"plan for {sampler.name} with {sampler.steps} steps",
                 do="make the plan with the same scheduler and number of steps",
             )
     if len(own) != len(plan.rows):
         raise PlanError(
             got=f"{len(plan.rows)} rows",
             expected=f"{len(own)}",
-            where=f"plan for {plan.scheduler}",
+            where=f"plan for {sampler.name}",
             do="give one per call",
         )
     return scheduler
@@ -105,7 +116,7 @@ def image_generators(seed: int, start: int, count: int) -> list[torch.Generator]
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one row did: `sample` [B,C,H,W] before the call, as the scheduler holds it, the network's own `prediction`
-    of the same shape, without the row's correction, and the sample `after` the row."""
+    of the same shape, neither guided nor corrected, and the sample `after` the row."""
 
     row: int
     sample: torch.Tensor
@@ -131,13 +142,13 @@ def trajectory(
     if scheduler is None:
         scheduler = build_scheduler(plan, sample.device)
         sample = sample * scheduler.init_noise_sigma
-    networks = {name: predictor(bank[name]) for name in set(plan.entries)}
-    return walk([networks[row.entry] for row in plan.rows], plan.rows, scheduler, sample, generators, cond, start)
+    networks = {name: predictor(bank[name]) for name in plan.nets}
+    return walk(networks, plan.rows, scheduler, sample, generators, cond, start)
 
 
 @torch.inference_mode()  # around each row, not around what its caller does between two of them
 def walk(
-    calls: Sequence[Predict],
+    networks: Mapping[str, Predict],
     rows: Sequence[Row],
     scheduler: Any,
     sample: torch.Tensor,
@@ -145,9 +156,10 @@ def walk(
     cond: Cond | None = None,
     start: int = 0,
 ) -> Iterator[Step]:
-    """The one sampling loop: row after row a call, its correction, and the scheduler's step.
+    """The one sampling loop: row after row a call, its guide's, its correction, and the scheduler's step.
 
-    calls: the network of each row.  scheduler: its timesteps are those of the rows; it stands at row `start`.
+    networks: by entry, those of the rows and of their guides.  scheduler: its timesteps are those of the rows; it
+    stands at row `start`.
     """
     kind, timesteps, cond, memo = scheduler.config.prediction_type, scheduler.timesteps, cond or {}, Memo()
     options = step_options(scheduler, generators)
@@ -156,8 +168,11 @@ def walk(
         row, t = rows[i], timesteps[i]
         inputs = scheduler.scale_model_input(sample, t)
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
-        found = calls[i](inputs, t, cond, memo)
-        used = corrected_as(kind, found, inputs, levels[i], row.scale, row.threshold) if row.corrected else found
+        found = used = networks[row.entry](inputs, t, cond, memo)
+        if row.guide is not None:
+            used = guided(found, networks[row.guide.entry](inputs, t, cond, memo), row.guide.weight)
+        if row.corrected:
+            used = corrected_as(kind, used, inputs, levels[i], *row.correction)
         after = scheduler.step(used, t, sample, return_dict=False, **options)[0]
         yield Step(i, sample, found, after)
         sample = after
@@ -174,6 +189,15 @@ def denoise(
 ) -> torch.Tensor:
     """The image at the end of a whole `trajectory`."""
     return last(trajectory(bank, plan, noise, generators, cond))
+
+
+def guided(own: torch.Tensor, guide: torch.Tensor, weight: float) -> torch.Tensor:
+    """A prediction led away from a worse one of the same input and conditions, all of one shape; weight 1 is unguided.
+
+    Autoguidance (arXiv 2406.02507) with D_1 the own net and D_0 its guide: D_w = w D_1 + (1 - w) D_0. The same in
+    noise, v and clean sample, which are affine in one another at one input and timestep.
+    """
+    return guide + weight * (own - guide)  # w D_1 + (1 - w) D_0
 
 
 def _levels(scheduler: Any) -> torch.Tensor:
@@ -252,7 +276,7 @@ class StepAwarePipeline(DiffusionPipeline):
 
     def __init__(self, bank: Bank, plan: StepPlan):
         super().__init__()
-        for name in (plan.reference, *plan.entries):
+        for name in (plan.reference, *plan.nets):
             if name not in bank:
                 raise PlanError(
                     got=f"entry {name!r}", expected=f"one of {', '.join(bank)}", where="plan", do="use the bank's names"
@@ -270,7 +294,7 @@ class StepAwarePipeline(DiffusionPipeline):
     @property
     def process(self) -> Process:
         """The process that the bank was trained under, as the plan's sampler carries it."""
-        config = {**self.plan.scheduler_config, "_class_name": self.plan.scheduler}
+        config = {**self.plan.sampler.config, "_class_name": self.plan.sampler.name}
         return Process.of(config, where="the plan's scheduler", latent=self.bank.vae is not None)
 
     @torch.no_grad()
@@ -343,7 +367,7 @@ class StepAwarePipeline(DiffusionPipeline):
             "_class_name": "StepAwarePipeline",
             "_diffusers_version": diffusers.__version__,
             "bank": ["halfstep.bank", "Bank"],
-            "scheduler": ["diffusers", self.plan.scheduler],
+            "scheduler": ["diffusers", self.plan.sampler.name],
         }
         if self.bank.vae is not None:
             self.bank.vae.save_pretrained(folder / "vae")
@@ -385,17 +409,26 @@ class StepAwarePipeline(DiffusionPipeline):
             )
         bank = Bank.from_pretrained(folder / "bank", checked=True)
         bank.vae, bank.classes = load_vae(folder, checked=True), read_classes(folder, class_count(bank.config))
-        plan = _with_macs_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
+        plan = _with_prices_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
         pipe = cls(bank, plan)
         return pipe if torch_dtype is None else pipe.to(torch_dtype)
 
 
-def _with_macs_of(bank: Bank, plan: StepPlan, where: Path) -> StepPlan:
-    """The plan with the MACs that the bank's entries have. What they cost is nothing that a file can decide."""
-    counted = {name: macs for name, macs in bank.macs().items() if name in plan.entry_macs}
-    wrong = [name for name, macs in counted.items() if macs != plan.entry_macs[name]]
-    if not wrong:
-        return plan
-    told = ", ".join(f"{name} {plan.entry_macs[name]:,} ({counted[name]:,})" for name in wrong[:3])
-    warnings.warn(f"{where}: MACs of other networks, counted anew: {told}", stacklevel=3)
-    return replace(plan, entry_macs={**plan.entry_macs, **counted})
+def _with_prices_of(bank: Bank, plan: StepPlan, where: Path) -> StepPlan:
+    """The plan with the MACs that the bank's entries and its VAE have. What they cost is nothing that a file can
+    decide; one of before fixed parts were told may lack its own."""
+    counted = {name: price for name, price in bank.prices().items() if name in plan.prices}
+    pairs = [(name, plan.prices[name].macs, price.macs) for name, price in counted.items()]
+    fixed = bank.fixed()
+    pairs.append(("the fixed part", plan.fixed.macs or fixed.macs, fixed.macs))
+    wrong = [f"{name} {said:,} ({found:,})" for name, said, found in pairs if said != found]
+    if wrong:
+        told = ", ".join(wrong[:3])
+        warnings.warn(f"{where}: MACs of other networks, counted anew: {told}", stacklevel=3)
+    prices = {name: _as_counted(price, counted.get(name, price)) for name, price in plan.prices.items()}
+    return replace(plan, prices=prices, fixed=_as_counted(plan.fixed, fixed))
+
+
+def _as_counted(said: Price, counted: Price) -> Price:
+    """What was said, time included, where its MACs are right."""
+    return said if said.macs == counted.macs else counted

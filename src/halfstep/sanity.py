@@ -46,12 +46,12 @@ def lost(distance: float, spread: float) -> str | None:
 def control_plan(bank: Bank, reference: StepPlan) -> StepPlan | None:
     """DDIM with the same net and number of calls; None for plans of several nets, for DDIM itself, and for forward
     processes that DDIM cannot run."""
-    if reference.scheduler == DDIMScheduler.__name__ or set(reference.entries) != {reference.reference}:
+    if reference.sampler.name == DDIMScheduler.__name__ or set(reference.nets) != {reference.reference}:
         return None
     spec = SampleSpec(scheduler="ddim", steps=len(reference.rows))
     try:
-        trained = {**reference.scheduler_config, "_class_name": reference.scheduler}
-        return reference_plan(bank, trained, spec, reference.entry_macs)
+        trained = {**reference.sampler.config, "_class_name": reference.sampler.name}
+        return reference_plan(bank, trained, spec, reference.prices)
     except (HalfstepError, ValueError):
         return None
 

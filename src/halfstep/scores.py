@@ -85,8 +85,8 @@ class ScoreBook:
 
     def digest(self, plan: StepPlan) -> str:
         """16 hex digits of what a plan draws: its rows, its sampler, and the weights of the entries that it names."""
-        weights = [self.judge.bank.fingerprint(name) for name in sorted(set(plan.entries))]
-        return fingerprint(_content(plan), weights)
+        weights = [self.judge.bank.fingerprint(name) for name in sorted(plan.nets)]
+        return fingerprint(plan.digest, weights)
 
     def keep(self, one: Scored) -> None:
         """Write a score, and know it from now on."""
@@ -149,7 +149,7 @@ class Scores:
                 future.cancel()
 
     def _scored(self, stage: str, digest: str, plan: StepPlan, score: float) -> Scored:
-        kinds = itertools.groupby(plan.rows, key=lambda row: (row.entry, row.scale, row.threshold))
+        kinds = itertools.groupby(plan.rows, key=lambda row: (row.entry, *row.correction))
         return Scored(
             stage=stage,
             digest=digest,
@@ -158,15 +158,10 @@ class Scores:
             score=score,
             images=self.images,
             seed=self.seed,
-            steps=plan.steps,
+            steps=plan.sampler.steps,
             corrected=plan.corrected,
             rows=tuple((len(list(rows)), *kind) for kind, rows in kinds),
         )
-
-
-def _content(plan: StepPlan) -> list:
-    rows = [[row.timestep, row.entry, row.scale, row.threshold] for row in plan.rows]
-    return [rows, plan.scheduler, dict(plan.scheduler_config), plan.steps]
 
 
 def open_scores(judge: Judge, folder: Path, watch: Watch = SILENT, executor: Executor | None = None) -> ScoreBook:

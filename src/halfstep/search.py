@@ -60,7 +60,7 @@ class Space:
         count = min(genes, len(plan.rows))
         edges = np.linspace(0, len(plan.rows), count + 1).round().astype(int)
         names = tuple(entries)
-        macs = tuple(plan.entry_macs[name] for name in names)
+        macs = tuple(plan.prices[name].macs for name in names)
         return cls(names, macs, tuple(int(n) for n in np.diff(edges)), names.index(plan.reference))
 
     @property

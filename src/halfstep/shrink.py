@@ -12,16 +12,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from halfstep.plan import StepPlan
+from halfstep.plan import NONE, Correction, StepPlan
 from halfstep.recipe import ShrinkSpec
 from halfstep.scores import ScoreBook, counted
 from halfstep.seeds import Stage, stage_seed
 from halfstep.watch import SILENT, Watch
 
-Correction = tuple[float, float]
-"""(scale, threshold) of a stretch of rows."""
 Value = TypeVar("Value")
-NONE: Correction = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,8 @@ def corrected_plans(
 
         none = (NONE,) * parts
         score(none)
-        scale = climb([((s, 0.0),) * parts for s in scales], none, score)
-        threshold = climb([((1.0, t),) * parts for t in thresholds], none, score)
+        scale = climb([(Correction(scale=s),) * parts for s in scales], none, score)
+        threshold = climb([(Correction(threshold=t),) * parts for t in thresholds], none, score)
         best = min(scale, threshold, key=score)
         for _ in range(spec.rounds):
             before = best
@@ -120,5 +117,5 @@ def _around(one: Correction, scales: Sequence[float], thresholds: Sequence[float
     """The neighbours of a correction on both grids."""
     scale, threshold = one
     i, j = scales.index(scale), thresholds.index(threshold)
-    found = [(scales[k], threshold) for k in (i - 1, i + 1) if 0 <= k < len(scales)]
-    return found + [(scale, thresholds[k]) for k in (j - 1, j + 1) if 0 <= k < len(thresholds)]
+    found = [Correction(scales[k], threshold) for k in (i - 1, i + 1) if 0 <= k < len(scales)]
+    return found + [Correction(scale, thresholds[k]) for k in (j - 1, j + 1) if 0 <= k < len(thresholds)]

@@ -206,7 +206,7 @@ def tell_restored(out: Path, records: Sequence[Restored], shown: Mapping[str, np
 def summary(record: Comparison, plan: StepPlan) -> str:
     """One sentence with the claim and its measure, after what is wrong with them."""
     row, about = record.plans["plan"], record.about
-    calls = f"{record.reference.calls} {plan.scheduler.removesuffix('Scheduler')} calls"
+    calls = f"{record.reference.calls} {plan.sampler.short} calls"
     change = f"the Fréchet distance changes by {change_cell(row.difference)} (95 % interval, n = {about.n})"
     wrong = "".join(f"Warning: {one}. " for one in about.warnings)
     if plan.corrected and row.share == 1:
@@ -261,7 +261,7 @@ def pareto(record: Comparison, searched: Sequence[Scored], images: int = 0) -> P
 
 
 def plan_chart(plan: StepPlan) -> PlanChart:
-    shares = {name: macs / plan.entry_macs[plan.reference] for name, macs in plan.entry_macs.items()}
+    shares = {name: price.macs / plan.prices[plan.reference].macs for name, price in plan.prices.items()}
     steps = tuple(row.timestep for row in plan.rows)
     return PlanChart(title="What runs at each step", timesteps=steps, entries=plan.entries, shares=shares)
 

@@ -1,8 +1,9 @@
 """Frozen dataclasses of plain fields from text and JSON, checked by their type hints; errors name the nearest field.
 
 The one typed reader of the house. It understands int, float, str, bool, None, `Any`, `Literal`, unions,
-`tuple[X, ...]`, `tuple[A, B]`, `list[X]`, `dict[str, X]`, nested dataclasses and `Annotated`: `Bounds` of the value,
-and a text that says what the field means, e.g. `steps: Annotated[int, Bounds(1, 1000), "sampling steps"] = 50`.
+`tuple[X, ...]`, `tuple[A, B]`, `list[X]`, `dict[str, X]`, nested dataclasses and named tuples, and `Annotated`:
+`Bounds` of the value, and a text that says what the field means, e.g.
+`steps: Annotated[int, Bounds(1, 1000), "sampling steps"] = 50`.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def build(
     error: type[HalfstepError] = RecipeError,
     do: str = "",
 ) -> Any:
-    """A dataclass from its JSON record; `prefix` is the dotted name of what is above it.
+    """A dataclass or a named tuple from its JSON record; `prefix` is the dotted name of what is above it.
 
     Raises `error`, which says `where` and what to `do`, for what is no section of fields, for unknown and for missing
     fields, and for values of another type or out of their bounds.
@@ -153,11 +154,11 @@ def build(
                 where=where,
                 do=f"did you mean {close}?" + (f" Else {do}" if do else ""),
             )
-    for item in dataclasses.fields(cls):
-        if item.default is item.default_factory is dataclasses.MISSING and item.name not in record:
+    for name in _required(cls):
+        if name not in record:
             raise error(
-                got=f"no {prefix}{item.name}",
-                expected=describe(hints[item.name]),
+                got=f"no {prefix}{name}",
+                expected=describe(hints[name]),
                 where=where,
                 do=do or "add that field",
             )
@@ -186,7 +187,7 @@ def typed(
         return _within(value, hint, one, refuse)
     if _is_union(hint):
         return _one_of(value, hint, one, refuse)
-    if dataclasses.is_dataclass(hint):
+    if _is_record(hint):
         return build(hint, value, f"{path}.", where, error=error, do=do)
     if origin is tuple and isinstance(value, list | tuple) and (inner[-1] is Ellipsis or len(value) == len(inner)):
         return tuple(map(one, value, inner[:1] * len(value) if inner[-1] is Ellipsis else inner))
@@ -241,6 +242,19 @@ def _notes(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
 
 
+def _required(cls: Any) -> list[str]:
+    """The fields without a default."""
+    if not dataclasses.is_dataclass(cls):
+        return [name for name in cls._fields if name not in cls._field_defaults]
+    items = dataclasses.fields(cls)
+    return [one.name for one in items if one.default is one.default_factory is dataclasses.MISSING]
+
+
+def _is_record(hint: Any) -> bool:
+    """Whether a hint is a dataclass or a named tuple."""
+    return dataclasses.is_dataclass(hint) or (isinstance(hint, type) and hasattr(hint, "_field_defaults"))
+
+
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
@@ -275,7 +289,7 @@ def describe(hint: Any) -> str:
         return f"names, each with {describe(inner[1])}"
     if _is_union(hint):
         return " or ".join(describe(h) for h in inner)
-    if dataclasses.is_dataclass(hint):
+    if _is_record(hint):
         return "a section of fields"
     return _KINDS.get(hint, ("none", ""))[0]
 
