@@ -15,7 +15,7 @@ from halfstep import disk
 from halfstep.errors import RunError
 from halfstep.results import Cost, read_comparison, read_costs
 from halfstep.search import ErrorTable
-from halfstep.story import MAX_PICTURES, _pictures, plans_table
+from halfstep.story import MAX_PICTURES, _pictures, plans_table, tell_spectra
 
 QUALITY = {
     name: {"metric": name, "value": 1, "low": 0.5, "high": 2.0, "n": 8, "n_reference": 8, "features": "f"}
@@ -99,6 +99,31 @@ def test_a_comparison_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, p
         read_comparison(file)
     told = str(caught.value)
     assert message in told and str(file) in told and "run again" in told and "\n" not in told
+
+
+RINGS = {name: [1, 2.5] for name in ("frequency", "data", "model", "wiener", "error")}
+SPECTRA = {"data": "digits", "images": 4, "timesteps": {"20": {"a": RINGS}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("images", None, "no images"),
+        ("timesteps/20/a/error", None, "no timesteps.20.a.error"),
+        ("timesteps/20/a/error", ["1"], "timesteps.20.a.error"),
+        ("timesteps/20/a/error", [1], "lines of [1, 2] numbers"),
+        ("timesteps", [], "expected names"),
+    ],
+)
+def test_spectra_are_told_or_refused_in_one_line(tmp_path: Path, path: str, value: object, message: str):
+    file = tmp_path / "spectrum.json"
+    disk.write_json(file, SPECTRA)
+    assert "digits" in tell_spectra(tmp_path).read_text()
+    disk.write_json(file, changed(SPECTRA, path, value))
+    with pytest.raises(RunError) as caught:
+        tell_spectra(tmp_path)
+    told = str(caught.value)
+    assert message in told and str(file) in told and "\n" not in told
 
 
 @pytest.mark.parametrize("record", [{"a": 3}, {"a": {"macs": 1}}, {"a": {"macs": 1, "params": "2"}}, {"a": []}])

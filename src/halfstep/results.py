@@ -242,6 +242,39 @@ class Comparison:
         return record
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rings:
+    """Power by frequency, in cycles per pixel: of the data, of a model's clean estimate, of the best linear denoiser's
+    and of the estimate's error. All of one length."""
+
+    frequency: tuple[float, ...]
+    data: tuple[float, ...]
+    model: tuple[float, ...]
+    wiener: tuple[float, ...]
+    error: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra:
+    """spectrum.json: by timestep and model, over so many images of the data."""
+
+    data: str
+    images: int
+    timesteps: dict[str, dict[str, Rings]]
+
+
+def read_spectra(file: Path, do: str = "run halfstep spectrum again") -> Spectra:
+    """spectrum.json. Raises RunError, for lines of unequal length too."""
+    record = disk.read_json(file, what="measured spectra", do=do)
+    found: Spectra = build(Spectra, record, "", file, error=RunError, do=do)
+    for timestep, models in found.timesteps.items():
+        for name, rings in models.items():
+            if len(lengths := {len(line) for line in dataclasses.asdict(rings).values()}) > 1:
+                got, expected = f"lines of {sorted(lengths)} numbers", "as many in each"
+                raise RunError(got=got, expected=expected, where=f"{file}: {timestep}.{name[:80]}", do=do)
+    return found
+
+
 def read_costs(file: Path, do: str = "run again") -> dict[str, Cost]:
     """cost.json, by entry. Raises RunError."""
     return typed(disk.read_json(file, what="costs", do=do), dict[str, Cost], "", file, RunError, do)

@@ -25,9 +25,12 @@ from halfstep.results import (
     GridScores,
     PlanRow,
     Quality,
+    Rings,
+    Spectra,
     Verdict,
     read_comparison,
     read_costs,
+    read_spectra,
 )
 from halfstep.scores import SEARCHED, Scored, read_scores
 from halfstep.search import ErrorTable
@@ -363,41 +366,45 @@ def _pictures(file: Path, do: str) -> dict[str, np.ndarray]:
 
 
 def tell_spectra(out: Path) -> Path:
-    """Write report.html of what `halfstep spectrum` measured: one picture per timestep, all models in each."""
-    record = disk.read_json(out / "spectrum.json", what="measured spectra", do="run halfstep spectrum")
-    figures, rows = [], []
-    for timestep, models in record["timesteps"].items():
-        lines: dict[str, tuple[tuple[float, float], ...]] = {}
-        for name, rings in models.items():
-            lines |= {kind: _points(rings, kind) for kind in ("data", "wiener")}
-            lines[name] = _points(rings, "model")
-            half = len(rings["frequency"]) // 2
-            shares = [sum(rings[kind][half:]) / sum(rings["data"][half:]) for kind in ("model", "wiener", "error")]
-            rows.append((timestep, name, *(f"{share:.3f}" for share in shares)))
-        title = f"Clean estimate at timestep {timestep}"
-        axis = "frequency (cycles per pixel)"
-        figures.append(Curve(title=title, xlabel=axis, ylabel="power", lines=lines))
-    note = "Power in the upper half of the frequencies, as a share of the data's: of the estimate, of the best linear "
-    table = Table(
-        title="High frequencies",
-        columns=("timestep", "model", "estimate", "Wiener", "error"),
-        rows=tuple(rows),
-        note=note + f"one, and of the estimate's error. {record['images']} images of {record['data']}.",
-    )
-    summary_text = "A model that loses detail has less power at high frequencies than the linear bound allows."
+    """Write report.html of what `halfstep spectrum` measured: one picture per timestep, all models in each.
+
+    Raises RunError for a spectrum.json that is missing or holds something else.
+    """
+    record = read_spectra(out / "spectrum.json")
     report = Report(
         title="Power spectra",
-        summary=summary_text,
-        facts={"data": record["data"]},
-        tables=(table,),
-        figures=(*figures,),
+        summary="A model that loses detail has less power at high frequencies than the linear bound allows.",
+        facts={"data": record.data},
+        tables=(_spectra_table(record),),
+        figures=tuple(_spectra_curve(timestep, models) for timestep, models in record.timesteps.items()),
         grids=(),
     )
     return write_report(report, out)
 
 
-def _points(rings: dict[str, list[float]], kind: str) -> tuple[tuple[float, float], ...]:
-    return tuple(zip(rings["frequency"], rings[kind], strict=True))
+def _spectra_curve(timestep: str, models: Mapping[str, Rings]) -> Curve:
+    lines: dict[str, tuple[tuple[float, float], ...]] = {}
+    for name, rings in models.items():
+        powers = {"data": rings.data, "wiener": rings.wiener, name: rings.model}
+        lines |= {kind: tuple(zip(rings.frequency, power, strict=True)) for kind, power in powers.items()}
+    title = f"Clean estimate at timestep {timestep}"
+    return Curve(title=title, xlabel="frequency (cycles per pixel)", ylabel="power", lines=lines)
+
+
+def _spectra_table(record: Spectra) -> Table:
+    rows = []
+    for timestep, models in record.timesteps.items():
+        for name, rings in models.items():
+            half = len(rings.frequency) // 2
+            shares = [sum(power[half:]) / sum(rings.data[half:]) for power in (rings.model, rings.wiener, rings.error)]
+            rows.append((timestep, name, *(f"{share:.3f}" for share in shares)))
+    note = "Power in the upper half of the frequencies, as a share of the data's: of the estimate, of the best linear "
+    return Table(
+        title="High frequencies",
+        columns=("timestep", "model", "estimate", "Wiener", "error"),
+        rows=tuple(rows),
+        note=note + f"one, and of the estimate's error. {record.images} images of {record.data}.",
+    )
 
 
 FILES = {
