@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from fashion import show_table
 from halfstep import compress, run
 from halfstep.cli import RichWatch
+from halfstep.damage import ErrorTable, error_table
 from halfstep.evolve import random_plans
 from halfstep.features import extract
 from halfstep.measured import judge_for
@@ -29,7 +30,7 @@ from halfstep.page import Table
 from halfstep.quality import frechet_distance
 from halfstep.recipes import named
 from halfstep.sampling import reference_plan
-from halfstep.search import ErrorTable, Space, error_table
+from halfstep.space import Space
 
 SIZES = (16, 32, 64, 128, 256)
 """Images that a table may be made of; each size is tried on up to eight disjoint parts."""

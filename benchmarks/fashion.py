@@ -27,9 +27,9 @@ from halfstep import compress, disk, run, story
 from halfstep.bank import Bank
 from halfstep.data import load_images
 from halfstep.denoiser import Memo, predictor
+from halfstep.driver import search_plan
 from halfstep.evolve import random_plans
 from halfstep.figures import Curve
-from halfstep.find import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.models import load_denoiser
 from halfstep.page import Grid, Report, Table, rich_table, write_report

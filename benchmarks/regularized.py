@@ -31,6 +31,7 @@ from halfstep import compress, disk
 from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
+from halfstep.corrections import corrected_plans
 from halfstep.figures import Curve
 from halfstep.judge import Judge
 from halfstep.measured import judge_for, open_pipeline
@@ -43,7 +44,6 @@ from halfstep.recipes import named
 from halfstep.sampling import reference_plan
 from halfstep.scores import open_scores
 from halfstep.seeds import Stage, stage_seed
-from halfstep.shrink import corrected_plans
 from halfstep.terminal import RichWatch
 
 CALLS, REFERENCE = (10, 20, 50, 200), 1000

@@ -29,11 +29,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from halfstep import disk
+from halfstep.corrections import climb
 from halfstep.denoiser import corrected
 from halfstep.quality import frechet_distance, precision_recall
 from halfstep.recipe import RegularSpec
 from halfstep.regularized import regular_objective
-from halfstep.shrink import climb
 from halfstep.train import Batch
 
 TRAINED = (0.0, 0.01, 0.1)

@@ -25,7 +25,7 @@ import torch
 from fashion import DATA, MODELS, file_name, loss_table, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank
-from halfstep.find import search_plan
+from halfstep.driver import search_plan
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
 from halfstep.models import load_denoiser

@@ -24,7 +24,7 @@ from rich.console import Console
 from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank
-from halfstep.find import search_plan
+from halfstep.driver import search_plan
 from halfstep.judge import measure_plans
 from halfstep.models import load_denoiser
 from halfstep.page import Grid, Report, Table, rich_table, write_report

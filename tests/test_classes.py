@@ -16,6 +16,7 @@ from halfstep import compress, run
 from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, read_classes, spread
 from halfstep.compress import continuous_net
+from halfstep.damage import error_table
 from halfstep.data import Images
 from halfstep.denoiser import cond_of, predictor
 from halfstep.errors import DataError, ModelError, PlanError
@@ -27,7 +28,7 @@ from halfstep.models import load_classes
 from halfstep.recipe import Recipe, SampleSpec
 from halfstep.restore import restore_picture, with_noise
 from halfstep.sampling import StepAwarePipeline, reference_plan, sample_images
-from halfstep.search import Space, error_table
+from halfstep.space import Space
 
 EDITS = """
 model.channels=4,8 model.groups=2 model.head_dim=4 model.attention=false,false data.size=8 data.channels=1 train.steps=2

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep import compress, run
 from halfstep.bank import Bank
+from halfstep.damage import error_table
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.features import load_features
@@ -34,7 +35,7 @@ from halfstep.sampling import (
     sample_images,
     start_noise,
 )
-from halfstep.search import Space, error_table
+from halfstep.space import Space
 from halfstep.sums import write_sums
 
 EDITS = """

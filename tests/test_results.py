@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from halfstep import disk
+from halfstep.damage import ErrorTable
 from halfstep.errors import RunError
 from halfstep.results import Cost, read_comparison, read_costs
-from halfstep.search import ErrorTable
 from halfstep.story import MAX_PICTURES, _pictures, plans_table, tell_spectra
 
 QUALITY = {

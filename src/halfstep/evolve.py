@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from halfstep.recipe import SearchSpec
-from halfstep.search import Genes, Space
+from halfstep.space import Genes, Space
 
 Scoring = Callable[[Sequence[Genes]], Sequence[float]]
 """The scores of several plans, lower is better."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
+from halfstep.corrections import corrected_plans
 from halfstep.fit import Fitted
 from halfstep.folder import open_run
 from halfstep.job import Source, images_of, opened, read_of
@@ -29,7 +30,6 @@ from halfstep.rundir import contents_of, encoded
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.scores import counted, open_scores
 from halfstep.seeds import Stage, stage_seed
-from halfstep.shrink import corrected_plans
 from halfstep.sparse import STAGES
 from halfstep.story import tell
 from halfstep.watch import SILENT, Watch

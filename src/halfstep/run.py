@@ -23,10 +23,11 @@ from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, write_classes
 from halfstep.content import fingerprint
+from halfstep.corrections import shrink_plan
 from halfstep.denoiser import class_count, cond_of, cond_to, copy_of, predictor
 from halfstep.device import default_device
+from halfstep.driver import Found, baselines, require_goal, search_steps
 from halfstep.errors import DataError, ModelError, PlanError
-from halfstep.find import Found, baselines, require_goal, search_steps
 from halfstep.fit import fit, names_of
 from halfstep.folder import CONTENT, open_run
 from halfstep.fresh import new_model
@@ -64,7 +65,6 @@ from halfstep.results import Comparison, Cost
 from halfstep.rundir import contents_of, encoded
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.scores import open_scores
-from halfstep.shrink import shrink_plan
 from halfstep.slimmable import supernet_of
 from halfstep.spectrum import spectra
 from halfstep.story import tell, tell_restored, tell_spectra

@@ -5,7 +5,7 @@ sandwich rule come from arXiv 1812.08928 and 1903.05134.
 
 Implemented: the supernet (leading slices of every layer, group count held for all widths, time MLP slimmed too) and
 its training (widest + narrowest + random widths between, losses summed, own timesteps and noise each). The search for a
-width per step is in `search.py`, since it does not care what its entries are.
+width per step is in `driver.py`, since it does not care what its entries are.
 
 What differs, and why:
 - Layers are not rewritten. A width is a plain, narrower model of the same class whose parameters are slices of the full

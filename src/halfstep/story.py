@@ -10,6 +10,7 @@ import numpy as np
 
 from halfstep import disk
 from halfstep.arrays import read_arrays
+from halfstep.damage import ErrorTable
 from halfstep.errors import PlanError, RunError
 from halfstep.figures import Curve, Heatmap, Pareto, PlanChart, Series
 from halfstep.page import Grid, Report, Table, write_report
@@ -33,7 +34,6 @@ from halfstep.results import (
     read_spectra,
 )
 from halfstep.scores import SEARCHED, Scored, read_scores
-from halfstep.search import ErrorTable
 from halfstep.train import Logged
 
 MAX_PICTURES = 1 << 28

@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from halfstep import disk
+from halfstep.corrections import shrink_plan
+from halfstep.damage import ErrorTable, error_table
 from halfstep.errors import PlanError, RunError
 from halfstep.evolve import Goal, evolve, random_plans
+from halfstep.frontier import Point, best_within, frontier
 from halfstep.judge import Judge
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe, SearchSpec
 from halfstep.sampling import fewer_steps
 from halfstep.scores import ScoreBook, Scores, Seen, counted, unseen
-from halfstep.search import ErrorTable, Genes, Point, Space, best_within, error_table, fit_costs, frontier, promising
 from halfstep.seeds import Stage, stage_seed
-from halfstep.shrink import shrink_plan
+from halfstep.space import Genes, Space
+from halfstep.surrogate import fit_costs, promising
 from halfstep.watch import SILENT, Watch
 
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep import run
+from halfstep.corrections import climb
 from halfstep.errors import HalfstepError
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.sampling import StepAwarePipeline
 from halfstep.scores import read_scores
-from halfstep.shrink import climb
 
 EDITS = """
 sample.steps=4 sample.scheduler=ddpm sample.batch=128 shrink.images=96 shrink.final_images=128 shrink.parts=2

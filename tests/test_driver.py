@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 
+from halfstep.damage import ErrorTable
+from halfstep.driver import Found, Search, baselines, search_plan
 from halfstep.errors import PlanError
-from halfstep.find import Found, Search, baselines, search_plan
+from halfstep.frontier import frontier
 from halfstep.plan import Price, Row, Sampler, StepPlan
 from halfstep.recipe import Recipe, SearchSpec
 from halfstep.scores import open_scores, read_scores
-from halfstep.search import ErrorTable, Space, frontier
 from halfstep.seeds import Stage, stage_seed
+from halfstep.space import Space
 
 ENTRIES = {"full": 100, "w0.75": 60, "w0.50": 27, "w0.25": 8}
 GENES = 5
@@ -227,7 +229,7 @@ def test_a_budget_below_the_cheapest_plan_is_refused(tmp_path):
 
 
 def test_a_table_of_the_measure_of_before_is_measured_again_and_a_cut_search_keeps_its_own(tmp_path, monkeypatch):
-    from halfstep import find
+    from halfstep import driver
 
     judge, told = Additive(true_costs()), []
     write_table(tmp_path, judge.costs)
@@ -239,7 +241,7 @@ def test_a_table_of_the_measure_of_before_is_measured_again_and_a_cut_search_kee
         told.append(1)
         yield 1, 1, ErrorTable.from_json(record)
 
-    monkeypatch.setattr(find, "error_table", measure)
+    monkeypatch.setattr(driver, "error_table", measure)
     judge.moved = judge.class_of = None
     search_plan(open_scores(judge, tmp_path), PLAN, recipe(), tmp_path, budget=0.5)
     assert not told
