@@ -26,6 +26,7 @@ from fashion import DATA, MODELS, file_name, loss_table, show_table
 from halfstep import compress, run, story
 from halfstep.bank import Bank
 from halfstep.driver import search_plan
+from halfstep.entry import Entry, Own
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
 from halfstep.models import load_denoiser
@@ -86,17 +87,22 @@ def with_variant(bank: Bank, name: str, spec: SparseSpec, folder: Path) -> Bank:
     if spec.schedule == "switch":
         for entry in ("off", "2:4", "3:4"):
             title = f"one set of weights, {'mask off' if entry == 'off' else entry}"
-            bank = bank.with_entry(title, made[entry], made.prediction_type, masking=made.masking.get(entry))
+            bank = bank.with_entry(title, alone(made, entry), made.prediction_type)
         return bank
     pattern = "2:4" if spec.schedule in STAGES else spec.pattern
-    return bank.with_entry(name, made[pattern], made.prediction_type, masking=made.masking[pattern])
+    return bank.with_entry(name, alone(made, pattern), made.prediction_type)
 
 
 def one_shot(bank: Bank, pattern: str, recipe: Recipe, permute: bool = False) -> Bank:
     net = compress.sparse_net(bank["full"], replace(recipe.sparse, pattern=pattern, permute=permute))
     (chosen,) = net.patterns
-    masking, name = Masking(chosen, net.names), f"{pattern} one-shot{', permuted' * permute}"
-    return bank.with_entry(name, net.bake(chosen), bank.prediction_type, masking=masking)
+    entry = Entry(net.bake(chosen), masking=Masking(chosen, net.names))
+    return bank.with_entry(f"{pattern} one-shot{', permuted' * permute}", entry, bank.prediction_type)
+
+
+def alone(bank: Bank, name: str) -> Entry:
+    """An entry with weights of its own: what it shares them with stays behind."""
+    return replace(bank.entries[name], weights=Own())
 
 
 def with_controls(bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path, rows: Rows, watch: RichWatch) -> Bank:
@@ -120,7 +126,7 @@ def with_controls(bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path
 def masked_loss_table(bank: Bank, noise: dict) -> Table:
     """The held-out losses, and how much of each mask training changed."""
     table = loss_table(bank, noise)
-    masked = {name for name in bank.masking if "permuted" not in name}
+    masked = {name for name in bank if bank.entries[name].masking and "permuted" not in name}
     changed = [f"{flipped(bank, name):.2%}" if name in masked else "–" for name in bank]
     return replace(
         table,
@@ -132,7 +138,7 @@ def masked_loss_table(bank: Bank, noise: dict) -> Table:
 
 def flipped(bank: Bank, name: str) -> float:
     """The share of mask entries that differ from the dense weights' own mask."""
-    masking = bank.masking[name]
+    masking = bank.entries[name].masking
     dense, ours = (dict(bank[entry].named_parameters()) for entry in ("full", name))
     changed = [(keep_mask(dense[k], masking.pattern) ^ (ours[k] != 0)).flatten() for k in masking.names]
     return torch.cat(changed).float().mean().item()
@@ -141,9 +147,8 @@ def flipped(bank: Bank, name: str) -> float:
 def searched(judge: Judge, noise: dict, recipe: Recipe, work: Path, watch: RichWatch) -> tuple[str, ...]:
     """What runs at each step of the best plan over dense, 2:4 and 1:4 that costs no more than 2:4 everywhere."""
     whole, names = judge.bank, ("full", *SEARCHED)
-    judge.bank = Bank({name: whole[name] for name in names}, "full", whole.prediction_type)
-    every = whole.prices()  # a mask's zeros are left out
-    plan = reference_plan(judge.bank, noise, recipe.sample, {name: every[name] for name in names})
+    judge.bank = Bank({name: whole.entries[name] for name in names}, "full", whole.prediction_type)
+    plan = reference_plan(judge.bank, noise, recipe.sample, judge.bank.prices())
     share = plan.uniform("2:4 SparseDM").macs / plan.macs
     found = search_plan(open_scores(judge, work), plan, recipe, work, budget=share, watch=watch)
     judge.bank = whole

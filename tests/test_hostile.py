@@ -36,7 +36,7 @@ from halfstep.errors import HalfstepError
 from halfstep.options import Common
 from halfstep.sums import FILE as SUMS
 from halfstep.sums import write_sums
-from test_mutations import EDITS, Stop, build_bank, build_optimized, net
+from test_mutations import EDITS, Stop, build_bank, build_before, build_optimized, net
 
 
 def seal(home: Path) -> None:
@@ -46,7 +46,7 @@ def seal(home: Path) -> None:
 
 
 Change = Callable[[Path], object]
-"""What makes a good folder (`bank`, `dense`, `run`, `half`) hostile."""
+"""What makes a good folder (`bank`, `before`, `dense`, `run`, `half`) hostile."""
 
 
 def some(table: Mapping[str, object]) -> list:
@@ -106,10 +106,12 @@ def require_refusal(words: list[str], out: Path | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """Folders as they should be: `bank`, `dense`, `half` (a training that was stopped) and `pictures`."""
+    """Folders as they should be: `bank`, `before` (as format 1 had one), `dense`, `half` (a training that was stopped),
+    `pictures`."""
     home = tmp_path_factory.mktemp("good")
     os.environ["HALFSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     build_bank(home / "bank")
+    build_before(home / "before")
     DDPMPipeline(net(), DDPMScheduler()).save_pretrained(home / "dense")
     with contextlib.suppress(KeyboardInterrupt):
         run.train("digits", home / "half", Common(edits=EDITS).recipe_for("digits", dense=True), watch=Stop(2))
@@ -328,10 +330,22 @@ def spaces_header(file: str) -> Change:
 
 def slices_of(change: Callable[[dict], object], entry: str = "w0.50") -> Change:
     def changed(home: Path) -> None:
-        file = home / "bank" / "bank" / entry / "slices.json"
-        record = json.loads(file.read_text())
-        change(record)
-        file.write_text(json.dumps(record))
+        for top, name in (("bank", "entry.json"), ("before", "slices.json")):
+            file = home / top / "bank" / entry / name
+            record = json.loads(file.read_text())
+            change(record["weights"] if top == "bank" else record)
+            file.write_text(json.dumps(record))
+
+    return changed
+
+
+def mask_of(change: Callable[[dict], object]) -> Change:
+    def changed(home: Path) -> None:
+        for top, name in (("bank", "entry.json"), ("before", "mask.json")):
+            file = home / top / "bank" / "2of4" / name
+            record = json.loads(file.read_text())
+            change(record["masking"] if top == "bank" else record)
+            file.write_text(json.dumps(record))
 
     return changed
 
@@ -435,10 +449,21 @@ MODELS: dict[str, tuple[Change, list[str]]] = {
     "more dimensions than the tensor": (pieces([[[0, 8]]] * 9), BANK),
     "pieces of texts": (pieces([[["a", "b"]]]), BANK),
     "a piece repeated 10**6 times": (pieces([[[0, 8]] * 10**6]), BANK),
-    "a mask of unknown weights": (edited("bank/bank/2of4/mask.json", names=["nothing.weight"]), BANK),
-    "a mask of no weights": (edited("bank/bank/2of4/mask.json", names=[]), BANK),
-    "a mask 999:1": (edited("bank/bank/2of4/mask.json", pattern="999:1"), BANK),
-    "a mask that is a number": (edited("bank/bank/2of4/mask.json", pattern=3), BANK),
+    "a mask of unknown weights": (mask_of(lambda r: r.update(names=["nothing.weight"])), BANK),
+    "a mask of no weights": (mask_of(lambda r: r.update(names=[])), BANK),
+    "a mask 999:1": (mask_of(lambda r: r.update(pattern="999:1")), BANK),
+    "a mask that is a number": (mask_of(lambda r: r.update(pattern=3)), BANK),
+    "an entry of no kind": (edited("bank/bank/full/entry.json", weights={}), BANK),
+    "an entry of an unknown kind": (edited("bank/bank/full/entry.json", weights={"kind": "os.system"}), BANK),
+    "an entry whose kind is a list": (edited("bank/bank/full/entry.json", weights={"kind": ["own"]}), BANK),
+    "an entry whose weights are a text": (edited("bank/bank/full/entry.json", weights="own"), BANK),
+    "an entry with a foreign field": (edited("bank/bank/full/entry.json", script="x"), BANK),
+    "weights of their own, of another": (
+        edited("bank/bank/full/entry.json", weights={"kind": "own", "of": "w1.00"}),
+        BANK,
+    ),
+    "an entry of a later format": (edited("bank/bank/full/entry.json", format=2), BANK),
+    "an entry that is a pipe": (piped("bank/bank/full/entry.json"), BANK),
     "a plan of 1,500,000 rows": (many_rows, BANK),
     "a plan of no rows": (edited("bank/plan.json", rows=[]), BANK),
     "a plan of 10**9 steps": (sampled("DDIMScheduler", 10**9), BANK),
@@ -464,6 +489,16 @@ def test_hostile_models_are_refused(name, place):
     change(place)
     seal(place)
     require_refusal(words, place / "out")
+
+
+LINKS = ("slices ", "pieces ", "no pieces", "more dimensions", "a piece ", "a mask ")
+
+
+@pytest.mark.parametrize("name", some({name: MODELS[name] for name in MODELS if name.startswith(LINKS)}))
+def test_hostile_links_and_masks_of_a_bank_of_before_are_refused_too(name, place):
+    MODELS[name][0](place)
+    seal(place)
+    require_refusal([*BANK[:-1], "before"], place / "out")
 
 
 # -------------------------------------------------------------------------------------------------- runs and pictures

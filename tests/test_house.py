@@ -54,6 +54,7 @@ FLOORS = {
         "latents",
         "train",
         "models",
+        "entry",
         "bank",
         "verify",
         "samplers",

@@ -38,8 +38,9 @@ from PIL import Image
 
 from caged import Hung, caged, limits
 from halfstep import compress, run
-from halfstep.bank import Bank, Shared
+from halfstep.bank import Bank
 from halfstep.data import load_images
+from halfstep.entry import Cut, Entry
 from halfstep.errors import HalfstepError
 from halfstep.features import FeatureNet, raw_pixels
 from halfstep.latents import encode_images
@@ -49,7 +50,7 @@ from halfstep.plan import Correction, StepPlan
 from halfstep.quality import reference_stats
 from halfstep.recipe import Recipe, TrainSpec
 from halfstep.sampling import StepAwarePipeline, build_scheduler, plan_for, reference_plan
-from halfstep.slimmable import Supernet, width_name
+from halfstep.slimmable import Supernet
 from halfstep.sums import write_sums
 from halfstep.train import TrainState
 from halfstep.watch import Watch
@@ -188,14 +189,19 @@ def save_pipeline(bank: Bank, folder: Path) -> None:
 
 def build_bank(folder: Path) -> None:
     """Shared slices, a masked entry with weights of its own and one that shares them."""
-    supernet = Supernet(net(1), (1.0, 0.5))
-    entries: dict[str, Any] = {"full": net(0)} | {width_name(w): supernet.subnet(w) for w in supernet.widths}
-    shared = {width_name(w): Shared("w1.00", s) for w, s in supernet.slices.items()}
-    names = tuple(n for n, p in entries["full"].named_parameters() if p.ndim == 4 and p.shape[1] % 4 == 0)
+    supernet, sparse = Supernet(net(1), (1.0, 0.5)), net(2)
+    entries = {"full": Entry(net(0)), "w1.00": Entry(supernet.subnet(1.0))}
+    entries["w0.50"] = Entry(supernet.subnet(0.5), Cut("w1.00", supernet.slices[0.5]))
+    names = tuple(n for n, p in sparse.named_parameters() if p.ndim == 4 and p.shape[1] % 4 == 0)
     masking = Masking(Pattern(2, 4), names)
-    entries["2:4"] = net(2)
-    entries["2:4"].load_state_dict(masked_weights(entries["2:4"], masking))
-    save_pipeline(Bank(entries, "full", "epsilon", shared, {"2:4": masking}), folder)
+    sparse.load_state_dict(masked_weights(sparse, masking))
+    entries["2:4"] = Entry(sparse, masking=masking)
+    save_pipeline(Bank(entries, "full", "epsilon"), folder)
+
+
+def build_before(folder: Path) -> None:
+    """The same as format 1 had it, with slices.json and mask.json."""
+    shutil.copytree(Path(__file__).parent / "data" / "pipeline_format1", folder, dirs_exist_ok=True)
 
 
 def masked_weights(model: torch.nn.Module, masking: Masking) -> dict[str, torch.Tensor]:
@@ -480,6 +486,8 @@ RECORDS = ("scores.jsonl", "errors.json", "log.jsonl", "state/layouts.json")
 QUICK = {
     "bank": Subject(build_bank, open_pipeline, share=2),
     "bank alone": Subject(build_bank, open_bank),
+    "bank of before": Subject(build_before, open_pipeline),
+    "bank of before, shipped": Subject(build_before, use_pipeline, sealed=False, shipped=True, share=0.5),
     "foreign": Subject(build_foreign, use, sealed=False, share=2),
     "vae": Subject(build_vae, open_pipeline),
     "foreign vae": Subject(build_foreign_vae, use, sealed=False),

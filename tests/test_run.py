@@ -323,7 +323,7 @@ def test_compress_sparse_measures_every_pattern_beside_one_shot_masking(dense, t
     assert record["plan"]["macs"] < record["3:4"]["macs"] < record["off"]["macs"] == record["reference"]["macs"]
     assert page.is_file() and StepPlan.load(tmp_path / "sparse" / "plan.json").entries[0] == "2:4"
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "sparse" / "pipeline")
-    assert pipe.bank.shared["2:4"].source == "off" and pipe.plan.share == 1
+    assert pipe.bank.entries["2:4"].weights.of == "off" and pipe.plan.share == 1
 
 
 @pytest.mark.parametrize("edit", ["sparse.pattern=5:4", "sparse.include=nothing", "sparse.pattern=2:7"])
@@ -341,7 +341,8 @@ def test_widths_and_masks_compose_to_entries_that_share_one_set_of_weights(dense
     assert sorted(p.parent.name for p in folder.rglob("bank/*/*.safetensors")) == ["full", "w1.00"]
     macs = {name: price.macs for name, price in bank.prices().items()}
     assert macs["w0.50+2:4"] < macs["w0.50"] < macs["w1.00+2:4"] < macs["w1.00"] == macs["full"]
-    masking, half, sparse = bank.masking["w0.50+2:4"], bank["w0.50"].state_dict(), bank["w0.50+2:4"].state_dict()
+    masking = bank.entries["w0.50+2:4"].masking
+    half, sparse = bank["w0.50"].state_dict(), bank["w0.50+2:4"].state_dict()
     for name in half:
         expected = masked(half[name], masking.pattern) if name in masking.names else half[name]
         assert torch.equal(sparse[name], expected)

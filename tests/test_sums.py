@@ -87,7 +87,7 @@ HARMED = {
     "one bit of the weights": (change, WEIGHTS),
     "a plan's entry": (lambda f: edit(f / "plan.json", rows=[{"timestep": 9.0, "entry": "full"}]), "plan.json"),
     "a file gone": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler/scheduler_config.json"),
-    "a mask put in": (lambda f: (f / "bank" / "full" / "mask.json").write_text("{}"), "bank/full/mask.json"),
+    "a mask put in": (lambda f: edit(f / "bank" / "full" / "entry.json", masking={}), "bank/full/entry.json"),
     "sums of no kind": (lambda f: (f / FILE).write_text("hello\n"), FILE),
     "sums of bytes": (lambda f: (f / FILE).write_bytes(b"\xff\xfe\0"), FILE),
 }

@@ -9,71 +9,46 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
-from safetensors.torch import save_file
 
 from halfstep.content import fingerprint
 from halfstep.denoiser import class_count, eager
 from halfstep.disk import read_record, write_atomic
-from halfstep.errors import ModelError, RecipeError
+from halfstep.entry import LAYOUTS, Entry, read_entry, read_entry_of_before, require_sources
+from halfstep.errors import ModelError
 from halfstep.latents import decode_macs
-from halfstep.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
-from halfstep.models import WEIGHTS, empty_model, filled_model, load_model, read_config
 from halfstep.models import load_denoiser as load_denoiser  # scripts of before import it from here
 from halfstep.plan import Price
-from halfstep.profiling import call_times, count_macs, latency, layout_of
+from halfstep.profiling import call_times, count_macs, latency
 from halfstep.results import Cost
-from halfstep.slices import Pieces, Slices, cut_all, require_inside, slices_to_json
 from halfstep.sums import require_whole
 from halfstep.typed import Bounds, shown
-from halfstep.weights import (
-    open_weights,
-    require_finite,
-    require_safetensors,
-    require_same_shapes,
-    shapes_of,
-    stored_shapes,
-)
-
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-_PACKED = "packed.safetensors"
+from halfstep.weights import require_safetensors
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
 """What an entry may be called: it becomes a folder's name, on any file system."""
 MAX_ENTRIES = 256
 
 
-@dataclass(frozen=True)
-class Shared:
-    """That an entry's weights are slices of another entry's (all of them without `slices`), masked where the bank says
-    so: it is stored without weights of its own."""
-
-    source: str
-    slices: Slices | None = None
-
-
 class Bank(torch.nn.Module):
     """Denoisers by name, with one reference.
 
-    `entries`: name -> diffusers model; `shared`: how an entry's weights follow from another entry's; `masking`: which
-    weights of an entry follow an N:M pattern (they are stored packed, and their MACs count by the pattern).
-    `prediction_type`: what all of them predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their
-    samples, where they work on latents; `classes`: the names of their classes by number, where they are known (the
-    pipeline stores both).
-    Raises ModelError when an entry's input, output or class conditioning differs from the reference's, and for names
-    that make no folder of their own (see `check_names`).
+    `entries`: name -> `Entry`, or a diffusers model with weights of its own. `prediction_type`: what all of them
+    predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their samples, where they work on latents;
+    `classes`: the names of their classes by number, where they are known (the pipeline stores both).
+    `bank[name]` is the model, `bank.entries[name]` the entry.
+    Raises ModelError when an entry's input, output or class conditioning differs from the reference's, when its weights
+    do not follow from the entry that it names, and for names that make no folder of their own (see `check_names`).
     """
 
     def __init__(
         self,
-        entries: Mapping[str, torch.nn.Module],
+        entries: Mapping[str, Entry | torch.nn.Module],
         reference: str,
         prediction_type: str,
-        shared: Mapping[str, Shared] | None = None,
-        masking: Mapping[str, Masking] | None = None,
         vae: torch.nn.Module | None = None,
         classes: Sequence[str] = (),
     ):
@@ -86,38 +61,53 @@ class Bank(torch.nn.Module):
                 where="bank",
                 do="name an entry",
             )
-        self.names = tuple(entries)
         self.reference = reference
         self.prediction_type = prediction_type
-        self.shared, self.masking = dict(shared or {}), dict(masking or {})
         self.vae, self.classes = vae, tuple(classes)
-        self.models = torch.nn.ModuleList(entries.values())  # names may hold dots, which ModuleDict refuses
-        for name in self.names:
+        self._entries = {name: Entry.of(given) for name, given in entries.items()}
+        # a second home of the models, for `to` and `state_dict`; names may hold dots, which ModuleDict refuses
+        self.models = torch.nn.ModuleList(entry.model for entry in self._entries.values())
+        for name in self:
             self._check_stands_in(name)
         class_count(self.config)  # refuses a conditioning that no sampler here can give
-        self._check_links()
+        require_sources({name: entry.weights for name, entry in self._entries.items()}, "bank")
+        for name, entry in self._entries.items():
+            source = None if entry.weights.of is None else self[entry.weights.of]
+            entry.require_sound(source, f"bank entry {name!r}")
+        asked = {name: entry.runtime.layout for name, entry in self._entries.items()}
+        if asked != {name: entry.seen().runtime.layout for name, entry in self._entries.items()}:
+            self.set_layouts(asked)
         self._prices: dict[str, Price] = {}
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
         self.eval()
 
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Every entry by name, in order."""
+        return MappingProxyType(self._entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
     def __getitem__(self, name: str) -> Any:
-        if name not in self.names:
+        if name not in self._entries:
             raise ModelError(
                 got=f"entry {name!r}",
                 expected=f"one of {', '.join(self.names)}",
                 where="bank",
                 do="use the bank's names",
             )
-        return self.models[self.names.index(name)]
+        return self._entries[name].model
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self._entries
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -146,7 +136,7 @@ class Bank(torch.nn.Module):
                 for layout, times in call_times(both, batch=batch, repeats=repeats).items():
                     total[layout] += median(times)
             found |= dict.fromkeys(names, min(total, key=lambda layout: total[layout]))
-        return {name: found[name] for name in self.names}
+        return {name: found[name] for name in self}
 
     def set_layouts(self, layouts: Mapping[str, str]) -> None:
         """Put entries into memory layouts, as `fastest_layouts` names them; results stay the same but for rounding.
@@ -163,16 +153,17 @@ class Bank(torch.nn.Module):
                     do="give them one layout",
                 )
             for name, layout in asked.items():
-                self[name].to(memory_format=LAYOUTS[layout])
+                self._entries[name] = self._entries[name].put(layout)
+            self._entries |= {name: self._entries[name].seen() for name in names}
 
     def layouts(self) -> dict[str, str]:
         """The memory layout that every entry's convolutions are in."""
-        return {name: layout_of(self[name]) for name in self.names}
+        return {name: entry.runtime.layout for name, entry in self._entries.items()}
 
     def _in_one_memory(self) -> list[list[str]]:
         """The names, those together whose parameters are the same tensors: whatever is done to one is done to all."""
         groups: list[tuple[set[int], list[str]]] = []
-        for name in self.names:
+        for name in self:
             own = {id(parameter) for parameter in self[name].parameters()}
             for known, names in groups:
                 if known & own:
@@ -186,8 +177,8 @@ class Bank(torch.nn.Module):
     def prices(self) -> dict[str, Price]:
         """What one call of every entry costs per image; masked weights count by their pattern."""
         if not self._prices:  # a tenth of a second each, and no weight or layout changes them
-            layers = {name: masking.layers() for name, masking in self.masking.items()}
-            self._prices = {name: Price(count_macs(self[name], densities=layers.get(name))) for name in self.names}
+            layers = {name: entry.masking.layers() for name, entry in self._entries.items() if entry.masking}
+            self._prices = {name: Price(count_macs(self[name], densities=layers.get(name))) for name in self}
         return dict(self._prices)
 
     def fixed(self) -> Price:
@@ -203,24 +194,15 @@ class Bank(torch.nn.Module):
 
     def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
         """What every entry costs here, timed in turns: MACs as `prices`, bytes as stored by `save_pretrained`."""
-        measured = latency({name: self[name] for name in self.names}, batch=batch, repeats=repeats)
-        prices, stored = self.prices(), {name: self._stored_bytes(name) / 2**20 for name in self.names}
+        measured = latency({name: self[name] for name in self}, batch=batch, repeats=repeats)
+        prices, stored = self.prices(), {name: entry.stored_bytes / 2**20 for name, entry in self._entries.items()}
         return {name: replace(cost, macs=prices[name].macs, stored_mib=stored[name]) for name, cost in measured.items()}
 
-    def _stored_bytes(self, name: str) -> int:
-        if name in self.shared:
-            return 0
-        weights, masking = eager(self[name]).state_dict(), self.masking.get(name)
-        return sum(value.nbytes for value in (pack_all(weights, masking) if masking else weights).values())
+    def with_vae(self, vae: torch.nn.Module | None, classes: Sequence[str] = ()) -> Bank:
+        """The same entries, with what decodes their samples (None: they are pictures) and the names of classes."""
+        return Bank(self._entries, self.reference, self.prediction_type, vae, classes)
 
-    def with_entry(
-        self,
-        name: str,
-        model: torch.nn.Module,
-        prediction_type: str,
-        shared: Shared | None = None,
-        masking: Masking | None = None,
-    ) -> Bank:
+    def with_entry(self, name: str, entry: Entry | torch.nn.Module, prediction_type: str) -> Bank:
         """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
         if prediction_type != self.prediction_type:
             raise ModelError(
@@ -229,10 +211,7 @@ class Bank(torch.nn.Module):
                 where=f"bank entry {name!r}",
                 do="train it with the reference's prediction type",
             )
-        entries = {**dict(zip(self.names, self.models, strict=True)), name: model}
-        links = {n: link for n, link in self.shared.items() if n != name} | ({name: shared} if shared else {})
-        masks = {n: mask for n, mask in self.masking.items() if n != name} | ({name: masking} if masking else {})
-        return Bank(entries, self.reference, prediction_type, links, masks, self.vae, self.classes)
+        return Bank({**self._entries, name: entry}, self.reference, prediction_type, self.vae, self.classes)
 
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self[name].config, self.config
@@ -253,47 +232,17 @@ class Bank(torch.nn.Module):
                 do="convert it with .to(...) first: one bank has one precision",
             )
 
-    def _check_links(self) -> None:
-        """Weights are shared with an entry that has its own, and masks lie over weights that are there."""
-        for name, link in self.shared.items():
-            if name not in self or link.source not in self or link.source in self.shared:
-                raise ModelError(
-                    got=f"the weights of {shown(link.source)} for {shown(name)}",
-                    expected="an entry with weights of its own, for another entry",
-                    where="bank",
-                    do="share the weights of such an entry",
-                )
-        for name, masking in self.masking.items():
-            masking.require_fits(eager(self[name]), f"bank entry {name!r}")
-
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True) -> None:
-        """Write bank.json and one folder per entry; one that shares weights has slices.json in their place, one that is
-        masked has mask.json and packed weights."""
+        """Write bank.json and one folder per entry: its config.json, its entry.json, and what weights it has alone."""
         require_safetensors(safe_serialization, "safe_serialization")
         write_atomic(Path(folder), self._write)
 
     def _write(self, folder: Path) -> None:
         folder.mkdir()
-        for name in self.names:
-            model = eager(self[name])
-            place = folder / _folder(name)
-            place.mkdir()
-            config = {"_class_name": type(model).__name__, **_plain(model.config)}
-            (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            masking = self.masking.get(name)
-            if masking:
-                mask = {"pattern": str(masking.pattern), "names": list(masking.names)}
-                (place / "mask.json").write_text(json.dumps(mask) + "\n")
-            if name in self.shared:
-                shared = self.shared[name]
-                link = {"of": shared.source, "slices": shared.slices and slices_to_json(shared.slices)}
-                (place / "slices.json").write_text(json.dumps(link) + "\n")
-            else:
-                tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-                tensors = pack_all(tensors, masking) if masking else tensors
-                save_file(tensors, place / (_PACKED if masking else WEIGHTS), metadata={"format": "pt"})
+        for name, entry in self._entries.items():
+            entry.write(folder / _folder(name))
         record: dict[str, Any] = {
-            "format": 1,
+            "format": 2,
             "reference": self.reference,
             "prediction_type": self.prediction_type,
             "entries": list(self.names),
@@ -322,17 +271,13 @@ class Bank(torch.nn.Module):
         do = "give a folder that Bank.save_pretrained wrote"
         record = read_record(folder / "bank.json", _Record, what="a bank.json", do=do, error=ModelError)
         check_names(record.entries, folder / "bank.json")  # before any of them is joined to a path
-        places = {name: folder / _folder(name) for name in record.entries}
-        shared, masking = _links(places), _maskings(places)
-        entries: dict[str, torch.nn.Module] = {}
-        for name in sorted(places, key=lambda n: n in shared):  # sources come first
-            place, mask = places[name], masking.get(name)
-            if name in shared:
-                entries[name] = _cut_model(place, entries[shared[name].source], shared[name].slices, mask)
-            else:
-                entries[name] = load_model(place) if mask is None else _unpacked_model(place, mask)
-        ordered = {name: entries[name] for name in record.entries}
-        bank = cls(ordered, record.reference, record.prediction_type, shared, masking)
+        read = read_entry if record.format > 1 else read_entry_of_before
+        stored = {name: read(folder / _folder(name)) for name in record.entries}
+        require_sources({name: one.weights for name, one in stored.items()}, folder)
+        entries: dict[str, Entry] = {}
+        for name in sorted(stored, key=lambda n: stored[n].weights.of is not None):  # sources come first
+            entries[name] = stored[name].restore(entries)
+        bank = cls({name: entries[name] for name in stored}, record.reference, record.prediction_type)
         return bank if torch_dtype is None else bank.to(torch_dtype)
 
 
@@ -346,23 +291,7 @@ class _Record:
     entries: tuple[str, ...]
     reference: str
     prediction_type: str
-    format: Annotated[int, Bounds(1, 1)] = 1
-
-
-@dataclass(frozen=True)
-class _Link:
-    """What slices.json says."""
-
-    of: str
-    slices: dict[str, tuple[Annotated[Pieces, Bounds(1, 4096)], ...]] | None
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """What mask.json says."""
-
-    pattern: str
-    names: tuple[str, ...]
+    format: Annotated[int, Bounds(1, 2)] = 1
 
 
 def check_names(names: Iterable[object], where: object) -> None:
@@ -391,68 +320,3 @@ def check_names(names: Iterable[object], where: object) -> None:
 def _folder(name: str) -> str:
     """An entry's folder: 2:4 becomes 2of4, for a colon is no file name on every system."""
     return name.replace(":", "of")
-
-
-def _links(places: Mapping[str, Path]) -> dict[str, Shared]:
-    """Which entries are stored without weights of their own. Raises ModelError for one that follows from no such entry:
-    itself, one that is not in the bank, or one that has none either."""
-    found = {}
-    for name, place in places.items():
-        file = place / "slices.json"
-        if file.exists():
-            link = read_record(file, _Link, what="slices", do="save the bank again", error=ModelError)
-            found[name] = Shared(link.of, link.slices)
-    for name, shared in found.items():
-        if shared.source not in places or shared.source in found:
-            raise ModelError(
-                got=f"a part of {shown(shared.source)}",
-                expected="one of an entry with weights of its own",
-                where=places[name] / "slices.json",
-                do="save the bank again",
-            )
-    return found
-
-
-def _maskings(places: Mapping[str, Path]) -> dict[str, Masking]:
-    found = {}
-    for name, place in places.items():
-        file = place / "mask.json"
-        if file.exists():
-            mask = read_record(file, _Mask, what="a mask", do="save the bank again", error=ModelError)
-            try:
-                found[name] = Masking(Pattern.parse(mask.pattern), mask.names)
-            except RecipeError as error:  # which speaks of a recipe
-                raise ModelError(got=error.got, expected=error.expected, where=file, do="save it again") from error
-    return found
-
-
-def _unpacked_model(folder: Path, masking: Masking) -> torch.nn.Module:
-    empty, file = empty_model(read_config(folder), where=folder), folder / _PACKED
-    masking.require_fits(empty, folder / "mask.json")
-    shapes = {name: value.shape for name, value in empty.state_dict().items()}
-    wanted = packed_shapes(shapes, masking)
-    with open_weights(file, what="whole packed weights") as opened:
-        places = [f"{name}.places" for name in masking.names]
-        require_same_shapes(stored_shapes(opened, places), wanted, file, type(empty).__name__)
-        stored = {name: opened.get_tensor(name) for name in wanted}
-    weights = unpack_all(stored, masking, shapes, file)
-    require_finite(weights, file)
-    return filled_model(empty, {name: value.float() for name, value in weights.items()})
-
-
-def _cut_model(
-    folder: Path, source: torch.nn.Module, slices: Slices | None, masking: Masking | None
-) -> torch.nn.Module:
-    empty, weights = empty_model(read_config(folder), where=folder), source.state_dict()
-    if slices is not None:
-        require_inside(slices, shapes_of(weights), folder / "slices.json")
-        weights = cut_all(weights, slices)
-    require_same_shapes(shapes_of(weights), shapes_of(empty.state_dict()), folder, type(empty).__name__)
-    if masking:
-        masking.require_fits(empty, folder / "mask.json")
-        weights = mask_all(weights, masking.names, masking.pattern)
-    return filled_model(empty, {name: value.clone() for name, value in weights.items()})
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from halfstep.architectures import architecture_of, require
-from halfstep.bank import Bank, Shared
+from halfstep.bank import Bank
 from halfstep.continuous import continuous_objective
 from halfstep.data import Images
 from halfstep.denoiser import copy_of, predictor
+from halfstep.entry import Cut, Entry, Own, Twin
 from halfstep.errors import ModelError
 from halfstep.fresh import new_classes, new_model
 from halfstep.job import Job, opened
@@ -164,10 +165,11 @@ def _base_for_a_quarter(make: Callable[..., ContinuousUNet2DModel], dense: Any) 
 def continuous_bank(dense: Any, net: ContinuousUNet2DModel, steps: Sequence[int], prediction: str) -> Bank:
     """The bank of a continuous net: an entry for every number of solver steps, and "full" where there is a teacher."""
     names = {n: f"continuous@{n}" for n in sorted(set(steps))}
-    entries = ({} if dense is None else {"full": dense}) | {name: with_solver(net, n) for n, name in names.items()}
-    first, *others = names.values()
-    shared = {name: Shared(first) for name in others}
-    return Bank(entries, list(names.values())[-1] if dense is None else "full", prediction, shared)
+    first = min(names)
+    entries = {} if dense is None else {"full": Entry(dense)}
+    for n, name in names.items():
+        entries[name] = Entry(with_solver(net, n), Own() if n == first else Twin(names[first]))
+    return Bank(entries, list(names.values())[-1] if dense is None else "full", prediction)
 
 
 @releasing
@@ -222,19 +224,15 @@ def slim_bank(dense: Any, supernet: Supernet, prediction: str, maskings: Sequenc
 
     With masks, every width has an entry for every pattern, "w0.50+2:4", whose weights are shared too.
     """
-    entries, shared, masks = {"full": dense}, {}, {}
-    own = width_name(supernet.own)
+    entries, own = {"full": Entry(dense)}, width_name(supernet.own)
     for width in supernet.widths:
         for masking in [None, *filter(None, maskings)]:
             name = f"{width_name(width)}+{masking.pattern}" if masking else width_name(width)
             if masking is None and None not in maskings and width != supernet.own:
                 continue  # the widest stays as the place of the weights, though it was not trained without a mask
-            entries[name] = supernet.subnet(width, through_mask(masking))
-            if name != own:
-                shared[name] = Shared(own, supernet.slices.get(width))
-            if masking:
-                masks[name] = masking
-    return Bank(entries, "full", prediction, shared, masks)
+            link = Cut(own, supernet.slices[width]) if width != supernet.own else Twin(own) if masking else Own()
+            entries[name] = Entry(supernet.subnet(width, through_mask(masking)), link, masking)
+    return Bank(entries, "full", prediction)
 
 
 def slim_maskings(supernet: Supernet, recipe: Recipe) -> list[Masking | None]:
@@ -263,11 +261,9 @@ def sparse_net(dense: Any, spec: SparseSpec) -> Masked:
 
 def sparse_bank(dense: Any, net: Masked, prediction: str) -> Bank:
     """The bank of a masked net: "full", every pattern, and for several patterns "off", whose weights they share."""
-    entries = {"full": dense}
-    shared = {}
-    if len(net.patterns) > 1:
-        entries["off"] = net.bake(None)
-        shared = {str(pattern): Shared("off") for pattern in net.patterns}
-    entries |= {str(pattern): net.bake(pattern) for pattern in net.patterns}
-    masking = {str(pattern): Masking(pattern, net.names) for pattern in net.patterns}
-    return Bank(entries, "full", prediction, shared, masking)
+    several = len(net.patterns) > 1
+    entries = {"full": Entry(dense)} | ({"off": Entry(net.bake(None))} if several else {})
+    for pattern in net.patterns:
+        link = Twin("off") if several else Own()
+        entries[str(pattern)] = Entry(net.bake(pattern), link, Masking(pattern, net.names))
+    return Bank(entries, "full", prediction)

@@ -135,15 +135,14 @@ class Job:
         def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
             twin = copy_of(net)
             twin.load_state_dict(kept(weights))
-            bank = bank_of(twin)
-            bank.vae = self.vae
+            bank = bank_of(twin).with_vae(self.vae)
             bank.to(str(twin.device))
             return preview_of(bank, self.noise, self.recipe, 16)
 
         run_loop(self.out, state, self.images, self.recipe, objective, tag, self.watch, preview)
         net.load_state_dict(kept(state.average()))
         bank = bank_of(net.cpu())
-        bank.vae, bank.classes = self.vae, names_of(bank.config, self.pictures, self.classes)
+        bank = bank.with_vae(self.vae, names_of(bank.config, self.pictures, self.classes))
         bank.cpu()
         plan = reference_plan(bank, self.noise, self.recipe.sample)
         if PartialState().is_main_process:

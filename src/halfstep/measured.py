@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from halfstep.folder import open_run
 from halfstep.judge import TIMED_BATCH, Judge, Measured, extractor_for, measure_plans
 from halfstep.lock import releasing
 from halfstep.machine import machine
+from halfstep.profiling import Layout
 from halfstep.quality import NEIGHBOURS
 from halfstep.reading import about_images
 from halfstep.recipe import Recipe
@@ -115,9 +115,6 @@ def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) ->
     _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
     extractor = extractor_for(recipe.eval.features, images, out / "features", str(bank.device))
     return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
-
-
-Layout = Literal["contiguous", "channels_last"]
 
 
 @dataclass(frozen=True, kw_only=True)

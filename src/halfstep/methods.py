@@ -10,6 +10,7 @@ from halfstep import compress, disk
 from halfstep.bank import Bank
 from halfstep.compress import regular_name
 from halfstep.corrections import corrected_plans
+from halfstep.entry import Entry
 from halfstep.fit import Fitted
 from halfstep.folder import open_run
 from halfstep.job import Source, images_of, opened, read_of
@@ -54,8 +55,8 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
     one_shot = compress.sparse_net(load_denoiser(model)[0], replace(recipe.sparse, frozen=False))
     bank, patterns = pipe.bank, [str(pattern) for pattern in one_shot.patterns]
     for pattern in one_shot.patterns:
-        masking = bank.masking[str(pattern)]
-        bank = bank.with_entry(f"{pattern} one-shot", one_shot.bake(pattern), bank.prediction_type, masking=masking)
+        entry = Entry(one_shot.bake(pattern), masking=bank.entries[str(pattern)].masking)
+        bank = bank.with_entry(f"{pattern} one-shot", entry, bank.prediction_type)
     main = patterns[-1 if recipe.sparse.schedule in STAGES else 0]
     return measured(pipe, bank, main, data, out, recipe, begun, watch)
 
@@ -105,10 +106,10 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
         one = replace(recipe, regular=replace(recipe.regular, r=r))
         watch.say(f"{recipe.regular.penalty} with r = {r:g}")
         pipe = open_pipeline(str(compress.regularized(data, out / regular_name(r), one, model=model, watch=watch)))
-        entries[regular_name(r)] = pipe.bank[regular_name(r)]
+        entries[regular_name(r)] = pipe.bank.entries[regular_name(r)]
     assert pipe is not None
     plain = regular_name(0.0)
-    bank = Bank(entries, plain, pipe.bank.prediction_type, vae=pipe.bank.vae, classes=pipe.bank.classes)
+    bank = Bank(entries, plain, pipe.bank.prediction_type, pipe.bank.vae, pipe.bank.classes)
     judge, recipe = judge_for(bank, data, recipe, out, watch)
     plan = reference_plan(bank, pipe.process, recipe.sample)
     book = open_scores(judge, out, watch)
@@ -124,9 +125,8 @@ def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = Non
     others = {name: plan.uniform(name) for name in bank if name not in (plain, best)}
     plans = {"reference": plan, "plan": plan.uniform(best)} | controls | others
     verdict = measure_plans(judge, plans, recipe, watch=watch)
-    kept = Bank(
-        {plain: bank[plain]} | {best: bank[best]}, plain, bank.prediction_type, vae=bank.vae, classes=bank.classes
-    )
+    both = {name: bank.entries[name] for name in (plain, best)}
+    kept = Bank(both, plain, bank.prediction_type, bank.vae, bank.classes)
     if not (out / "cost.json").is_file():
         write_costs(kept, out)
     plans["plan"].save(out / "plan.json")

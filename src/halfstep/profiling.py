@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from halfstep.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor
 from halfstep.errors import HalfstepError, ModelError
 from halfstep.machine import cpu_name
 from halfstep.results import Cost
+
+Layout = Literal["contiguous", "channels_last"]
+"""How the weights of convolutions lie in memory."""
 
 
 class Inputs(NamedTuple):
@@ -202,7 +205,7 @@ def peak_mib(call: Callable[[], object], *, device: torch.device | str | None = 
     return _peak_mib_cpu(call) if kind == "cpu" else None
 
 
-def layout_of(model: nn.Module) -> str:
+def layout_of(model: nn.Module) -> Layout:
     """The memory layout of a model's convolutions: "channels_last" or "contiguous" (also without any)."""
     kernels = (p for p in model.parameters() if p.ndim == 4 and min(p.shape[1], max(p.shape[2:])) > 1)
     first = next(kernels, None)  # a kernel of one channel or one pixel is both at once

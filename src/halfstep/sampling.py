@@ -408,7 +408,7 @@ class StepAwarePipeline(DiffusionPipeline):
                 stacklevel=2,
             )
         bank = Bank.from_pretrained(folder / "bank", checked=True)
-        bank.vae, bank.classes = load_vae(folder, checked=True), read_classes(folder, class_count(bank.config))
+        bank = bank.with_vae(load_vae(folder, checked=True), read_classes(folder, class_count(bank.config)))
         plan = _with_prices_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
         pipe = cls(bank, plan)
         return pipe if torch_dtype is None else pipe.to(torch_dtype)
