@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -407,3 +408,21 @@ def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path)
     assert page.read_text().count("<img") == 2 and all(name in page.read_text() for name in ("digits", str(dense)))
     with pytest.raises(HalfstepError, match="--timestep"):
         run.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))
+
+
+@pytest.mark.parametrize("verb", ["train", "spectral", "continuous", "slimmable, sample", "profile"])
+def test_no_verb_touches_its_callers_random_numbers(verb, dense, tmp_path):
+    recipe, out = tiny("train.steps=5", "continuous.steps=1"), tmp_path / "out"
+    calls = {
+        "train": lambda: run.train("digits", out, recipe),
+        "spectral": lambda: compress.spectral(str(dense), "digits", out, recipe),
+        "continuous": lambda: compress.continuous("digits", out, recipe),
+        "slimmable, sample": lambda: run.sample(
+            str(compress.slimmable(str(dense), "digits", out, recipe)), tmp_path / "drawn", count=1
+        ),
+        "profile": lambda: run.profile(str(dense), repeats=1),
+    }
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    calls[verb]()
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert np.array_equal(np.random.get_state()[1], states[1])

@@ -534,8 +534,8 @@ def test_shared_noise_is_one_draw_and_own_noise_three():
     draws = []
     diffusion = Diffusion(Process())
 
-    def draw(clean):
-        draws.append(diffusion.draw(clean))
+    def draw(clean, generator):
+        draws.append(diffusion.draw(clean, generator))
         return draws[-1]
 
     for shared, expected in ((True, 1), (False, 3)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ from halfstep.train import (
     ShuffledOrder,
     TrainRecord,
     TrainState,
+    _mix,
     dense_objective,
     learning_rate,
     stamp,
@@ -553,3 +556,23 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_training_before_the_nex
     assert seen == [step for step in (5, 10, 15, 20) if step < at]
     spread = bad == "gradient" and at % 5  # by then the loss of a later step told of it
     assert f"got a {'loss' if spread else bad} that" in str(caught.value)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_training_leaves_the_callers_random_numbers_alone_and_draws_what_a_seeded_torch_draws(digits, dropout):
+    """Oracle: a straight step under torch.manual_seed of the step's seed."""
+    model = tiny()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = dropout
+    spec, diffusion = replace(SPEC, steps=1), Diffusion(Process())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_mix(0, 0, 0))
+        clean = digits.batch(ShuffledOrder(len(digits), 0).take(0, spec.batch))
+        with torch.no_grad():
+            wanted = diffusion.loss(predictor(model.train()), Batch(clean, {}))
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    (record,) = run(TrainState.new(model, spec), digits, spec, dense_objective(model, diffusion))
+    assert record.loss == pytest.approx(float(wanted), abs=1e-6)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert np.array_equal(np.random.get_state()[1], states[1])

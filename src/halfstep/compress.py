@@ -25,6 +25,7 @@ from halfstep.ode import ContinuousUNet2DModel, with_solver
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, SparseSpec, SpectralSpec
 from halfstep.regularized import coordinates, regular_objective
+from halfstep.seeds import own_random
 from halfstep.slimmable import Supernet, sandwich_objective, supernet_of, width_name
 from halfstep.sparse import Frozen, Masked, decoupled_pull, pattern_at, patterns_of, permute, sparse_objective
 from halfstep.spectral import Pupil, spectral_objective, student_configs
@@ -33,6 +34,7 @@ from halfstep.watch import SILENT, Watch
 
 
 @releasing
+@own_random
 def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """DDSM's supernet from a dense denoiser: a bank of widths. Returns the folder of a `StepAwarePipeline`.
 
@@ -57,6 +59,7 @@ def slimmable(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch 
 
 
 @releasing
+@own_random
 def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """SparseDM: the dense denoiser fine-tuned under N:M masks. Returns the folder of a `StepAwarePipeline`.
 
@@ -86,6 +89,7 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
 
 
 @releasing
+@own_random
 def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Spectral Diffusion: a slim wavelet-gated student of the dense denoiser. Returns the folder of a
     `StepAwarePipeline` whose bank holds "full", the teacher as it came, and "spectral"."""
@@ -107,6 +111,7 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
 
 
 @releasing
+@own_random
 def continuous(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """The Missing U: a continuous U-Net from images, with a dense teacher or alone. Returns the folder of a
     `StepAwarePipeline` whose bank holds "continuous@1" … for every number of solver steps, which share one set of
@@ -173,6 +178,7 @@ def continuous_bank(dense: Any, net: ContinuousUNet2DModel, steps: Sequence[int]
 
 
 @releasing
+@own_random
 def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Regularised score matching with one weight `regular.r`, from images or on from a dense model. Returns the folder
     of a `StepAwarePipeline` whose bank holds one entry, "r=0.1"."""

@@ -34,8 +34,8 @@ def continuous_objective(
     """One loss per batch: mean squared error to the target, plus `weight` * that to the teacher's prediction.
 
     L = |s_n(x_t, t) - target|^2 + weight |s_n(x_t, t) - teacher(x_t, t)|^2, s_n solved in n ~ Uniform(spec_steps).
-    Every batch is solved in a number of steps drawn evenly from `spec_steps`, so that all of them work. Random numbers
-    are torch's global ones; as many are drawn for one step count as for several, so two runs see the same noise.
+    Every batch is solved in a number of steps drawn evenly from `spec_steps`, so that all of them work. As many
+    random numbers are drawn for one step count as for several, so two runs see the same noise.
     Raises ModelError where there is no step count, or one below 1.
     """
     require_config(len(spec_steps) > 0, "no step counts", "at least one", "continuous training")
@@ -44,8 +44,8 @@ def continuous_objective(
     solved = {steps: predictor(partial(model, solver_steps=steps)) for steps in spec_steps}
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
-        noisy, timestep, target = draw(batch.clean)
-        steps = spec_steps[int(torch.randint(len(spec_steps), ()))]
+        noisy, timestep, target = draw(batch.clean, batch.generator)
+        steps = spec_steps[int(torch.randint(len(spec_steps), (), generator=batch.choices))]
         found = solved[steps](noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if teacher is not None and weight:

@@ -71,8 +71,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def batch(self, index: torch.Tensor | np.ndarray | slice, *, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 [B, C, H, W] in [-1, 1]; `flip`, bool [B], says which images to mirror left to right."""
+    def batch(
+        self,
+        index: torch.Tensor | np.ndarray | slice,
+        *,
+        flip: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """float32 [B, C, H, W] in [-1, 1]; `flip`, bool [B], says which images to mirror left to right.
+
+        Nothing is drawn: `generator` is for what stands in their place (`Latents`).
+        """
         pixels = torch.from_numpy(np.array(self.pixels[_plain(index)]))
         if flip is not None:
             if flip.shape != pixels.shape[:1]:

@@ -23,8 +23,8 @@ own."""
 Predict = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], torch.Tensor]
 """(sample [B,C,H,W], timestep [B] or of no axes, condition, memo) -> prediction [B,C,H,W]"""
 
-Draw = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""clean [B,C,H,W] -> (noisy sample [B,C,H,W], timestep [B], target [B,C,H,W])"""
+Draw = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""(clean [B,C,H,W], random numbers) -> (noisy sample [B,C,H,W], timestep [B], target [B,C,H,W])"""
 
 
 def predictor(model: Callable[..., Any], weights: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> Predict:

@@ -109,14 +109,22 @@ class Latents:
     def __len__(self) -> int:
         return len(self.moments)
 
-    def batch(self, index: torch.Tensor | np.ndarray | slice, *, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 [B, c, s, s], scaled, drawn with torch's generator. Raises DataError for flips: the mirror image's
-        latents are not the mirrored latents."""
+    def batch(
+        self,
+        index: torch.Tensor | np.ndarray | slice,
+        *,
+        flip: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """float32 [B, c, s, s], scaled, drawn with `generator` (torch's own without one).
+
+        Raises DataError for flips: the mirror image's latents are not the mirrored latents.
+        """
         if flip is not None:
             raise DataError(got="flips", expected="none on latents", where=self.name, do="set data.flip=false")
         chosen = index.cpu().numpy() if isinstance(index, torch.Tensor) else index
         mean, std = torch.from_numpy(np.array(self.moments[chosen])).float().unbind(1)
-        return (mean + std * torch.randn_like(std) - self.shift) * self.scaling
+        return (mean + std * torch.randn(std.shape, generator=generator) - self.shift) * self.scaling
 
     def batch_labels(self, index: torch.Tensor | np.ndarray | slice) -> torch.Tensor | None:
         """int64 [B], or None when the images have no labels."""

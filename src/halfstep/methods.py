@@ -30,7 +30,7 @@ from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, encoded
 from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.scores import counted, open_scores
-from halfstep.seeds import Stage, stage_seed
+from halfstep.seeds import Stage, own_random, stage_seed
 from halfstep.sparse import STAGES
 from halfstep.story import tell
 from halfstep.watch import SILENT, Watch
@@ -46,6 +46,7 @@ def _ready(model: str | None, data: str, recipe: Recipe, watch: Watch) -> tuple[
 
 
 @releasing
+@own_random
 def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """SparseDM from a dense denoiser to a report: fine-tune under masks, measure every pattern beside the reference
     and beside one-shot masking of the same weights. Returns report.html; resumes."""
@@ -62,6 +63,7 @@ def sparse(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = S
 
 
 @releasing
+@own_random
 def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Spectral Diffusion from a dense denoiser to a report: train the student, measure it beside the teacher.
 
@@ -74,6 +76,7 @@ def spectral(model: str, data: str, out: Path, recipe: Recipe, *, watch: Watch =
 
 
 @releasing
+@own_random
 def continuous(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """The Missing U from images to a report: train the continuous net, measure every number of solver steps beside the
     teacher, or where there is none beside the most steps. Returns report.html; resumes."""
@@ -85,6 +88,7 @@ def continuous(data: str, out: Path, recipe: Recipe, *, model: str | None = None
 
 
 @releasing
+@own_random
 def regularized(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Regularised score matching to a report: one training for every weight of the penalty, the best one by the
     distance on validation seeds, and always beside it the plain training with its best scale and its best threshold,

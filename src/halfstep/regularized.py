@@ -114,7 +114,7 @@ def regular_objective(
     predict = predictor(model)
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
-        noisy, timestep, target = draw(batch.clean)
+        noisy, timestep, target = draw(batch.clean, batch.generator)
         found = predict(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if spec.r:

@@ -65,6 +65,7 @@ from halfstep.results import Comparison, Cost
 from halfstep.rundir import contents_of, encoded
 from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan, sample_images
 from halfstep.scores import open_scores
+from halfstep.seeds import own_random
 from halfstep.slimmable import supernet_of
 from halfstep.spectrum import spectra
 from halfstep.story import tell, tell_restored, tell_spectra
@@ -76,6 +77,7 @@ from halfstep.watch import SILENT, Watch
 
 
 @releasing
+@own_random
 def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Train a dense denoiser on `data` (from the recipe's model spec, or on from the folder `model`).
 
@@ -126,6 +128,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
 # ----------------------------------------------------------------------------------------- measuring and the main job
 
 
+@own_random
 def profile(
     source: str, *, batch: int = 1, repeats: int = 10, dtype: str = "float32", watch: Watch = SILENT
 ) -> dict[str, Cost]:
@@ -142,6 +145,7 @@ def profile(
 
 
 @releasing
+@own_random
 def search(
     model: str,
     data: str,
@@ -187,6 +191,7 @@ def goal_text(budget: float | None, max_loss: float | None) -> str:
 
 
 @releasing
+@own_random
 def sample(
     source: str,
     out: Path,
@@ -234,6 +239,7 @@ def sample(
 
 
 @releasing
+@own_random
 def evaluate(
     source: str, data: str, out: Path, recipe: Recipe, *, dtype: str = "float32", watch: Watch = SILENT
 ) -> Comparison:
@@ -257,6 +263,7 @@ def evaluate(
 
 
 @releasing
+@own_random
 def optimize(
     model: str,
     data: str,
@@ -302,6 +309,7 @@ def optimize(
 
 
 @releasing
+@own_random
 def spectrum(
     models: Sequence[str],
     data: str,
@@ -337,9 +345,8 @@ def spectrum(
         alphas = process.scheduler().alphas_cumprod
         found = encoded(pixels, bank.vae)
         chosen = slice(0, min(images, len(found)))
-        with torch.random.fork_rng(devices=()):  # latents are drawn: the same ones for every model
-            torch.manual_seed(0)
-            clean = found.batch(chosen).to(default_device())
+        draws = torch.Generator().manual_seed(0)  # latents are drawn: the same ones for every model
+        clean = found.batch(chosen, generator=draws).to(default_device())
         cond = cond_of(found.batch_labels(chosen) if bank.config.get("num_class_embeds") else None)
         cond = cond_to(cond, default_device())
         bank.to(default_device())
@@ -366,6 +373,7 @@ SIDE_BY_SIDE = 8
 
 
 @releasing
+@own_random
 def denoise(
     models: Sequence[str],
     pictures: Sequence[Path],
@@ -478,6 +486,7 @@ def _numbers(bank: Bank, classes: Sequence[str | int], source: str) -> list[int]
 
 
 @releasing
+@own_random
 def shrink(
     model: str, data: str, out: Path, recipe: Recipe, *, steps: int | None = None, watch: Watch = SILENT
 ) -> Path:

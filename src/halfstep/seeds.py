@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from enum import IntEnum
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Stage(IntEnum):
@@ -27,3 +33,16 @@ STAGES = 16
 def stage_seed(seed: int, stage: Stage) -> int:
     """The seed of a stage's noise: no two pairs of a run's seed (0 or more, below 2**59) and a stage share it."""
     return STAGES * seed + stage
+
+
+def own_random(verb: Callable[P, T]) -> Callable[P, T]:
+    """A verb that may seed torch's global random numbers: its caller's are as they were when it ends or fails."""
+
+    @functools.wraps(verb)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+        import torch  # here: seeds are values, and reading one needs no torch
+
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            return verb(*args, **kwargs)
+
+    return inner

@@ -132,18 +132,21 @@ def sandwich_objective(
     def objective(batch: Any) -> Iterator[torch.Tensor]:
         widths = [widest] + ([narrowest] if narrowest != widest else [])
         if between:
-            widths += [between[int(i)] for i in torch.randint(len(between), (spec.sandwich - 2,))]
-        drawn, lesson = draw(batch.clean), None
+            widths += [
+                between[int(i)] for i in torch.randint(len(between), (spec.sandwich - 2,), generator=batch.choices)
+            ]
+        drawn, lesson = draw(batch.clean, batch.generator), None
         for i, width in enumerate(widths):
             if i and not spec.shared_noise:
-                drawn = draw(batch.clean)
+                drawn = draw(batch.clean, batch.generator)
             noisy, timestep, target = drawn
             if teacher is not None and width in taught:
                 if lesson is None or not spec.shared_noise:
                     with torch.no_grad():
                         lesson = teacher(noisy, timestep, batch.cond, Memo()).float()
                 target = lesson
-            change = through[int(torch.randint(len(through), ()))] if len(through) > 1 else through[0]
+            which = torch.randint(len(through), (), generator=batch.choices) if len(through) > 1 else 0
+            change = through[int(which)]
             yield F.mse_loss(supernet.predict(width, change)(noisy, timestep, batch.cond, Memo()).float(), target)
 
     return objective

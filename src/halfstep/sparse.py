@@ -258,12 +258,12 @@ def sparse_objective(
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
         if spec.schedule == "switch":
-            pattern = choices[int(torch.randint(len(choices), ()))]
+            pattern = choices[int(torch.randint(len(choices), (), generator=batch.choices))]
         else:
             pattern = pattern_at(batch.step, steps, spec)
             if batch.step and on_new_pattern and pattern != pattern_at(batch.step - 1, steps, spec):
                 on_new_pattern()
-        noisy, timestep, target = draw(batch.clean)
+        noisy, timestep, target = draw(batch.clean, batch.generator)
         found = net.predict(pattern)(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if teacher is not None and spec.teacher:

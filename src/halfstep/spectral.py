@@ -123,7 +123,7 @@ def spectral_objective(
     ours, taught = predictor(pupil.model), predictor(teacher)
 
     def objective(batch: Any) -> Iterator[torch.Tensor]:
-        noisy, timestep, target = draw(batch.clean)
+        noisy, timestep, target = draw(batch.clean, batch.generator)
         with Levels(pupil.model) as mine:
             found = ours(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)

@@ -6,6 +6,7 @@ a run that was killed and resumed draws what the uninterrupted run draws.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -54,11 +55,18 @@ class Logged:
 
 @dataclass(frozen=True)
 class Batch:
-    """clean: float32 [B,C,H,W] in [-1, 1]; cond: theirs; step: the number of the step, from 0."""
+    """clean: float32 [B,C,H,W] in [-1, 1]; cond: theirs; step: the number of the step, from 0.
+
+    All that is random in a step is drawn from `generator`, on the device of the training, and what is chosen by the
+    Python side from `choices`, on the CPU (the same one where the training is there): a choice must not wait for a GPU.
+    Outside of a training they are torch's own.
+    """
 
     clean: torch.Tensor
     cond: Cond
     step: int = 0
+    generator: torch.Generator = torch.default_generator
+    choices: torch.Generator = torch.default_generator
 
 
 Objective = Callable[[Batch], Iterator[torch.Tensor]]
@@ -75,11 +83,14 @@ class Diffusion:
     def __init__(self, process: Process):
         self.scheduler = process.scheduler()
 
-    def draw(self, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(
+        self, clean: torch.Tensor, generator: torch.Generator = torch.default_generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Draw timesteps and noise; return (noisy sample, timestep, target), the target by prediction type."""
-        noise = torch.randn_like(clean)
+        drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
+        noise = torch.randn(clean.shape, dtype=clean.dtype, **drawn).to(clean.device)
         steps = self.scheduler.config.num_train_timesteps
-        timestep = torch.randint(0, steps, (len(clean),), device=clean.device)
+        timestep = torch.randint(0, steps, (len(clean),), **drawn).to(clean.device)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         match self.scheduler.config.prediction_type:
             case "epsilon":
@@ -91,7 +102,7 @@ class Diffusion:
         return noisy, timestep, target
 
     def loss(self, predict: Predict, batch: Batch) -> torch.Tensor:
-        noisy, timestep, target = self.draw(batch.clean)
+        noisy, timestep, target = self.draw(batch.clean, batch.generator)
         return F.mse_loss(predict(noisy, timestep, batch.cond, Memo()).float(), target)
 
 
@@ -274,16 +285,17 @@ def train(
     bf16 = use_bf16(spec, device)
     losses, norms = torch.zeros((), device=device), torch.zeros((), device=device)  # read at a record: it costs a wait
     since = 0
+    drops = any(part.p > 0 for part in state.model.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd))
     for step in range(state.step, spec.steps):
-        torch.manual_seed(_mix(seed, step, rank))
         index = order.take((step * world + rank) * spec.batch, spec.batch)
-        flips = torch.rand(spec.batch) < 0.5 if flip else None
-        cond = cond_of(images.batch_labels(index) if _wants_labels(state.model) else None)
-        clean = images.batch(index, flip=flips).to(device, non_blocking=True)
-        batch = Batch(clean, cond_to(cond, device), step)
-        for loss in _autocast(objective(batch), device, bf16):
-            accelerator.backward(loss)
-            losses += loss.detach()
+        with _random(_mix(seed, step, rank), device, drops) as (choices, generator):
+            flips = torch.rand(spec.batch, generator=choices) < 0.5 if flip else None
+            cond = cond_of(images.batch_labels(index) if _wants_labels(state.model) else None)
+            clean = images.batch(index, flip=flips, generator=choices).to(device, non_blocking=True)
+            batch = Batch(clean, cond_to(cond, device), step, generator, choices)
+            for loss in _autocast(objective(batch), device, bf16):
+                accelerator.backward(loss)
+                losses += loss.detach()
         if world > 1:
             for p in parameters:
                 p.grad = accelerator.reduce(p.grad if p.grad is not None else torch.zeros_like(p), "mean")
@@ -302,6 +314,24 @@ def train(
             losses.zero_()
             norms.zero_()
             since = 0
+
+
+@contextlib.contextmanager
+def _random(seed: int, device: torch.device, drops: bool) -> Iterator[tuple[torch.Generator, torch.Generator]]:
+    """The random numbers of one step, on the CPU and on the device; torch's global ones stay as they are.
+
+    Dropout can only draw from the global ones: with it those are seeded for the step, and then put back.
+    """
+    if not drops:
+        choices = torch.Generator().manual_seed(seed)
+        yield choices, choices if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+        return
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        here = torch.default_generator
+        if device.type == "cuda":
+            here = torch.cuda.default_generators[device.index or 0]
+        yield torch.default_generator, here
 
 
 def _require_finite(loss: float, norm: float, step: int, spec: TrainSpec, bf16: bool) -> None:
