@@ -113,3 +113,17 @@ def test_released_ddsm_statistics_are_reproduced():
     assert 1 - mean / 6070 == pytest.approx(0.4896, abs=5e-5)
     for full, slim, saving in ((12.14, 6.20, 0.489), (49.88, 19.58, 0.607), (82.06, 19.40, 0.764)):
         assert 1 - slim / full == pytest.approx(saving, abs=6e-4)
+
+
+def test_the_new_plans_of_a_generation_are_measured_together():
+    space, costs = toy(10)
+    spec, asked = SearchSpec(population=12, generations=4, init="uniform"), []
+
+    def scores(plans):
+        asked.append(list(plans))
+        return toy_scores(costs)(plans)
+
+    found = list(evolve(space, scores, Goal("scalar", trade=TRADE), spec))
+    assert len(asked) == 4 and len(asked[0]) == 12
+    assert [genes for genes, _ in found] == [genes for plans in asked for genes in plans]
+    assert len({genes for genes, _ in found}) == len(found)
