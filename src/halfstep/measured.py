@@ -28,6 +28,7 @@ from halfstep.reading import about_images
 from halfstep.recipe import Recipe
 from halfstep.rundir import contents_of, fit_data, images_for
 from halfstep.sampling import StepAwarePipeline, reference_plan
+from halfstep.seeds import own_random
 from halfstep.story import tell
 from halfstep.typed import typed
 from halfstep.watch import SILENT, Watch
@@ -41,6 +42,7 @@ def open_pipeline(source: str) -> StepAwarePipeline:
 
 
 @releasing
+@own_random
 def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Train the data's own feature classifier and save it in `out`; returns `out`.
 
