@@ -285,14 +285,13 @@ def train(
     bf16 = use_bf16(spec, device)
     losses, norms = torch.zeros((), device=device), torch.zeros((), device=device)  # read at a record: it costs a wait
     since = 0
-    drops = any(part.p > 0 for part in state.model.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd))
+    drops, labelled = _drops(state.model), _wants_labels(state.model)
     for step in range(state.step, spec.steps):
         index = order.take((step * world + rank) * spec.batch, spec.batch)
         with _random(_mix(seed, step, rank), device, drops) as (choices, generator):
             flips = torch.rand(spec.batch, generator=choices) < 0.5 if flip else None
-            cond = cond_of(images.batch_labels(index) if _wants_labels(state.model) else None)
-            clean = images.batch(index, flip=flips, generator=choices).to(device, non_blocking=True)
-            batch = Batch(clean, cond_to(cond, device), step, generator, choices)
+            clean, cond = _examples(images, index, flips, choices, device, labelled)
+            batch = Batch(clean, cond, step, generator, choices)
             for loss in _autocast(objective(batch), device, bf16):
                 accelerator.backward(loss)
                 losses += loss.detach()
@@ -302,8 +301,7 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm or math.inf)
         norms += norm
         rate = learning_rate(step, spec)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        _set_rate(state.optimizer, rate)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.ema.step(state.model.parameters())
@@ -314,6 +312,19 @@ def train(
             losses.zero_()
             norms.zero_()
             since = 0
+
+
+def _examples(
+    images: Images | Latents,
+    index: torch.Tensor,
+    flips: torch.Tensor | None,
+    generator: torch.Generator,
+    device: torch.device,
+    labelled: bool,
+) -> tuple[torch.Tensor, Cond]:
+    """The images of a step and their conditions, on the device."""
+    cond = cond_of(images.batch_labels(index) if labelled else None)
+    return images.batch(index, flip=flips, generator=generator).to(device, non_blocking=True), cond_to(cond, device)
 
 
 @contextlib.contextmanager
@@ -378,6 +389,16 @@ class ShuffledOrder:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return torch.cat(parts)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _drops(model: torch.nn.Module) -> bool:
+    """Whether a training of the model draws dropout."""
+    return any(part.p > 0 for part in model.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd))
 
 
 def _wants_labels(model: torch.nn.Module) -> bool:
