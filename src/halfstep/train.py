@@ -282,9 +282,8 @@ def train(
     order = ShuffledOrder(len(images), seed)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     state.model.train()
-    bf16 = use_bf16(spec, device)
+    bf16, since = use_bf16(spec, device), 0
     losses, norms = torch.zeros((), device=device), torch.zeros((), device=device)  # read at a record: it costs a wait
-    since = 0
     drops, labelled = _drops(state.model), _wants_labels(state.model)
     for step in range(state.step, spec.steps):
         index = order.take((step * world + rank) * spec.batch, spec.batch)
