@@ -92,7 +92,7 @@ def deterministic(state: TrainState, drawn: list[torch.Tensor] | None = None) ->
 
     def objective(batch: Batch) -> Iterator[torch.Tensor]:
         if drawn is not None:
-            drawn.append(torch.rand(3))
+            drawn.append(torch.rand(3, generator=batch.generator))
         timestep = torch.full((len(batch.clean),), 300)
         yield F.mse_loss(predict(0.5 * batch.clean, timestep, batch.cond, Memo()), batch.clean)
 
