@@ -34,17 +34,19 @@ from PIL import Image
 from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
-from halfstep import compress, disk, story
+from halfstep import disk, story, verbs
 from halfstep.bank import Bank
+from halfstep.continuous import continuous_net
 from halfstep.data import load_images
 from halfstep.denoiser import Memo, predictor
 from halfstep.features import extract
 from halfstep.figures import Curve
 from halfstep.fresh import new_model
 from halfstep.judge import Judge, measure_plans
-from halfstep.measured import judge_for, open_pipeline
+from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
 from halfstep.ode import with_solver
+from halfstep.opening import open_subject
 from halfstep.page import Report, Table, rich_table, write_report
 from halfstep.pictures import picture_grid
 from halfstep.plan import StepPlan
@@ -54,7 +56,6 @@ from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
 from halfstep.recipes import named
 from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
 from halfstep.results import read_comparison
-from halfstep.run import train
 from halfstep.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
 from halfstep.terminal import RichWatch
 from halfstep.typed import build
@@ -101,9 +102,9 @@ def trained(work: Path, recipe: Recipe, watch: RichWatch, specs: Specs = NETS) -
     def net_of(name: str, spec: ContinuousSpec | ModelSpec) -> Any:
         out = work / file_name(name)
         if isinstance(spec, ModelSpec):
-            return load_denoiser(train(DATA, out, replace(recipe, model=spec), watch=watch))[0]
-        folder = compress.continuous(DATA, out, replace(recipe, continuous=spec), watch=watch)
-        return open_pipeline(str(folder)).bank[f"continuous@{min(spec.steps)}"]
+            return load_denoiser(verbs.train(DATA, out, replace(recipe, model=spec), watch=watch))[0]
+        pipe = verbs.make("continuous", None, DATA, out, replace(recipe, continuous=spec), watch=watch)
+        return pipe.bank[f"continuous@{min(spec.steps)}"]
 
     return compared(specs, net_of)
 
@@ -115,7 +116,7 @@ def untrained(recipe: Recipe) -> Bank:
     def net_of(_name: str, spec: ContinuousSpec | ModelSpec) -> Any:
         if isinstance(spec, ModelSpec):
             return new_model(spec, images, recipe.noise.timesteps)
-        return compress.continuous_net(replace(recipe, continuous=spec), images)
+        return continuous_net(replace(recipe, continuous=spec), images)
 
     return compared(NETS, net_of)
 
@@ -325,7 +326,8 @@ def main() -> None:
         grow(work, "variants", ("U-Net",), lambda _: variants_table(recipe, work, watch))
     trainings = [part for part in parts if part not in ("memory", "cost", "variants")]
     if trainings:
-        judge, settings = judge_for(trained(work, recipe, watch), DATA, recipe, work, watch)
+        subject = open_subject(None, DATA, recipe, watch=watch)
+        judge, settings = judge_for(trained(work, recipe, watch), subject, work, watch), recipe
         for part in trainings:
             measure_quality(part, judge, load_denoiser(MODELS / "fashion32-dense")[1], settings, work, watch)
     tables = tuple(table for table in (kept(work, part) for part in PARTS) if table)

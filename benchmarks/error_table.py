@@ -20,12 +20,13 @@ import torch
 from scipy.stats import spearmanr
 
 from fashion import show_table
-from halfstep import compress, run
+from halfstep import verbs
 from halfstep.cli import RichWatch
 from halfstep.damage import ErrorTable, error_table
 from halfstep.evolve import random_plans
 from halfstep.features import extract
 from halfstep.measured import judge_for
+from halfstep.opening import open_subject
 from halfstep.page import Table
 from halfstep.quality import frechet_distance
 from halfstep.recipes import named
@@ -43,9 +44,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/error_table"))
     args = parser.parse_args()
     watch, recipe = RichWatch(), named("digits")
-    folder = compress.slimmable("digits", "digits", args.out / "supernet", recipe, watch=watch)
-    pipe = run.open_pipeline(str(folder))
-    judge, recipe = judge_for(pipe.bank, "digits", recipe, args.out, watch)
+    pipe = verbs.make("slimmable", "digits", "digits", args.out / "supernet", recipe, watch=watch)
+    judge = judge_for(pipe.bank, open_subject(None, "digits", recipe, watch=watch), args.out, watch)
     plan = reference_plan(pipe.bank, pipe.scheduler.config, recipe.sample)
     space = Space.of(plan, pipe.bank.names, recipe.search.genes)
     finals: list[torch.Tensor] = []

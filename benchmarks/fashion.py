@@ -23,7 +23,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
-from halfstep import compress, disk, run, story
+from halfstep import disk, story, verbs
 from halfstep.bank import Bank
 from halfstep.data import load_images
 from halfstep.denoiser import Memo, predictor
@@ -31,12 +31,14 @@ from halfstep.driver import search_plan
 from halfstep.evolve import random_plans
 from halfstep.figures import Curve
 from halfstep.judge import Judge, measure_plans
+from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
+from halfstep.opening import open_subject
 from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
-from halfstep.sampling import fewer_steps, reference_plan
+from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan
 from halfstep.scores import open_scores
 from halfstep.terminal import RichWatch
 
@@ -59,9 +61,10 @@ def trained(size: int, work: Path, watch: RichWatch, skip_small: bool) -> dict[s
         elif name == "small" and skip_small:
             continue
         elif name == "supernet":
-            found[name] = compress.slimmable(str(found["dense"]), DATA, work / name, recipe, watch=watch)
+            verbs.make("slimmable", str(found["dense"]), DATA, work / name, recipe, watch=watch)
+            found[name] = work / name / "pipeline"
         else:
-            found[name] = run.train(DATA, work / name, recipe, watch=watch)
+            found[name] = verbs.train(DATA, work / name, recipe, watch=watch)
     return found
 
 
@@ -70,7 +73,7 @@ def export(size: int, work: Path) -> None:
     for name in ("dense", "supernet", "small"):
         source, target = work / name / "pipeline", MODELS / f"fashion{size}-{name}"
         if (source / "plan.json").is_file():
-            pipe = run.open_pipeline(str(source))
+            pipe = StepAwarePipeline.from_pretrained(source)
             pipe.bank.half()
             pipe.save_pretrained(target)
         elif source.is_dir():
@@ -139,9 +142,9 @@ def main() -> None:
     if args.confirm:
         return confirm(args.size, args.budget, args.confirm, work, named(f"fashion{args.size}").edit(args.set), watch)
     folders = trained(args.size, work, watch, args.skip_small)
-    pipe = run.open_pipeline(str(folders["supernet"]))
+    pipe = StepAwarePipeline.from_pretrained(folders["supernet"])
     recipe = named(f"fashion{args.size}").edit(args.set)
-    judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
+    judge = judge_for(pipe.bank, open_subject(None, DATA, recipe, watch=watch), work, watch)
     plan = reference_plan(pipe.bank, pipe.process, recipe.sample)
     found = searches(judge, plan, recipe, work, args.budget, watch, not args.one_search)
     if "small" in folders:
@@ -197,9 +200,9 @@ def page_of(size: int, budget: float) -> Path:
 def confirm(size: int, budget: float, count: int, work: Path, recipe: Recipe, watch: RichWatch) -> None:
     """The plan of a finished run and the reference once more, on `count` images: a narrower interval of the change."""
     stored = MODELS / f"fashion{size}-supernet"
-    pipe = run.open_pipeline(str(stored if stored.is_dir() else work / "supernet"))
+    pipe = StepAwarePipeline.from_pretrained(stored if stored.is_dir() else work / "supernet" / "pipeline")
     recipe = replace(recipe, seed=recipe.seed + 100, eval=replace(recipe.eval, images=count))
-    judge, recipe = run.judge_for(pipe.bank, DATA, recipe, work, watch)
+    judge = judge_for(pipe.bank, open_subject(None, DATA, recipe, watch=watch), work, watch)
     plan = StepPlan.load(work / f"plan-{budget * 100:.0f}.json")
     plans = {"reference": plan.uniform(plan.reference), "plan": plan}
     plans |= {f"uniform {name}": plan.uniform(name) for name in ("w0.75", "w0.50")}

@@ -27,20 +27,21 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, MODELS, markdown
-from halfstep import compress, disk
+from halfstep import disk, verbs
 from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
-from halfstep.compress import regular_name
 from halfstep.corrections import corrected_plans
 from halfstep.figures import Curve
 from halfstep.judge import Judge
-from halfstep.measured import judge_for, open_pipeline
+from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
+from halfstep.opening import open_subject
 from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.pictures import picture_grid
 from halfstep.plan import StepPlan
 from halfstep.recipe import Recipe
 from halfstep.recipes import named
+from halfstep.regularized import name_of
 from halfstep.sampling import reference_plan
 from halfstep.scores import open_scores
 from halfstep.seeds import Stage, stage_seed
@@ -67,7 +68,7 @@ EDITS = (
     "eval.images=512",
     "sample.batch=128",
 )
-PLAIN = regular_name(0.0)
+PLAIN = name_of(0.0)
 SCALED, SOFT, STRETCHED = "one scale", "one threshold", "by stretch"
 SHOWN = 16
 """Pictures kept of each variant."""
@@ -81,8 +82,8 @@ def trained(name: str, seeds: int, recipe: Recipe, work: Path, watch: RichWatch)
         entries = {}
         for r in (0.0, *recipe.regular.grid):
             one = replace(recipe, seed=seed, regular=replace(recipe.regular, r=r))
-            folder = compress.regularized(data, work / f"{regular_name(r)}-{seed}", one, model=model, watch=watch)
-            entries[regular_name(r)] = open_pipeline(str(folder)).bank[regular_name(r)]
+            pipe = verbs.make("regularized", model, data, work / f"{name_of(r)}-{seed}", one, watch=watch)
+            entries[name_of(r)] = pipe.bank[name_of(r)]
         banks.append(Bank(entries, PLAIN, recipe.noise.prediction))
     return banks
 
@@ -137,7 +138,8 @@ def measure(
         file = work / f"quality-{kind}-{calls}-{seed}.json"
         if file.is_file():
             continue
-        judge, settings = judge_for(banks[seed], data, recipe, work, watch)
+        subject = open_subject(None, data, recipe, watch=watch)
+        judge, settings = judge_for(banks[seed], subject, work, watch), recipe
         rule = {"scheduler": "ddpm", "variance": "beta"} if kind == "beta" else {"scheduler": kind}
         sample = replace(settings.sample, steps=calls, **rule)
         plan = reference_plan(judge.bank, noise, sample, prices[seed])

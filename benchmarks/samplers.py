@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from fashion import show_table
-from halfstep import run
+from halfstep import verbs
 from halfstep.bank import Bank
 from halfstep.cli import RichWatch
 from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
+from halfstep.opening import open_subject
 from halfstep.page import Table
 from halfstep.plan import StepPlan
 from halfstep.process import Process
@@ -42,11 +43,12 @@ def main() -> None:
     args = parser.parse_args()
     watch = RichWatch()
     edits = ["train.steps=300", "train.batch=64", "train.sample_every=0", "noise.beta_schedule=squaredcos_cap_v2"]
-    dense = run.train("digits", args.out / "cosine", named("digits-dense").edit(edits), watch=watch)
+    dense = verbs.train("digits", args.out / "cosine", named("digits-dense").edit(edits), watch=watch)
     net, noise = load_denoiser(dense)
     process = Process.of(noise)
     bank = Bank({"full": net}, "full", process.prediction)
-    judge, recipe = judge_for(bank, "digits", named("digits"), args.out, watch)
+    recipe = named("digits")
+    judge = judge_for(bank, open_subject(None, "digits", recipe, watch=watch), args.out, watch)
     rows = []
     with watch.stage("samplers", 2 * len(SCHEDULERS)) as told:
         for name in SCHEDULERS:

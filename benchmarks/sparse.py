@@ -23,19 +23,21 @@ from pathlib import Path
 import torch
 
 from fashion import DATA, MODELS, file_name, loss_table, show_table
-from halfstep import compress, run, story
+from halfstep import story, verbs
 from halfstep.bank import Bank
 from halfstep.driver import search_plan
 from halfstep.entry import Entry, Own
 from halfstep.judge import Judge, measure_plans
 from halfstep.masks import Masking, keep_mask
+from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
+from halfstep.opening import open_model, open_subject
 from halfstep.page import Grid, Report, Table, write_report
 from halfstep.recipe import Recipe, SparseSpec
 from halfstep.recipes import named
 from halfstep.sampling import reference_plan
 from halfstep.scores import open_scores
-from halfstep.sparse import STAGES
+from halfstep.sparse import STAGES, sparse_net
 from halfstep.terminal import RichWatch
 
 VARIANTS = {
@@ -63,9 +65,9 @@ class Rows:
 
 def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
     if net == "uvit":
-        return run.train(DATA, work / "dense", named("fashion32-uvit-dense"), watch=watch)
+        return verbs.train(DATA, work / "dense", named("fashion32-uvit-dense"), watch=watch)
     stored = MODELS / "fashion32-dense"
-    return stored if stored.is_dir() else run.train(DATA, work / "dense", named("fashion32-dense"), watch=watch)
+    return stored if stored.is_dir() else verbs.train(DATA, work / "dense", named("fashion32-dense"), watch=watch)
 
 
 def smaller_model(net: str, work: Path, recipe: Recipe, watch: RichWatch) -> Path:
@@ -78,12 +80,12 @@ def smaller_model(net: str, work: Path, recipe: Recipe, watch: RichWatch) -> Pat
     )
     steps = dense.train.steps + recipe.train.steps
     smaller = replace(dense, model=replace(dense.model, **shape), train=replace(dense.train, steps=steps))
-    return run.train(DATA, work / "smaller", smaller, watch=watch)
+    return verbs.train(DATA, work / "smaller", smaller, watch=watch)
 
 
 def with_variant(bank: Bank, name: str, spec: SparseSpec, folder: Path) -> Bank:
     """The bank with what one variant's training made."""
-    made = run.open_pipeline(str(folder)).bank
+    made = open_model(folder).bank
     if spec.schedule == "switch":
         for entry in ("off", "2:4", "3:4"):
             title = f"one set of weights, {'mask off' if entry == 'off' else entry}"
@@ -94,7 +96,7 @@ def with_variant(bank: Bank, name: str, spec: SparseSpec, folder: Path) -> Bank:
 
 
 def one_shot(bank: Bank, pattern: str, recipe: Recipe, permute: bool = False) -> Bank:
-    net = compress.sparse_net(bank["full"], replace(recipe.sparse, pattern=pattern, permute=permute))
+    net = sparse_net(bank["full"], replace(recipe.sparse, pattern=pattern, permute=permute))
     (chosen,) = net.patterns
     entry = Entry(net.bake(chosen), masking=Masking(chosen, net.names))
     return bank.with_entry(f"{pattern} one-shot{', permuted' * permute}", entry, bank.prediction_type)
@@ -112,7 +114,9 @@ def with_controls(bank: Bank, net: str, folder: Path, recipe: Recipe, work: Path
             bank = one_shot(bank, pattern, recipe, permuted)
     dense = replace(recipe, sparse=SparseSpec())
     controls = {
-        "dense, same extra steps": lambda: run.train(DATA, work / "dense-more", dense, model=str(folder), watch=watch),
+        "dense, same extra steps": lambda: verbs.train(
+            DATA, work / "dense-more", dense, model=str(folder), watch=watch
+        ),
         "dense model of half": lambda: smaller_model(net, work, recipe, watch),
     }
     if net == "unet":
@@ -176,7 +180,7 @@ def main() -> None:
     for name, spec in VARIANTS.items():
         if name in rows or (args.search and name in SEARCHED):
             out = work / file_name(name)
-            compress.sparse(str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
+            verbs.make("sparse", str(folder), DATA, out, replace(recipe, sparse=spec), watch=watch)
             bank = with_variant(bank, name, spec, out)
     bank = with_controls(bank, args.net, folder, recipe, work, rows, watch)
     if args.train_only:
@@ -184,7 +188,7 @@ def main() -> None:
     if args.loss:
         show_table(masked_loss_table(bank, noise), f"sparse-{args.net}-loss.md")
         return
-    judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
+    judge = judge_for(bank, open_subject(None, DATA, recipe, watch=watch), work, watch)
     plan = reference_plan(bank, noise, recipe.sample)
     shown = [name for name in bank if name != "full" and name in rows]
     plans = {"reference": plan} | {name: plan.uniform(name) for name in shown}

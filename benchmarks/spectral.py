@@ -22,11 +22,13 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
-from halfstep import compress, run, story
+from halfstep import story, verbs
 from halfstep.bank import Bank
 from halfstep.driver import search_plan
 from halfstep.judge import measure_plans
+from halfstep.measured import judge_for
 from halfstep.models import load_denoiser
+from halfstep.opening import open_model, open_subject
 from halfstep.page import Grid, Report, Table, rich_table, write_report
 from halfstep.recipe import SpectralSpec
 from halfstep.recipes import named
@@ -80,14 +82,14 @@ def main() -> None:
     for name, spec in (WEIGHTS if args.weights else STUDENTS).items():
         out = work / file_name(name)
         spec = replace(spec, reduction=args.reduction)
-        compress.spectral(str(teacher), DATA, out, replace(recipe, spectral=spec), watch=watch)
-        bank = bank.with_entry(name, run.open_pipeline(str(out)).bank["spectral"], bank.prediction_type)
+        verbs.make("spectral", str(teacher), DATA, out, replace(recipe, spectral=spec), watch=watch)
+        bank = bank.with_entry(name, open_model(out).bank["spectral"], bank.prediction_type)
     if args.train_only:
         return
     if args.loss or args.weights:
         show_table(loss_table(bank, noise), f"spectral-{'weights' if args.weights else 'loss'}.md")
         return
-    judge, recipe = run.judge_for(bank, DATA, recipe, work, watch)
+    judge = judge_for(bank, open_subject(None, DATA, recipe, watch=watch), work, watch)
     plan = reference_plan(bank, noise, recipe.sample)
     mixable = Bank({"full": bank["full"], "spectral": bank["wavelet, by spectrum"]}, "full", bank.prediction_type)
     judge.bank = mixable

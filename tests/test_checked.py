@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from halfstep import compress, methods, run
+from halfstep import verbs
 from halfstep.data import Images
 from halfstep.errors import HalfstepError, RecipeError
 from halfstep.features import FeatureNet
@@ -55,12 +56,9 @@ def model(tmp_path) -> str:
 
 
 VERBS = {
-    "optimize": lambda model, data, out, recipe: run.optimize(model, data, out, recipe, budget=0.9),
-    "shrink": run.shrink,
-    "compress sparse": methods.sparse,
-    "compress spectral": methods.spectral,
-    "compress continuous": lambda model, data, out, recipe: methods.continuous(data, out, recipe, teacher=model),
-    "compress regularized": lambda model, data, out, recipe: methods.regularized(data, out, recipe, model=model),
+    "optimize": lambda model, data, out, recipe: verbs.optimize(model, data, out, recipe, budget=0.9),
+    "shrink": verbs.shrink,
+    **{f"compress {method}": partial(verbs.compress, method) for method in verbs.METHODS},
 }
 
 
@@ -89,7 +87,7 @@ def test_pictures_too_small_for_a_feature_network_are_refused_early(tmp_path):
     DDPMPipeline(net(size=4), DDPMScheduler()).save_pretrained(tmp_path / "model")
     data = pictures(tmp_path / "four.npz", 20, 4)
     with pytest.raises(HalfstepError, match=r"eval\.features=pixels"):
-        run.optimize(str(tmp_path / "model"), data, tmp_path / "out", tiny(), budget=0.9)
+        verbs.optimize(str(tmp_path / "model"), data, tmp_path / "out", tiny(), budget=0.9)
     assert not (tmp_path / "out").exists()
 
 
@@ -105,7 +103,7 @@ def test_pictures_too_small_for_a_feature_network_are_refused_early(tmp_path):
 )
 def test_optimize_refuses_a_goal_or_a_space_that_cannot_be_searched(goal, edits, told, model, tmp_path):
     with pytest.raises(HalfstepError) as caught:
-        run.optimize(model, pictures(tmp_path / "x.npz", 20), tmp_path / "out", tiny(*edits), **goal)
+        verbs.optimize(model, pictures(tmp_path / "x.npz", 20), tmp_path / "out", tiny(*edits), **goal)
     assert told in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -115,15 +113,15 @@ def test_wavelets_on_odd_pictures_are_refused_before_the_training(tmp_path):
         "model.channels=8", "model.attention=false", "model.groups=4", "model.head_dim=4", "regular.basis=wavelet"
     )
     data = pictures(tmp_path / "x.npz", 20, 9)
-    for verb in (compress.regularized, methods.regularized):
+    for verb in (verbs.make, verbs.compress):
         with pytest.raises(HalfstepError, match="even sizes"):
-            verb(data, tmp_path / "out", odd)
+            verb("regularized", None, data, tmp_path / "out", odd)
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["search.final_images", "shrink.images", "shrink.final_images", "eval.images"])
 def test_one_image_has_no_covariance(name):
-    with pytest.raises(RecipeError, match="2 images or more"):
+    with pytest.raises(RecipeError, match="expected a whole number, 2 to"):
         Recipe().edit([f"{name}=1"])
 
 

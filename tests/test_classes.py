@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from halfstep import compress, run
+from halfstep import looking, verbs
 from halfstep.bank import Bank
 from halfstep.classes import listed, numbers_of, read_classes, spread
-from halfstep.compress import continuous_net
+from halfstep.continuous import continuous_net
 from halfstep.damage import error_table
 from halfstep.data import Images
 from halfstep.denoiser import cond_of, predictor
@@ -195,17 +196,17 @@ def test_other_names_than_the_model_has_classes_are_refused(tmp_path, names):
 def test_the_names_go_from_training_through_compression(tmp_path):
     data = in_folders(tmp_path / "data", "bright", "round")
     recipe = Recipe().edit([*EDITS, "model.class_conditional=true"])
-    dense = run.train(data, tmp_path / "dense", recipe)
+    dense = verbs.train(data, tmp_path / "dense", recipe)
     assert load_classes(dense, {"num_class_embeds": 2}) == ("bright", "round")
     assert DDPMPipeline.from_pretrained(dense).unet.config.num_class_embeds == 2
     other = in_folders(tmp_path / "other", "round", "alpine")
-    for verb in (run.train, compress.regularized):
-        with pytest.raises(DataError, match="'alpine'"):
-            verb(other, tmp_path / "no", recipe, model=str(dense.parent))
+    with pytest.raises(DataError, match="'alpine'"):
+        verbs.train(other, tmp_path / "no", recipe, model=str(dense.parent))
+    with pytest.raises(DataError, match="'alpine'"):
+        verbs.make("regularized", str(dense.parent), other, tmp_path / "no", recipe)
     assert not (tmp_path / "no").exists()
     fewer = in_folders(tmp_path / "fewer", "round")  # 0 in its folder, 1 in the model
-    folder = compress.regularized(fewer, tmp_path / "reg", recipe, model=str(dense.parent))
-    bank = StepAwarePipeline.from_pretrained(folder).bank
+    bank = verbs.make("regularized", str(dense.parent), fewer, tmp_path / "reg", recipe).bank
     assert bank.classes == ("bright", "round")
     before = DDPMPipeline.from_pretrained(dense).unet.class_embedding.weight
     moved = (bank["r=0.1"].class_embedding.weight - before).abs().amax(1)
@@ -216,9 +217,9 @@ def test_unlabelled_images_for_a_conditional_net_leave_no_folder(tmp_path):
     np.savez(tmp_path / "x.npz", images=images(None, ()).pixels[:, 0])
     recipe = Recipe().edit(EDITS)
     with pytest.raises(DataError, match="without labels"):
-        run.train(f"npz:{tmp_path / 'x.npz'}", tmp_path / "run", recipe.edit(["model.class_conditional=true"]))
+        verbs.train(f"npz:{tmp_path / 'x.npz'}", tmp_path / "run", recipe.edit(["model.class_conditional=true"]))
     assert not (tmp_path / "run").exists()
-    run.train(f"npz:{tmp_path / 'x.npz'}", tmp_path / "run", recipe)  # the corrected command goes on
+    verbs.train(f"npz:{tmp_path / 'x.npz'}", tmp_path / "run", recipe)  # the corrected command goes on
 
 
 # ---- classes asked for ---------------------------------------------------------------------------------------------
@@ -255,12 +256,12 @@ def test_the_pipeline_takes_names_and_numbers_and_refuses_others():
 def test_sample_draws_the_classes_asked_for(tmp_path):
     pipe = pipeline_of(bank_of())
     pipe.save_pretrained(tmp_path / "p")
-    run.sample(str(tmp_path / "p"), tmp_path / "out", count=2, seed=3, classes=["eel"])
+    verbs.sample(str(tmp_path / "p"), tmp_path / "out", count=2, seed=3, classes=["eel"])
     wanted = pipe(2, "eel", seed=3).images
     for k in range(2):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{k:06d}.png")), np.asarray(wanted[k]))
     with pytest.raises(PlanError):
-        run.sample(str(tmp_path / "p"), tmp_path / "other", count=2, classes=["bird"])
+        verbs.sample(str(tmp_path / "p"), tmp_path / "other", count=2, classes=["bird"])
     assert not (tmp_path / "other").exists()
 
 
@@ -269,7 +270,7 @@ def test_denoise_restores_as_the_class_asked_for_and_refuses_to_guess(tmp_path):
     pipeline_of(bank).save_pretrained(tmp_path / "p")
     clean = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 12, 12), dtype=np.uint8)).float() / 255
     Image.fromarray((clean[0] * 255).round().byte().numpy()).save(tmp_path / "x.png")
-    call = lambda **more: run.denoise([str(tmp_path / "p")], [tmp_path / "x.png"], tmp_path / "out", noise=0.1, **more)  # noqa: E731
+    call = partial(looking.denoise, [str(tmp_path / "p")], [tmp_path / "x.png"], tmp_path / "out", noise=0.1)
     with pytest.raises(PlanError, match="cat, dog, eel"):
         call()
     assert not (tmp_path / "out").exists()

@@ -114,7 +114,6 @@ def test_bad_inputs_are_one_line_and_leave_nothing_behind(dense, tmp_path, monke
         "negative loss": optimize(dense, tmp_path / "o", "--max-loss", -0.1),
         "unknown recipe": optimize(dense, tmp_path / "o", *half, "--recipe", "digit"),
         "wrong type": optimize(dense, tmp_path / "o", *half, "--set", "train.steps=many"),
-        "sample a model": ("sample", "--model", dense, "--out", tmp_path / "o"),
         "shrink: missing data": shrink(dense, tmp_path / "o", data=f"folder:{tmp_path / 'none'}"),
         "shrink: other size": shrink(dense, tmp_path / "o", "--set", "data.size=16"),
         "shrink: more steps than trained": shrink(dense, tmp_path / "o", "--steps", 1001),

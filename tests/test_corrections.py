@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfstep import run
+from halfstep import verbs
 from halfstep.corrections import climb
 from halfstep.errors import HalfstepError
 from halfstep.plan import StepPlan
@@ -26,7 +26,7 @@ shrink.scales=0.8,0.9,1.1 shrink.thresholds=0.1 eval.images=128 eval.bootstrap=2
 @pytest.fixture(scope="module")
 def shrunk(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "shrunk"
-    run.shrink("digits", "digits", out, Recipe().edit(EDITS))
+    verbs.shrink("digits", "digits", out, Recipe().edit(EDITS))
     return out
 
 
@@ -80,22 +80,22 @@ def test_shrinking_helps_five_ancestral_steps_as_the_paper_s_controls_do(shrunk)
 
 def test_a_finished_run_measures_nothing_again(shrunk):
     before = (shrunk / "scores.jsonl").read_bytes()
-    run.shrink("digits", "digits", shrunk, Recipe().edit(EDITS))
+    verbs.shrink("digits", "digits", shrunk, Recipe().edit(EDITS))
     assert (shrunk / "scores.jsonl").read_bytes() == before
 
 
 def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_corrected(shrunk, tmp_path):
-    page = run.shrink(str(shrunk), "digits", tmp_path / "o", Recipe().edit([*EDITS, "sample.steps=9"]))
+    page = verbs.shrink(str(shrunk), "digits", tmp_path / "o", Recipe().edit([*EDITS, "sample.steps=9"]))
     assert page.is_file() and len(StepPlan.load(tmp_path / "o" / "plan.json").rows) == 4
-    run.shrink(str(shrunk), "digits", tmp_path / "p", Recipe().edit([*EDITS, "shrink.rounds=0"]), steps=2)
+    verbs.shrink(str(shrunk), "digits", tmp_path / "p", Recipe().edit([*EDITS, "shrink.rounds=0"]), steps=2)
     assert len(StepPlan.load(tmp_path / "p" / "plan.json").rows) == 2
 
 
 def test_a_model_that_predicts_the_clean_sample_is_corrected_too(tmp_path):
     edits = ["model.channels=8,16", "model.groups=4", "model.head_dim=4", "train.steps=2", "sample.steps=2"]
     more = ["data.size=8", "data.channels=1", "noise.prediction=sample", "train.batch=8"]
-    dense = run.train("digits", tmp_path / "dense", Recipe().edit([*edits, *more]))
-    run.shrink(str(dense), "digits", tmp_path / "o", Recipe().edit(EDITS))
+    dense = verbs.train("digits", tmp_path / "dense", Recipe().edit([*edits, *more]))
+    verbs.shrink(str(dense), "digits", tmp_path / "o", Recipe().edit(EDITS))
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline")
     assert pipe.bank.prediction_type == "sample"
     assert len(measured(tmp_path / "o", "corrections")) > 3

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from halfstep import lock, run
+from halfstep import lock, looking, verbs
 from halfstep.bank import Bank
 from halfstep.content import digest_tensors, fingerprint
 from halfstep.errors import HalfstepError, RunError
@@ -141,13 +141,13 @@ def pictures(tmp_path: Path) -> Path:
 # ---- whose folder it is --------------------------------------------------------------------------------------------
 
 
-def verbs(pipeline: Path, out: Path) -> dict:
+def calls(pipeline: Path, out: Path) -> dict:
     return {
-        "train": lambda: run.train("digits", out, tiny()),
+        "train": lambda: verbs.train("digits", out, tiny()),
         "features": lambda: features("digits", out, tiny()),
-        "sample": lambda: run.sample(str(pipeline), out, count=1),
-        "spectrum": lambda: run.spectrum(["digits"], "digits", out, timesteps=(20,), images=4),
-        "denoise": lambda: run.denoise(["digits"], [out / "a.png"], out, noise=0.1, noisy=True),
+        "sample": lambda: verbs.sample(str(pipeline), out, count=1),
+        "spectrum": lambda: looking.spectrum(["digits"], "digits", out, timesteps=(20,), images=4),
+        "denoise": lambda: looking.denoise(["digits"], [out / "a.png"], out, noise=0.1, noisy=True),
     }
 
 
@@ -156,7 +156,7 @@ def test_a_folder_of_somebody_else_is_refused_untouched(pipeline: Path, mine: Pa
     Image.new("L", (8, 8)).save(mine / "a.png")
     before, times = listing(mine), mine.stat().st_mtime_ns
     with pytest.raises(HalfstepError, match="a folder with other files"):
-        verbs(pipeline, mine)[verb]()
+        calls(pipeline, mine)[verb]()
     assert (listing(mine), mine.stat().st_mtime_ns) == (before, times)
 
 
@@ -183,12 +183,12 @@ def test_only_our_own_left_overs_are_cleared_and_only_in_our_own_run(mine: Path,
 
 
 def test_images_are_drawn_again_for_the_same_request_and_refused_for_another(pipeline: Path, tmp_path: Path):
-    grid = run.sample(str(pipeline), tmp_path / "a", count=2)
+    grid = verbs.sample(str(pipeline), tmp_path / "a", count=2)
     first = (tmp_path / "a" / "000001.png").read_bytes()
     grid.unlink()
-    assert run.sample(str(pipeline), tmp_path / "a", count=2, batch=1).is_file()
+    assert verbs.sample(str(pipeline), tmp_path / "a", count=2, batch=1).is_file()
     with pytest.raises(RunError, match="seed differ"):
-        run.sample(str(pipeline), tmp_path / "a", count=2, seed=1)
+        verbs.sample(str(pipeline), tmp_path / "a", count=2, seed=1)
     assert (tmp_path / "a" / "000001.png").read_bytes() == first
 
 
@@ -219,23 +219,23 @@ def test_a_run_of_before_is_believed_with_a_word_and_knows_its_content_from_then
 
 def test_replaced_pictures_and_retrained_models_are_noticed_by_every_verb(pictures: Path, tmp_path: Path):
     data = f"folder:{pictures}"
-    dense = run.train(data, tmp_path / "dense", tiny())
+    dense = verbs.train(data, tmp_path / "dense", tiny())
     features(data, tmp_path / "features", tiny())
-    run.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
+    looking.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
     net = dense / "unet" / "diffusion_pytorch_model.safetensors"
     kept = net.read_bytes()
-    run.train(data, tmp_path / "other", tiny().edit(["seed=1"]))
+    verbs.train(data, tmp_path / "other", tiny().edit(["seed=1"]))
     shutil.copy(tmp_path / "other" / "pipeline" / "unet" / net.name, net)
     write_sums(dense)
     with pytest.raises(RunError, match="another model behind"):
-        run.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
+        looking.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
     net.write_bytes(kept)
     write_sums(dense)
     Image.new("L", (8, 8)).save(pictures / "0.png")
     for again in (
-        lambda: run.train(data, tmp_path / "dense", tiny()),
+        lambda: verbs.train(data, tmp_path / "dense", tiny()),
         lambda: features(data, tmp_path / "features", tiny()),
-        lambda: run.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4),
+        lambda: looking.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4),
     ):
         with pytest.raises(RunError, match="another data behind"):
             again()
@@ -243,9 +243,9 @@ def test_replaced_pictures_and_retrained_models_are_noticed_by_every_verb(pictur
 
 def test_a_run_inside_of_its_own_pictures_is_no_data_and_can_be_repeated(pictures: Path):
     data, out = f"folder:{pictures}", pictures / "run"
-    first = run.train(data, out, tiny())
+    first = verbs.train(data, out, tiny())
     before = RunRecord.load(out)
-    assert run.train(data, out, tiny()) == first and RunRecord.load(out) == before
+    assert verbs.train(data, out, tiny()) == first and RunRecord.load(out) == before
     (pictures / "pizza").mkdir()
     (pictures / "pizza" / "recipe.json").write_text('{"oven": 200}')  # somebody's own
     Image.new("L", (8, 8)).save(pictures / "pizza" / "a.png")
@@ -415,7 +415,7 @@ def test_a_picture_too_small_to_be_measured_is_refused_before_a_folder_is_made(t
     file = tmp_path / "small.png"
     Image.fromarray(np.full((8, 8), 90, np.uint8)).save(file)
     with pytest.raises(HalfstepError, match=r"at least 11 pixels.*--noisy"):
-        run.denoise(["digits"], [file], tmp_path / "out", noise=0.1)
+        looking.denoise(["digits"], [file], tmp_path / "out", noise=0.1)
     assert not (tmp_path / "out").exists()
-    assert run.denoise(["digits"], [file], tmp_path / "out", noise=0.1, noisy=True) == []
+    assert looking.denoise(["digits"], [file], tmp_path / "out", noise=0.1, noisy=True) == []
     assert (tmp_path / "out" / "report.html").is_file()

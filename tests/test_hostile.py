@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from caged import Hung, caged, limits
-from halfstep import cli, run
+from halfstep import cli, verbs
 from halfstep.errors import HalfstepError
 from halfstep.options import Common
 from halfstep.sums import FILE as SUMS
@@ -114,7 +114,7 @@ def good(tmp_path_factory) -> Path:
     build_before(home / "before")
     DDPMPipeline(net(), DDPMScheduler()).save_pretrained(home / "dense")
     with contextlib.suppress(KeyboardInterrupt):
-        run.train("digits", home / "half", Common(edits=EDITS).recipe_for("digits", dense=True), watch=Stop(2))
+        verbs.train("digits", home / "half", Common(edits=EDITS).recipe_for("digits", dense=True), watch=Stop(2))
     (home / "pictures").mkdir()
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)

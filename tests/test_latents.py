@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep import compress, run
+from halfstep import looking, verbs
 from halfstep.bank import Bank
 from halfstep.damage import error_table
 from halfstep.data import load_images
@@ -80,7 +80,7 @@ def vae_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dense(vae_folder, tmp_path_factory) -> Path:
     recipe = Recipe().edit([*EDITS, f"model.vae={vae_folder}"])
-    return run.train("digits", tmp_path_factory.mktemp("runs") / "dense", recipe)
+    return verbs.train("digits", tmp_path_factory.mktemp("runs") / "dense", recipe)
 
 
 def test_batches_are_draws_from_the_vaes_posterior_scaled_as_its_config_says():
@@ -179,7 +179,7 @@ def test_the_error_table_of_latents_is_that_of_their_decoded_images():
 
 
 def test_optimize_goes_all_the_way_on_latents_and_its_pipeline_decodes(dense, tmp_path):
-    run.optimize(str(dense), "digits", tmp_path / "half", Recipe().edit(EDITS), budget=0.6)
+    verbs.optimize(str(dense), "digits", tmp_path / "half", Recipe().edit(EDITS), budget=0.6)
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "half" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, output_type="pt").images
@@ -192,8 +192,7 @@ def test_optimize_goes_all_the_way_on_latents_and_its_pipeline_decodes(dense, tm
 @pytest.mark.parametrize("method", ["sparse", "spectral"])
 def test_every_method_works_on_latents(dense, tmp_path, method):
     edits = ["sparse.least=1"] if method == "sparse" else []
-    folder = getattr(compress, method)(str(dense), "digits", tmp_path / "o", Recipe().edit([*EDITS, *edits]))
-    bank = StepAwarePipeline.from_pretrained(folder).bank
+    bank = verbs.make(method, str(dense), "digits", tmp_path / "o", Recipe().edit([*EDITS, *edits])).bank
     assert bank.vae is not None and bank.config["in_channels"] == 2
 
 
@@ -202,12 +201,12 @@ def test_spectra_see_the_same_latents_of_the_same_images_for_every_model(dense, 
     shutil.copytree(dense, tmp_path / "copy")
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    page = run.spectrum([str(dense), str(tmp_path / "copy")], "digits", tmp_path / "s", timesteps=[100], images=64)
+    page = looking.spectrum([str(dense), str(tmp_path / "copy")], "digits", tmp_path / "s", timesteps=[100], images=64)
     assert page.is_file() and torch.equal(torch.get_rng_state(), before)
     lines = json.loads((tmp_path / "s" / "spectrum.json").read_text())["timesteps"]["100"]
     assert list(lines) == [str(dense)]
     torch.manual_seed(6)
-    run.spectrum([str(dense)], "digits", tmp_path / "t", timesteps=[100], images=64)
+    looking.spectrum([str(dense)], "digits", tmp_path / "t", timesteps=[100], images=64)
     assert json.loads((tmp_path / "t" / "spectrum.json").read_text())["timesteps"]["100"] == lines
 
 
@@ -223,7 +222,7 @@ def test_a_vae_that_does_not_fit_is_refused_before_a_file_is_written(dense, tmp_
     foreign.register_modules(vqvae=tiny_vae(**change))
     foreign.save_pretrained(tmp_path / "foreign")
     with pytest.raises(HalfstepError, match=told):
-        compress.slimmable(str(tmp_path / "foreign"), "digits", tmp_path / "o", Recipe().edit(EDITS))
+        verbs.make("slimmable", str(tmp_path / "foreign"), "digits", tmp_path / "o", Recipe().edit(EDITS))
     assert not (tmp_path / "o").exists() or not (tmp_path / "o" / "pipeline").exists()
 
 
@@ -233,4 +232,4 @@ def test_a_vq_model_and_flips_are_refused(dense, tmp_path):
     with pytest.raises(HalfstepError, match="VQModel"):
         load_vae(tmp_path)
     with pytest.raises(HalfstepError, match="flips"):
-        run.train("digits", tmp_path / "o", Recipe().edit([*EDITS, "data.flip=true"]), model=str(dense))
+        verbs.train("digits", tmp_path / "o", Recipe().edit([*EDITS, "data.flip=true"]), model=str(dense))

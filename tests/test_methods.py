@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from halfstep import compress, methods, run
+from halfstep import looking, verbs
+from halfstep.continuous import continuous_net
 from halfstep.data import load_images
 from halfstep.errors import HalfstepError
 from halfstep.models import load_denoiser
@@ -32,13 +33,13 @@ def tiny(*edits: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
-    return run.train("digits", tmp_path_factory.mktemp("runs") / "dense", tiny())
+    return verbs.train("digits", tmp_path_factory.mktemp("runs") / "dense", tiny())
 
 
 @pytest.fixture(scope="module")
 def ode(dense, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "ode"
-    methods.continuous("digits", out, tiny(), model=str(dense))
+    verbs.compress("continuous", str(dense), "digits", out, tiny())
     return out
 
 
@@ -60,13 +61,13 @@ def test_one_set_of_weights_is_an_entry_for_every_number_of_solver_steps(ode):
 def test_a_continuous_bank_is_searched_like_any_other(ode, tmp_path):
     edits = ["search.images=32", "search.final_images=32", "search.error_images=32", "search.fit=2"]
     more = ["search.population=2", "search.generations=1", "search.genes=3"]
-    found = run.search(str(ode), "digits", tmp_path / "o", tiny(*edits, *more), max_loss=1000.0)
+    found = verbs.search(str(ode), "digits", tmp_path / "o", tiny(*edits, *more), max_loss=1000.0)
     assert set(found.plan.entries) <= {"full", "continuous@1", "continuous@2"}
 
 
 def test_without_a_teacher_the_most_solver_steps_are_the_reference(tmp_path):
-    folder = compress.continuous("digits", tmp_path / "o", tiny("continuous.order=2", "train.steps=2"))
-    bank = StepAwarePipeline.from_pretrained(folder).bank
+    recipe = tiny("continuous.order=2", "train.steps=2")
+    bank = verbs.make("continuous", None, "digits", tmp_path / "o", recipe).bank
     assert list(bank) == ["continuous@1", "continuous@2"] and bank.reference == "continuous@2"
     assert isinstance(bank["continuous@1"], ContinuousUNet2DModel) and bank["continuous@1"].config.order == 2
 
@@ -75,8 +76,8 @@ def test_a_training_with_checkpoints_ends_with_the_same_weights(tmp_path):
     found = []
     for checkpoint in ("false", "true"):
         recipe = tiny("train.steps=4", "train.precision=no", f"continuous.checkpoint={checkpoint}")
-        folder = compress.continuous("digits", tmp_path / checkpoint, recipe)
-        found.append(StepAwarePipeline.from_pretrained(folder).bank["continuous@1"].state_dict())
+        pipe = verbs.make("continuous", None, "digits", tmp_path / checkpoint, recipe)
+        found.append(pipe.bank["continuous@1"].state_dict())
     plain, again = found
     assert all(torch.allclose(plain[name], again[name], atol=1e-5) for name in plain)
 
@@ -84,22 +85,22 @@ def test_a_training_with_checkpoints_ends_with_the_same_weights(tmp_path):
 @pytest.mark.parametrize("edit", ["continuous.base=3", "continuous.levels=4", "data.size=9"])
 def test_sizes_that_do_not_fit_are_refused_before_a_file_is_written(edit, tmp_path):
     with pytest.raises(HalfstepError):
-        compress.continuous("digits", tmp_path / "o", tiny(edit))
+        verbs.make("continuous", None, "digits", tmp_path / "o", tiny(edit))
     assert not (tmp_path / "o").exists()
 
 
 def test_beside_a_teacher_the_continuous_net_has_at_most_a_quarter_of_its_parameters():
     teacher, images = load_denoiser("digits")[0], load_images("digits")
     recipe = tiny("continuous.base=0")
-    net = compress.continuous_net(recipe, images, teacher)
+    net = continuous_net(recipe, images, teacher)
     base = net.config.base_channels
-    next_one = compress.continuous_net(tiny(f"continuous.base={base + 2}"), images, teacher)
+    next_one = continuous_net(tiny(f"continuous.base={base + 2}"), images, teacher)
     assert 4 * net.num_parameters() <= teacher.num_parameters() < 4 * next_one.num_parameters()
-    assert compress.continuous_net(recipe, images).config.base_channels == 16
+    assert continuous_net(recipe, images).config.base_channels == 16
 
 
 def test_the_grid_keeps_the_best_weight_and_always_shows_the_training_free_controls(tmp_path):
-    page = methods.regularized("digits", tmp_path / "reg", tiny("sample.scheduler=ddpm"))
+    page = verbs.compress("regularized", None, "digits", tmp_path / "reg", tiny("sample.scheduler=ddpm"))
     grid = json.loads((tmp_path / "reg" / "grid.json").read_text())["scores"]
     assert list(grid) == ["r=0", "r=0.1"]
     best = min(grid, key=grid.get)
@@ -111,10 +112,10 @@ def test_the_grid_keeps_the_best_weight_and_always_shows_the_training_free_contr
 
 
 def test_the_weight_zero_is_the_plain_training_to_the_last_bit(tmp_path):
-    folder = compress.regularized("digits", tmp_path / "r", tiny("regular.r=0"))
-    plain = StepAwarePipeline.from_pretrained(folder).bank["r=0"].state_dict()
-    other = run.train("digits", tmp_path / "dense", tiny("regular.r=0"))
-    trained = run.load_denoiser(other)[0].state_dict()
+    pipe = verbs.make("regularized", None, "digits", tmp_path / "r", tiny("regular.r=0"))
+    plain = pipe.bank["r=0"].state_dict()
+    other = verbs.train("digits", tmp_path / "dense", tiny("regular.r=0"))
+    trained = load_denoiser(other)[0].state_dict()
     assert all(torch.equal(plain[name], trained[name]) for name in plain)
 
 
@@ -128,7 +129,7 @@ def photo(tmp_path_factory) -> Path:
 
 
 def test_every_entry_denoises_a_photo_beside_the_classical_methods(ode, photo, tmp_path):
-    found = run.denoise([str(ode)], [photo], tmp_path / "o", noise=0.1, steps=(1, 2))
+    found = looking.denoise([str(ode)], [photo], tmp_path / "o", noise=0.1, steps=(1, 2))
     names = [record.name for record in found]
     assert names[:3] == ["full, 1 step", "full, 2 steps", "continuous@1, 1 step"] and "wavelet" in names
     assert [record.steps for record in found[:2]] == [1, 2]
@@ -141,7 +142,7 @@ def test_every_entry_denoises_a_photo_beside_the_classical_methods(ode, photo, t
 
 
 def test_a_picture_that_is_noisy_already_is_only_restored(dense, photo, tmp_path):
-    assert run.denoise([str(dense)], [photo], tmp_path / "o", noise=0.1, noisy=True) == []
+    assert looking.denoise([str(dense)], [photo], tmp_path / "o", noise=0.1, noisy=True) == []
     assert [file.name for file in (tmp_path / "o" / "china").iterdir()] == ["full-1-step.png"]
     assert "china: full, 1 step" in (tmp_path / "o" / "report.html").read_text()
 
@@ -149,12 +150,12 @@ def test_a_picture_that_is_noisy_already_is_only_restored(dense, photo, tmp_path
 @pytest.mark.parametrize("noise, name", [(0.0, "china.png"), (5000.0, "china.png"), (0.1, "absent.png")])
 def test_impossible_noise_and_unreadable_pictures_are_refused(noise, name, dense, photo, tmp_path):
     with pytest.raises(HalfstepError):
-        run.denoise([str(dense)], [photo.parent / name], tmp_path / "o", noise=noise)
+        looking.denoise([str(dense)], [photo.parent / name], tmp_path / "o", noise=noise)
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(HalfstepError, match="two pictures 'china'"):
-        run.denoise([str(dense)], [photo, photo], tmp_path / "o", noise=0.1)
+        looking.denoise([str(dense)], [photo, photo], tmp_path / "o", noise=0.1)
     with pytest.raises(HalfstepError, match="cannot be read"):
-        run.denoise([str(dense)], [tmp_path / "no.png"], tmp_path / "o", noise=0.1)
+        looking.denoise([str(dense)], [tmp_path / "no.png"], tmp_path / "o", noise=0.1)
 
 
 def test_denoising_helps_with_the_bundled_model_on_its_own_kind_of_picture(tmp_path):
@@ -162,5 +163,5 @@ def test_denoising_helps_with_the_bundled_model_on_its_own_kind_of_picture(tmp_p
 
     picture = np.concatenate(list(load_digits().images[:6] * (255 / 16)), axis=1).astype(np.uint8)
     Image.fromarray(np.tile(picture, (2, 1))).save(tmp_path / "digits.png")  # at least 11 pixels high, for SSIM
-    found = run.denoise(["digits"], [tmp_path / "digits.png"], tmp_path / "o", noise=0.2)
+    found = looking.denoise(["digits"], [tmp_path / "digits.png"], tmp_path / "o", noise=0.2)
     assert found[0].psnr_db > found[0].noisy_psnr_db + 2  # tiles overlap, so that most see two halves of digits

@@ -37,7 +37,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler,
 from PIL import Image
 
 from caged import Hung, caged, limits
-from halfstep import compress, run
+from halfstep import verbs
 from halfstep.bank import Bank
 from halfstep.data import load_images
 from halfstep.entry import Cut, Entry
@@ -124,7 +124,7 @@ class Subject:
 
 def build_stock(folder: Path) -> None:
     """As `halfstep train` writes it: sealed."""
-    run.train("digits", folder, tiny())
+    verbs.train("digits", folder, tiny())
 
 
 def open_stock(folder: Path) -> str:
@@ -421,12 +421,12 @@ class Stop(Watch):
 def build_half(folder: Path) -> None:
     """A training that was stopped at its first step."""
     with contextlib.suppress(KeyboardInterrupt):
-        run.train("digits", folder, tiny(), watch=Stop(2))
+        verbs.train("digits", folder, tiny(), watch=Stop(2))
     assert (folder / "state" / "train.safetensors").is_file() and not (folder / "pipeline").exists()
 
 
 def open_half(folder: Path) -> str:
-    return open_stock(run.train("digits", folder, tiny()))
+    return open_stock(verbs.train("digits", folder, tiny()))
 
 
 def beside(folder: Path) -> str:
@@ -439,15 +439,16 @@ def beside(folder: Path) -> str:
 
 def build_half_slim(folder: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt):
-        compress.slimmable(beside(folder), "digits", folder, tiny(), watch=Stop(2))
+        verbs.make("slimmable", beside(folder), "digits", folder, tiny(), watch=Stop(2))
 
 
 def open_half_slim(folder: Path) -> str:
-    return open_pipeline(compress.slimmable(beside(folder), "digits", folder, tiny()))
+    verbs.make("slimmable", beside(folder), "digits", folder, tiny())
+    return open_pipeline(folder / "pipeline")
 
 
 def build_optimized(folder: Path) -> None:
-    run.optimize(beside(folder), "digits", folder, tiny(), budget=0.8)
+    verbs.optimize(beside(folder), "digits", folder, tiny(), budget=0.8)
 
 
 def build_searched(folder: Path) -> None:
@@ -459,12 +460,12 @@ def build_searched(folder: Path) -> None:
 
 
 def open_searched(folder: Path) -> str:
-    run.optimize(beside(folder), "digits", folder, tiny(), budget=0.8)
+    verbs.optimize(beside(folder), "digits", folder, tiny(), budget=0.8)
     return open_pipeline(folder / "pipeline")
 
 
 def build_shrunk(folder: Path) -> None:
-    run.shrink(beside(folder), "digits", folder, tiny())
+    verbs.shrink(beside(folder), "digits", folder, tiny())
     for name in ("quality.json", "plan.json", "pictures.npz", "report.html"):
         (folder / name).unlink()
     shutil.rmtree(folder / "pipeline")
@@ -472,12 +473,12 @@ def build_shrunk(folder: Path) -> None:
 
 
 def open_shrunk(folder: Path) -> str:
-    run.shrink(beside(folder), "digits", folder, tiny())
+    verbs.shrink(beside(folder), "digits", folder, tiny())
     return open_pipeline(folder / "pipeline")
 
 
 def open_report(folder: Path) -> str:
-    text = run.report(folder).read_text(encoding="utf-8")
+    text = verbs.report(folder).read_text(encoding="utf-8")
     assert "<html" in text.lower() and len(text) < 50 << 20
     return digest(re.sub(r'src="data:[^"]*"', "", text))
 
@@ -507,7 +508,7 @@ QUICK = {
     "reference": Subject(build_reference, open_reference),
 }
 RUNS = {
-    "train": Subject(build_stock, lambda folder: open_stock(run.train("digits", folder, tiny()))),
+    "train": Subject(build_stock, lambda folder: open_stock(verbs.train("digits", folder, tiny()))),
     "train, stopped": Subject(build_half, open_half, share=0.4),
     "slimmable, stopped": Subject(build_half_slim, open_half_slim, share=0.3),
     "optimize, stopped": Subject(build_searched, open_searched, unsealed=RECORDS, share=0.1, patience=6),

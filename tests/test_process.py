@@ -15,8 +15,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from halfstep.bank import Bank
 from halfstep.content import fingerprint
 from halfstep.errors import HalfstepError, ModelError, PlanError, RecipeError
-from halfstep.job import opened
 from halfstep.models import load_denoiser
+from halfstep.opening import open_subject
 from halfstep.process import BETA_SCHEDULERS, OTHER_PROCESSES, Process
 from halfstep.recipe import Recipe, SampleSpec
 from halfstep.restore import restore
@@ -323,7 +323,7 @@ def test_a_scheduler_beside_the_weights_is_read_and_none_is_said(tmp_path):
 def test_a_denoiser_that_predicts_its_variance_too_is_refused_at_the_door(tmp_path):
     DDPMPipeline(tiny(out_channels=2), DDPMScheduler()).save_pretrained(tmp_path / "learned")
     with pytest.raises(ModelError, match="a learned variance"):
-        opened(str(tmp_path / "learned"), Recipe())
+        open_subject(tmp_path / "learned", None, Recipe())
     bank = Bank({"full": tiny(out_channels=2)}, "full", "epsilon")
     with pytest.raises(ModelError, match="2 channels out"):
         reference_plan(bank, Process(), SampleSpec(steps=2), {"full": 1})

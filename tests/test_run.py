@@ -22,19 +22,20 @@ from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from halfstep import compress, methods, run
+from halfstep import looking, verbs
+from halfstep.data import load_images
 from halfstep.device import default_device, use_device
 from halfstep.errors import DivergedError, HalfstepError
 from halfstep.folder import open_run
 from halfstep.fresh import new_model
 from halfstep.loop import run_loop
 from halfstep.masks import masked
-from halfstep.measured import judge_for, open_pipeline, write_costs
+from halfstep.measured import judge_for, write_costs
+from halfstep.opening import open_subject
 from halfstep.plan import StepPlan
 from halfstep.profiling import count_macs
 from halfstep.recipe import Recipe, RunRecord
 from halfstep.recipes import named
-from halfstep.rundir import images_for
 from halfstep.sampling import StepAwarePipeline
 from halfstep.scores import SEARCHED, read_scores
 from halfstep.spectrum import radial_mean
@@ -56,13 +57,13 @@ def tiny(*edits: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
-    return run.train("digits", tmp_path_factory.mktemp("runs") / "dense", tiny())
+    return verbs.train("digits", tmp_path_factory.mktemp("runs") / "dense", tiny())
 
 
 @pytest.fixture(scope="module")
 def finished(dense, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "half"
-    run.optimize(str(dense), "digits", out, tiny(), budget=0.5)
+    verbs.optimize(str(dense), "digits", out, tiny(), budget=0.5)
     return out
 
 
@@ -80,7 +81,7 @@ def test_a_change_of_the_measurement_measures_again_and_trains_and_searches_noth
     told = []
     watch = SimpleNamespace(say=told.append, stage=Watch().stage)
     recipe = tiny("eval.tolerance=0.5", "eval.images=48")
-    run.optimize(str(dense), "digits", out, recipe, budget=0.5, watch=watch)
+    verbs.optimize(str(dense), "digits", out, recipe, budget=0.5, watch=watch)
     record = json.loads((out / "quality.json").read_text())
     assert (record["about"]["tolerance"], record["about"]["n"]) == (0.5, 48)
     for name in ("scores.jsonl", "errors.json", "plan.json", "supernet/log.jsonl"):
@@ -129,8 +130,8 @@ def test_entries_and_plans_are_timed_on_one_device_at_one_batch_in_one_layout_an
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_recipe_fixes_the_layout_that_a_timing_chooses_otherwise(finished, tmp_path, layout):
-    bank = open_pipeline(str(finished)).bank
-    judge, _ = judge_for(bank, "digits", tiny(f"sample.layout={layout}", "eval.features=pixels"), tmp_path, SILENT)
+    subject = open_subject(finished, "digits", tiny(f"sample.layout={layout}", "eval.features=pixels"))
+    bank, judge = subject.stand_ins, judge_for(subject.stand_ins, subject, tmp_path, SILENT)
     write_costs(bank, tmp_path)
     costs = json.loads((tmp_path / "cost.json").read_text())
     assert {cost["layout"] for cost in costs.values()} == {layout} == set(judge.bank.layouts().values())
@@ -149,25 +150,24 @@ def test_everything_runs_on_the_device_that_is_named(dense):
     before = default_device()
     try:
         use_device("cpu")
-        (cost,) = run.profile(str(dense), repeats=1).values()
+        (cost,) = verbs.profile(str(dense), repeats=1).values()
         assert cost.device.startswith("cpu") and Accelerator().device.type == "cpu"
     finally:
         use_device(str(before))
 
 
 def test_a_supernet_may_leave_the_dense_width_out(dense, tmp_path):
-    folder = compress.slimmable(str(dense), "digits", tmp_path, tiny("slim.widths=0.5", "train.steps=4"))
-    pipe = StepAwarePipeline.from_pretrained(folder)
+    pipe = verbs.make("slimmable", str(dense), "digits", tmp_path, tiny("slim.widths=0.5", "train.steps=4"))
     assert list(pipe.bank) == ["full", "w0.50"]
     assert tuple(pipe.bank["w0.50"].config.block_out_channels) == (4, 8)
 
 
 def test_a_finished_run_is_not_searched_again_and_can_be_reported_again(finished, dense):
     before = (finished / "scores.jsonl").read_bytes()
-    page = run.optimize(str(dense), "digits", finished, tiny(), budget=0.5)
+    page = verbs.optimize(str(dense), "digits", finished, tiny(), budget=0.5)
     assert (finished / "scores.jsonl").read_bytes() == before
     page.unlink()
-    assert run.report(finished) == page and page.is_file()
+    assert verbs.report(finished) == page and page.is_file()
 
 
 def test_the_narrow_entry_is_a_plain_unet(finished, tmp_path):
@@ -180,18 +180,18 @@ def test_the_narrow_entry_is_a_plain_unet(finished, tmp_path):
 
 
 def test_a_huge_tolerated_loss_finds_a_cheap_plan(finished, tmp_path):
-    found = run.search(str(finished), "digits", tmp_path / "o", tiny(), max_loss=1000.0)
+    found = verbs.search(str(finished), "digits", tmp_path / "o", tiny(), max_loss=1000.0)
     assert found.plan.share < 0.5
     finals = [one.share for one in read_scores(tmp_path / "o") if one.stage == "final"]
     assert finals == [1.0, pytest.approx(found.plan.share)]  # the cheapest held again
-    record = run.evaluate(str(tmp_path / "o"), "digits", tmp_path / "e", tiny())
+    record = verbs.evaluate(str(tmp_path / "o"), "digits", tmp_path / "e", tiny())
     assert record.plans["plan"].share == pytest.approx(found.plan.share)
 
 
 def test_numbers_of_steps_and_corrections_compete_for_one_budget(finished, tmp_path):
     edits = ["search.step_counts=2,6,400", "search.shrink=true", "shrink.images=32", "shrink.final_images=32"]
     recipe = tiny(*edits, "shrink.scales=0.9", "shrink.thresholds=0.1", "shrink.rounds=0")
-    found = run.search(str(finished), "digits", tmp_path / "o", recipe, budget=0.5)
+    found = verbs.search(str(finished), "digits", tmp_path / "o", recipe, budget=0.5)
     finals = [one for one in read_scores(tmp_path / "o") if one.stage == "steps"]
     assert {one.steps for one in finals} == {4, 2, 6}  # 400 steps are too dear in any width
     best = min(finals, key=lambda one: one.score)
@@ -200,12 +200,12 @@ def test_numbers_of_steps_and_corrections_compete_for_one_budget(finished, tmp_p
     assert all(one.macs <= 0.5 * full for one in finals)
     assert StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline").plan == found.plan
     with pytest.raises(HalfstepError, match="budget"):
-        run.search(str(finished), "digits", tmp_path / "p", recipe, max_loss=0.1)
+        verbs.search(str(finished), "digits", tmp_path / "p", recipe, max_loss=0.1)
 
 
 def test_sampled_files_do_not_depend_on_the_batch(finished, tmp_path):
     for batch in (1, 8):
-        run.sample(str(finished), tmp_path / str(batch), count=5, seed=3, batch=batch)
+        verbs.sample(str(finished), tmp_path / str(batch), count=5, seed=3, batch=batch)
     for k in range(5):
         name = f"{k:06d}.png"
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "8" / name).read_bytes()
@@ -214,9 +214,8 @@ def test_sampled_files_do_not_depend_on_the_batch(finished, tmp_path):
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_other_predictions_and_classes_go_all_the_way(prediction, tmp_path):
     recipe = tiny(f"noise.prediction={prediction}", "model.class_conditional=true", "train.steps=10")
-    model = run.train("digits", tmp_path / "dense", recipe)
-    done = compress.slimmable(str(model), "digits", tmp_path / "slim", recipe)
-    pipe = StepAwarePipeline.from_pretrained(done)
+    model = verbs.train("digits", tmp_path / "dense", recipe)
+    pipe = verbs.make("slimmable", str(model), "digits", tmp_path / "slim", recipe)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.bank.prediction_type == prediction and pipe.bank.config["num_class_embeds"] == 10
     assert len(pipe(3).images) == 3
@@ -224,15 +223,15 @@ def test_other_predictions_and_classes_go_all_the_way(prediction, tmp_path):
 
 def test_a_diffusers_config_can_be_trained_and_trained_on(dense, tmp_path):
     config = str(dense / "unet" / "config.json")
-    first = run.train("digits", tmp_path / "a", tiny(f"model.config={config}", "train.steps=5"))
-    second = run.train("digits", tmp_path / "b", tiny("train.steps=5"), model=str(first))
+    first = verbs.train("digits", tmp_path / "a", tiny(f"model.config={config}", "train.steps=5"))
+    second = verbs.train("digits", tmp_path / "b", tiny("train.steps=5"), model=str(first))
     assert DDPMPipeline.from_pretrained(second).unet.config.block_out_channels == [8, 16]
 
 
 def test_a_training_that_diverges_keeps_its_last_good_state_and_goes_on_from_it_with_steadier_settings(tmp_path):
     def trained(recipe: Recipe, bad_at: int) -> TrainState:
         recipe = recipe.edit(["train.warmup=0", "train.schedule=constant"])
-        images, inputs = images_for(recipe, "digits"), {"verb": "train", "data": "digits"}
+        images, inputs = open_subject(None, "digits", recipe).images, {"verb": "train", "data": "digits"}
         torch.manual_seed(0)
         net = new_model(recipe.model, images, 1000)
         state, plain = TrainState.new(net, recipe.train), dense_objective(net, Diffusion(recipe.noise))
@@ -266,10 +265,10 @@ def test_a_training_that_diverges_keeps_its_last_good_state_and_goes_on_from_it_
 SCRIPT = """
 import sys
 from pathlib import Path
-from halfstep import compress, methods, run
+from halfstep import looking, verbs
 from halfstep.errors import HalfstepError
 from halfstep.recipe import Recipe, RunRecord
-run.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)
+verbs.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)
 """
 
 
@@ -298,27 +297,27 @@ def test_every_named_recipe_builds_and_survives_json():
 
 def test_a_tracker_that_is_not_installed_is_refused_before_a_file_is_written(tmp_path):
     with pytest.raises(HalfstepError, match="pip install aim"):
-        run.train("digits", tmp_path / "new", tiny("train.tracker=aim"))
+        verbs.train("digits", tmp_path / "new", tiny("train.tracker=aim"))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_trained_folder_is_reentered_whatever_the_search_and_refused_for_another_training(dense):
-    assert run.train("digits", dense.parent, tiny("search.fit=5", "eval.images=32")) == dense
+    assert verbs.train("digits", dense.parent, tiny("search.fit=5", "eval.images=32")) == dense
     with pytest.raises(HalfstepError, match=r"train\.steps differ"):
-        run.train("digits", dense.parent, tiny("train.steps=41"))
+        verbs.train("digits", dense.parent, tiny("train.steps=41"))
 
 
 def test_a_run_folder_its_pipeline_and_a_dense_model_are_profiled_alike(finished, dense):
-    costs = run.profile(str(finished), repeats=1)
-    assert list(costs) == ["full", "w1.00", "w0.50"] == list(run.profile(str(finished / "pipeline"), repeats=1))
+    costs = verbs.profile(str(finished), repeats=1)
+    assert list(costs) == ["full", "w1.00", "w0.50"] == list(verbs.profile(str(finished / "pipeline"), repeats=1))
     assert costs["w0.50"].stored_mib == 0 < costs["w1.00"].stored_mib
-    (full,) = run.profile(str(dense), repeats=1).values()
+    (full,) = verbs.profile(str(dense), repeats=1).values()
     assert (full.macs, full.stored_mib) == (costs["full"].macs, costs["full"].stored_mib)
 
 
 def test_compress_sparse_measures_every_pattern_beside_one_shot_masking(dense, tmp_path):
     recipe = tiny("sparse.least=1", "sparse.schedule=switch", "sparse.also=3:4,dense", "train.steps=6")
-    page = methods.sparse(str(dense), "digits", tmp_path / "sparse", recipe)
+    page = verbs.compress("sparse", str(dense), "digits", tmp_path / "sparse", recipe)
     record = json.loads((tmp_path / "sparse" / "quality.json").read_text())["plans"]
     assert list(record) == ["reference", "plan", "off", "3:4", "2:4 one-shot", "3:4 one-shot"]
     assert record["plan"]["macs"] < record["3:4"]["macs"] < record["off"]["macs"] == record["reference"]["macs"]
@@ -330,16 +329,15 @@ def test_compress_sparse_measures_every_pattern_beside_one_shot_masking(dense, t
 @pytest.mark.parametrize("edit", ["sparse.pattern=5:4", "sparse.include=nothing", "sparse.pattern=2:7"])
 def test_patterns_and_filters_that_fit_nothing_are_refused_before_a_file_is_written(dense, tmp_path, edit):
     with pytest.raises(HalfstepError):
-        methods.sparse(str(dense), "digits", tmp_path / "new", tiny(edit))
+        verbs.compress("sparse", str(dense), "digits", tmp_path / "new", tiny(edit))
     assert not (tmp_path / "new").exists()
 
 
 def test_widths_and_masks_compose_to_entries_that_share_one_set_of_weights(dense, tmp_path):
     recipe = tiny("slim.patterns=dense,2:4", "sparse.least=1", "train.steps=6")
-    folder = compress.slimmable(str(dense), "digits", tmp_path, recipe)
-    bank = StepAwarePipeline.from_pretrained(folder).bank
+    bank = verbs.make("slimmable", str(dense), "digits", tmp_path, recipe).bank
     assert list(bank) == ["full", "w1.00", "w1.00+2:4", "w0.50", "w0.50+2:4"]
-    assert sorted(p.parent.name for p in folder.rglob("bank/*/*.safetensors")) == ["full", "w1.00"]
+    assert sorted(p.parent.name for p in (tmp_path / "pipeline").rglob("bank/*/*.safetensors")) == ["full", "w1.00"]
     macs = {name: price.macs for name, price in bank.prices().items()}
     assert macs["w0.50+2:4"] < macs["w0.50"] < macs["w1.00+2:4"] < macs["w1.00"] == macs["full"]
     masking = bank.entries["w0.50+2:4"].masking
@@ -351,8 +349,8 @@ def test_widths_and_masks_compose_to_entries_that_share_one_set_of_weights(dense
 
 def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path):
     edits = ["model.kind=uvit", "model.channels=16", "model.layers=2", "model.head_dim=4", "train.steps=6"]
-    dense = run.train("digits", tmp_path / "dense", tiny(*edits))
-    page = run.optimize(str(dense), "digits", tmp_path / "half", tiny(*edits), budget=0.5)
+    dense = verbs.train("digits", tmp_path / "dense", tiny(*edits))
+    page = verbs.optimize(str(dense), "digits", tmp_path / "half", tiny(*edits), budget=0.5)
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "half" / "pipeline")
     macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
     plan, record = pipe.plan, json.loads((page.parent / "quality.json").read_text())["plans"]
@@ -370,33 +368,33 @@ def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path)
 @pytest.mark.parametrize("edit", ["spectral.wavelet=true", "spectral.wavelet=false"])
 def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teacher(tmp_path, edit):
     edits = ["model.channels=32,64", "model.groups=8", "model.head_dim=16", "train.steps=6", edit]
-    teacher = run.train("digits", tmp_path / "dense", tiny(*edits))
-    page = methods.spectral(str(teacher), "digits", tmp_path / "slim", tiny(*edits))
+    teacher = verbs.train("digits", tmp_path / "dense", tiny(*edits))
+    page = verbs.compress("spectral", str(teacher), "digits", tmp_path / "slim", tiny(*edits))
     bank = StepAwarePipeline.from_pretrained(tmp_path / "slim" / "pipeline").bank
     assert list(bank) == ["full", "spectral"] and bank.prices()["spectral"].macs * 8 <= bank.prices()["full"].macs
     assert type(bank["spectral"]).__name__ == ("SpectralUNet2DModel" if "true" in edit else "UNet2DModel")
     assert page.is_file() and not [name for name in bank["spectral"].state_dict() if "align" in name]
-    found = run.search(str(tmp_path / "slim"), "digits", tmp_path / "mix", tiny(*edits), budget=0.6)
+    found = verbs.search(str(tmp_path / "slim"), "digits", tmp_path / "mix", tiny(*edits), budget=0.6)
     assert found.plan.share <= 0.6
     slim = str(tmp_path / "slim")
-    run.spectrum([slim, slim], "digits", tmp_path / "spectra", timesteps=(100,), images=16)
+    looking.spectrum([slim, slim], "digits", tmp_path / "spectra", timesteps=(100,), images=16)
     drawn = json.loads((tmp_path / "spectra" / "spectrum.json").read_text())["timesteps"]["100"]
     assert list(drawn) == [f"{slim} full", f"{slim} spectral"]  # each net once
 
 
 def test_a_reduction_that_no_student_reaches_is_refused_before_a_file_is_written(dense, tmp_path):
     with pytest.raises(HalfstepError, match="ask for less"):
-        methods.spectral(str(dense), "digits", tmp_path / "new", tiny("spectral.reduction=1000"))
+        verbs.compress("spectral", str(dense), "digits", tmp_path / "new", tiny("spectral.reduction=1000"))
     assert not (tmp_path / "new").exists()
 
 
 def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path):
-    page = run.spectrum([str(dense), "digits"], "digits", tmp_path / "s", timesteps=(20, 400), images=32)
+    page = looking.spectrum([str(dense), "digits"], "digits", tmp_path / "s", timesteps=(20, 400), images=32)
     record = json.loads((tmp_path / "s" / "spectrum.json").read_text())["timesteps"]
     assert list(record) == ["20", "400"] and list(record["20"]) == [str(dense), "digits"]
     bundled = record["20"]["digits"]
     assert sum(bundled["error"]) < 0.5 * sum(record["20"][str(dense)]["error"])
-    pixels = images_for(tiny(), "digits").batch(slice(0, 32)).double().numpy()
+    pixels = load_images("digits").batch(slice(0, 32)).double().numpy()
     power = (np.abs(np.fft.fft2(pixels)) ** 2).mean((0, 1)) / 64  # orthonormal, by another library
     for timestep in ("20", "400"):
         for one in record[timestep].values():
@@ -407,20 +405,21 @@ def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path)
     assert len(pictures) == 2 and all(len(set(one.convert("L").tobytes())) > 20 for one in pictures)
     assert page.read_text().count("<img") == 2 and all(name in page.read_text() for name in ("digits", str(dense)))
     with pytest.raises(HalfstepError, match="--timestep"):
-        run.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))
+        looking.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))
 
 
 @pytest.mark.parametrize("verb", ["train", "spectral", "continuous", "slimmable, sample", "profile"])
 def test_no_verb_touches_its_callers_random_numbers(verb, dense, tmp_path):
     recipe, out = tiny("train.steps=5", "continuous.steps=1"), tmp_path / "out"
     calls = {
-        "train": lambda: run.train("digits", out, recipe),
-        "spectral": lambda: compress.spectral(str(dense), "digits", out, recipe),
-        "continuous": lambda: compress.continuous("digits", out, recipe),
-        "slimmable, sample": lambda: run.sample(
-            str(compress.slimmable(str(dense), "digits", out, recipe)), tmp_path / "drawn", count=1
+        "train": lambda: verbs.train("digits", out, recipe),
+        "spectral": lambda: verbs.make("spectral", str(dense), "digits", out, recipe),
+        "continuous": lambda: verbs.make("continuous", None, "digits", out, recipe),
+        "slimmable, sample": lambda: (
+            verbs.make("slimmable", str(dense), "digits", out, recipe),
+            verbs.sample(str(out), tmp_path / "drawn", count=1),
         ),
-        "profile": lambda: run.profile(str(dense), repeats=1),
+        "profile": lambda: verbs.profile(str(dense), repeats=1),
     }
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     calls[verb]()

@@ -19,10 +19,9 @@ from halfstep.denoiser import class_count, eager
 from halfstep.disk import read_record, write_atomic
 from halfstep.entry import LAYOUTS, Entry, read_entry, read_entry_of_before, require_sources
 from halfstep.errors import ModelError
-from halfstep.latents import decode_macs
 from halfstep.models import load_denoiser as load_denoiser  # scripts of before import it from here
 from halfstep.plan import Price
-from halfstep.profiling import call_times, count_macs, latency
+from halfstep.profiling import call_times, count_macs, decode_macs, latency
 from halfstep.results import Cost
 from halfstep.sums import require_whole
 from halfstep.typed import Bounds, shown

@@ -121,10 +121,10 @@ def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = 0.5) -> 
 
     Example: `halfstep demo --out runs/demo`
     """
-    from halfstep import run
+    from halfstep import verbs
 
     recipe = common.recipe_for("digits")
-    show_run(out, run.optimize("digits", "digits", out, recipe, budget=budget, watch=RichWatch()), plan=True)
+    show_run(out, verbs.optimize("digits", "digits", out, recipe, budget=budget, watch=RichWatch()), plan=True)
 
 
 @app.command()
@@ -136,23 +136,29 @@ def train(data: Data, out: Out, common: Common, model: MaybeModel = None) -> Non
 
     Example: `halfstep train --data folder:photos --out runs/dense --set data.size=32 --set train.steps=20000`
     """
-    from halfstep import run
+    from halfstep import verbs
 
-    done = run.train(data, out, common.recipe_for(data, dense=True), model=model, watch=RichWatch())
+    done = verbs.train(data, out, common.recipe_for(data, dense=True), model=model, watch=RichWatch())
     line(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
+
+
+def compress(method: str, model: str | None, data: str, out: Path, recipe: Recipe) -> None:
+    """Compress by a method, and show what was measured."""
+    from halfstep import verbs
+
+    show_run(out, verbs.compress(method, model, data, out, recipe, watch=RichWatch()))
 
 
 @compress_app.command()
 @common(*SAMPLED)
 def slimmable(model: Model, data: Data, out: Out, common: Common) -> None:
-    """DDSM: a supernet whose narrower widths share its weights; writes a bank of widths to OUT/pipeline.
+    """DDSM: a supernet whose narrower widths share its weights; evaluates every width and writes a report too.
+
+    `halfstep search --model OUT` then mixes the widths step by step.
 
     Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim`
     """
-    from halfstep import compress
-
-    done = compress.slimmable(model, data, out, common.recipe_for(data), watch=RichWatch())
-    line(f"pipeline: {done}\nsamples (a row for each entry, the dense net first): {out / 'samples.png'}")
+    compress("slimmable", model, data, out, common.recipe_for(data))
 
 
 @compress_app.command()
@@ -172,10 +178,8 @@ def sparse(
 
     Example: `halfstep compress sparse --model runs/dense --data folder:photos --pattern 2:4 --out runs/sparse`
     """
-    from halfstep import methods
-
     recipe = common.recipe_for(data, sparse_pattern=pattern)
-    show_run(out, methods.sparse(model, data, out, recipe, watch=RichWatch()))
+    compress("sparse", model, data, out, recipe)
 
 
 @compress_app.command()
@@ -195,10 +199,8 @@ def spectral(
 
     Example: `halfstep compress spectral --model runs/dense --data folder:photos --reduction 8 --out runs/slim`
     """
-    from halfstep import methods
-
     recipe = common.recipe_for(data, spectral_reduction=reduction)
-    show_run(out, methods.spectral(model, data, out, recipe, watch=RichWatch()))
+    compress("spectral", model, data, out, recipe)
 
 
 @compress_app.command()
@@ -217,10 +219,8 @@ def continuous(
 
     Example: `halfstep compress continuous --data folder:photos --out runs/ode --set continuous.base=16`
     """
-    from halfstep import methods
-
     recipe = common.recipe_for(data, dense=model is None)
-    show_run(out, methods.continuous(data, out, recipe, model=model, watch=RichWatch()))
+    compress("continuous", model, data, out, recipe)
 
 
 @compress_app.command()
@@ -234,10 +234,8 @@ def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) 
 
     Example: `halfstep compress regularized --data folder:photos --steps 50 --scheduler ddpm --out runs/reg`
     """
-    from halfstep import methods
-
     recipe = common.recipe_for(data, dense=model is None)
-    show_run(out, methods.regularized(data, out, recipe, model=model, watch=RichWatch()))
+    compress("regularized", model, data, out, recipe)
 
 
 @app.command()
@@ -252,10 +250,10 @@ def optimize(
 
     Example: `halfstep optimize --model runs/dense --data folder:photos --budget 0.5 --out runs/half`
     """
-    from halfstep import run
+    from halfstep import verbs
 
     recipe = common.recipe_for(data)
-    page = run.optimize(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
+    page = verbs.optimize(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
     show_run(out, page, plan=True)
 
 
@@ -269,15 +267,15 @@ def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = 
 
     Example: `halfstep search --model runs/slim --data folder:photos --budget 0.4 --out runs/plan40`
     """
-    from halfstep import run
+    from halfstep import verbs
 
     recipe = common.recipe_for(data)
-    found = run.search(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
+    found = verbs.search(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
     show(found.plan.to_json(), common.as_json, lambda: str(found.plan))
 
 
 @app.command()
-@common("seed", "batch", "device", "dtype")
+@common(*SAMPLED, "dtype")
 def sample(
     model: Model,
     out: Out,
@@ -285,18 +283,20 @@ def sample(
     count: Annotated[int, typer.Option(help="How many images.", min=1, max=1_000_000)] = 16,
     classes: Classes = None,
 ) -> None:
-    """Draw images with a step-aware pipeline: one PNG each, and grid.png.
+    """Draw images: one PNG each, and grid.png. Image k depends on the seed and k alone.
 
-    Its plan says the sampler and the steps. Image k depends on the seed and k alone.
+    A step-aware pipeline runs its own plan; for a dense model `--scheduler` and `--steps` say the sampler.
     A class-conditional model draws the classes of `--class` in turn, or all that it has.
 
     Example: `halfstep sample --model runs/half --count 64 --out pictures`
     """
-    from halfstep import run
+    from halfstep import verbs
 
-    grid = run.sample(
+    asked = common.recipe or common.edits or common.steps or common.scheduler
+    grid = verbs.sample(
         model,
         out,
+        common.recipe_for("") if asked else None,
         count=count,
         seed=common.seed or 0,
         batch=common.batch or 64,
@@ -316,10 +316,10 @@ def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
 
     Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
     """
-    from halfstep import run, story
+    from halfstep import story, verbs
     from halfstep.page import rich_table
 
-    record = run.evaluate(model, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
+    record = verbs.evaluate(model, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
     show(record.to_json(), common.as_json, lambda: rich_table(story.plans_table(record, brief=True)))
 
 
@@ -336,12 +336,12 @@ def profile(
 
     Example: `halfstep profile --model digits --batch 64`
     """
-    from halfstep import run
+    from halfstep import verbs
     from halfstep.page import rich_table
     from halfstep.story import costs_table
 
     batch = common.batch or 1
-    costs = run.profile(model, batch=batch, repeats=repeats, dtype=common.dtype, watch=RichWatch())
+    costs = verbs.profile(model, batch=batch, repeats=repeats, dtype=common.dtype, watch=RichWatch())
     record = {name: cost.to_json() for name, cost in costs.items()}
     show(record, common.as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
 
@@ -364,9 +364,10 @@ def spectrum(
 
     Example: `halfstep spectrum --model runs/dense --model runs/small --data folder:photos --out runs/spectrum`
     """
-    from halfstep import run
+    from halfstep import looking
 
-    page = run.spectrum(models, data, out, timesteps=timesteps or (20, 100, 300, 600), images=images, watch=RichWatch())
+    asked = timesteps or (20, 100, 300, 600)
+    page = looking.spectrum(models, data, out, timesteps=asked, images=images, watch=RichWatch())
     line(f"report: {page}")
 
 
@@ -391,11 +392,11 @@ def denoise(
 
     Example: `halfstep denoise --model runs/ode --noise 0.1 --image photo.png --steps 1 --steps 5 --out runs/denoised`
     """
-    from halfstep import run
+    from halfstep import looking
     from halfstep.page import rich_table
     from halfstep.story import restored_table
 
-    found = run.denoise(
+    found = looking.denoise(
         models,
         images,
         out,
@@ -423,11 +424,11 @@ def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
 
     Example: `halfstep shrink --model runs/dense --data folder:photos --steps 20 --out runs/shrunk`
     """
-    from halfstep import run
+    from halfstep import verbs
 
     recipe = common.recipe_for(data)
     steps = recipe.sample.steps if common.scheduler else common.steps
-    show_run(out, run.shrink(model, data, out, recipe, steps=steps, watch=RichWatch()), plan=True)
+    show_run(out, verbs.shrink(model, data, out, recipe, steps=steps, watch=RichWatch()), plan=True)
 
 
 @app.command()
@@ -436,9 +437,9 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folde
 
     Example: `halfstep report runs/half`
     """
-    from halfstep import run
+    from halfstep import verbs
 
-    line(f"report: {run.report(folder)}")
+    line(f"report: {verbs.report(folder)}")
 
 
 @app.command()

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ import torch
 from halfstep.arrays import open_array, open_cached, write_cached
 from halfstep.data import Images, cache_root
 from halfstep.errors import DataError, ModelError
-from halfstep.profiling import Inputs, count_macs
 from halfstep.watch import SILENT, Watch
 
 
@@ -40,32 +38,6 @@ def decode(vae: Any, sample: torch.Tensor) -> torch.Tensor:
     """Denoised latents [B, c, s, s] -> images [B, C, s * factor, s * factor] in about [-1, 1]."""
     shift, scaling = _affine(vae)
     return vae.decode(sample / scaling + shift).sample
-
-
-class _Decoder(torch.nn.Module):
-    """`decode` in the form of a denoiser, for what counts those."""
-
-    def __init__(self, vae: Any):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *, return_dict: bool = True) -> tuple[torch.Tensor]:
-        return (decode(self.vae, sample),)
-
-
-_COUNTED: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
-
-
-def decode_macs(vae: Any, config: Any) -> int:
-    """MACs of decoding one sample of a denoiser with this config, counted as `profiling.count_macs` counts; each VAE is
-    counted once."""
-    side = config["sample_size"]
-    height, width = (side, side) if isinstance(side, int) else side
-    shape, known = (1, config["in_channels"], height, width), _COUNTED.setdefault(vae, {})
-    if shape not in known:
-        inputs = Inputs(torch.zeros(shape, dtype=vae.dtype), torch.zeros(1), {})
-        known[shape] = count_macs(_Decoder(vae), inputs=inputs)
-    return known[shape]
 
 
 def _affine(vae: Any) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What the verbs that measure share: a pipeline opened, a judge with its feature network, results written and told."""
+"""What the verbs that measure share: a judge with its feature network, results written and told."""
 
 from __future__ import annotations
 
@@ -13,32 +13,23 @@ import torch
 from halfstep import disk
 from halfstep.arrays import save_arrays
 from halfstep.bank import Bank
-from halfstep.data import Images
+from halfstep.data import Images, load_images
 from halfstep.device import default_device
 from halfstep.errors import DataError, HalfstepError, RunError
 from halfstep.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
-from halfstep.fit import Fitted, fit
 from halfstep.folder import open_run
-from halfstep.judge import TIMED_BATCH, Judge, Measured, extractor_for, measure_plans
+from halfstep.judge import TIMED_BATCH, Judge, Measured, extractor_for
 from halfstep.lock import releasing
 from halfstep.machine import machine
+from halfstep.opening import open_subject
 from halfstep.profiling import Layout
 from halfstep.quality import NEIGHBOURS
-from halfstep.reading import about_images
 from halfstep.recipe import Recipe
-from halfstep.rundir import contents_of, fit_data, images_for
-from halfstep.sampling import StepAwarePipeline, reference_plan
 from halfstep.seeds import own_random
 from halfstep.story import tell
+from halfstep.subject import Subject
 from halfstep.typed import typed
 from halfstep.watch import SILENT, Watch
-
-
-def open_pipeline(source: str) -> StepAwarePipeline:
-    """A step-aware pipeline from its folder or from the run folder around it."""
-    folder = Path(source)
-    inner = folder / "pipeline"
-    return StepAwarePipeline.from_pretrained(inner if (inner / "model_index.json").is_file() else folder)
 
 
 @releasing
@@ -48,23 +39,25 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
 
     Raises RunError for a folder with other files, or with the network of other data.
     """
-    out, images = Path(out), images_for(recipe, data, watch=watch)
+    return features_of(open_subject(None, data, recipe, watch=watch), out, watch)
+
+
+@releasing
+@own_random
+def features_of(subject: Subject, out: Path, watch: Watch) -> Path:
+    """The same for images that are open."""
+    images, recipe, out = subject.images, subject.recipe, Path(out)
     there = (out / "features.json").is_file()
     if there and not (out / "recipe.json").exists():  # of before 2026-11-26, when no run folder was made for it
         _require_features_of(images, out)
         return out
-    open_run(
-        out, recipe, {"verb": "features", "data": data}, contents_of(images), watch, [about_images(Fitted(images, ""))]
-    )
+    inputs, content = {"verb": "features", "data": subject.data}, {"data_content": images.fingerprint}
+    open_run(out, recipe, inputs, content, watch, subject.read()[:1])
     if there:
         return out
     net = feature_net_for(images, seed=recipe.seed)
     steps = recipe.eval.feature_steps
-    test = None
-    try:
-        test = images_for(recipe, data, "test", watch=watch)
-    except HalfstepError:
-        watch.say("no test split: the accuracy is the training images'")
+    test = _test_split(subject, watch)
     with watch.stage("train features", steps) as told:
         for record in train_features(net, images, test=test, steps=steps, seed=recipe.seed):
             told(record.step, f"accuracy {record.accuracy:.1%}")
@@ -72,6 +65,15 @@ def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> 
     watch.say(f"feature network: accuracy {share:.1%} on {'test' if test else 'training'} images")
     net.save(out)
     return out
+
+
+def _test_split(subject: Subject, watch: Watch) -> Images | None:
+    size, channels = subject.recipe.data.size, subject.recipe.data.channels
+    try:
+        return load_images(subject.data, size=size, channels=channels, split="test", watch=watch)
+    except HalfstepError:
+        watch.say("no test split: the accuracy is the training images'")
+        return None
 
 
 def _require_features_of(images: Images, out: Path) -> None:
@@ -83,12 +85,6 @@ def _require_features_of(images: Images, out: Path) -> None:
             where=out,
             do="choose another --out, or delete that folder",
         )
-
-
-def require_fit(bank: Bank, data: str, recipe: Recipe, watch: Watch = SILENT) -> Fitted:
-    """The images as the bank takes them. Raises, before a run folder is made, for what does not fit."""
-    images = images_for(fit_data(recipe, bank.config, bank.vae), data, watch=watch)
-    return fit(bank.config, images, bank.vae, bank.classes)
 
 
 def require_measurable(images: Images, recipe: Recipe) -> None:
@@ -107,16 +103,15 @@ def require_measurable(images: Images, recipe: Recipe) -> None:
             )
 
 
-def judge_for(bank: Bank, data: str, recipe: Recipe, out: Path, watch: Watch) -> tuple[Judge, Recipe]:
-    """A judge on the data of a recipe; trains the data's own feature network where the recipe wants one."""
-    recipe = fit_data(recipe, bank.config, bank.vae)
-    images, _ = require_fit(bank, data, recipe, watch)
+def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
+    """A judge of a bank on a subject's images; trains the data's own feature network where the recipe wants one."""
+    recipe = subject.recipe
     if recipe.eval.features == "own":
-        features(data, out / "features", recipe, watch=watch)
+        features_of(subject, out / "features", watch)
     bank.to(default_device())
     _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
-    extractor = extractor_for(recipe.eval.features, images, out / "features", str(bank.device))
-    return Judge(bank, images, extractor, cache=out / "state", batch=recipe.sample.batch), recipe
+    extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
+    return Judge(bank, subject.images, extractor, cache=out / "state", batch=recipe.sample.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,26 +153,12 @@ def _settle_layouts(bank: Bank, file: Path, asked: str) -> None:
 
 
 def write_costs(bank: Bank, out: Path) -> None:
-    """What the entries cost where the bank is, in the layouts that it is in: after `judge_for`, as the plans are."""
+    """What the entries cost where the bank is, in the layouts that it is in: after `judge_for`, as the plans are. An
+    earlier call's figures stay."""
+    if (out / "cost.json").is_file():
+        return
     costs = bank.costs(batch=TIMED_BATCH, repeats=10)
     disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
-
-
-def measured(
-    pipe: StepAwarePipeline, bank: Bank, main: str, data: str, out: Path, recipe: Recipe, begun: float, watch: Watch
-) -> Path:
-    """Measure every entry of `bank` used alone, `main` as the plan, beside the reference; write and tell it."""
-    if is_measured(out):
-        return tell(out)
-    judge, recipe = judge_for(bank, data, recipe, out, watch)
-    if not (out / "cost.json").is_file():
-        write_costs(pipe.bank, out)
-    reference = reference_plan(bank, pipe.process, recipe.sample)
-    plan = reference_plan(pipe.bank, pipe.process, recipe.sample).uniform(main)
-    rows = {name: reference.uniform(name) for name in bank if name not in (bank.reference, main)}
-    verdict = measure_plans(judge, {"reference": reference, "plan": plan} | rows, recipe, watch=watch)
-    plan.save(out / "plan.json")
-    return write_and_tell(judge, verdict, out, begun)
 
 
 def is_measured(out: Path) -> bool:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor
 from halfstep.errors import HalfstepError, ModelError
+from halfstep.latents import decode
 from halfstep.machine import cpu_name
 from halfstep.results import Cost
 
@@ -383,3 +385,29 @@ def _wait() -> None:
 def _device_name(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name() if device.type == "cpu" else ""
     return f"{device.type}: {name}" if name else device.type
+
+
+class _Decoder(torch.nn.Module):
+    """`decode` in the form of a denoiser, for what counts those."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (decode(self.vae, sample),)
+
+
+_COUNTED: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
+
+
+def decode_macs(vae: Any, config: Any) -> int:
+    """MACs of decoding one sample of a denoiser with this config, counted as `count_macs` counts; each VAE is
+    counted once."""
+    side = config["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    shape, known = (1, config["in_channels"], height, width), _COUNTED.setdefault(vae, {})
+    if shape not in known:
+        inputs = Inputs(torch.zeros(shape, dtype=vae.dtype), torch.zeros(1), {})
+        known[shape] = count_macs(_Decoder(vae), inputs=inputs)
+    return known[shape]

@@ -42,9 +42,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halfstep.denoiser import Draw, Memo, clean_and_noise, predictor, soft
+from halfstep.denoiser import Draw, Memo, clean_and_noise, copy_of, predictor, soft
 from halfstep.errors import DataError, HalfstepError
-from halfstep.recipe import RegularSpec
+from halfstep.fresh import new_model
+from halfstep.job import Draft
+from halfstep.recipe import Recipe, RegularSpec
+from halfstep.subject import Subject
+from halfstep.train import Diffusion, Objective, TrainState
 from halfstep.wavelet import haar
 
 Rule = Literal["posterior", "beta", "beta_over_alpha"]
@@ -220,3 +224,44 @@ def gaussian_kl(variance: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """KL(N(0, variance) || N(0, target)) of each coordinate; for the product, sum them."""
     ratio = variance.double() / target.double()
     return 0.5 * (ratio - 1 - ratio.log())
+
+
+# -------------------------------------------------------------------------------------------- from a subject to a draft
+
+
+def draft(subject: Subject, recipe: Recipe) -> Draft:
+    """A net to be trained with one weight `regular.r`, from images or on from a dense model. Its bank holds one entry,
+    "r=0.1". Raises for images of odd sizes on wavelets."""
+    name = name_of(recipe.regular.r)
+    net = net_of(subject, recipe)
+
+    def objective(_: TrainState) -> Objective:
+        diffusion = Diffusion(recipe.noise)
+        levels = diffusion.scheduler.alphas_cumprod
+        return regular_objective(net, diffusion.draw, recipe.regular, levels, recipe.noise.prediction)
+
+    return Draft(
+        method="regularized",
+        tag="regularized",
+        net=net,
+        bank_of=lambda trained: subject.bank_of({name: trained}, name),
+        objective=objective,
+        main=name,
+    )
+
+
+def net_of(subject: Subject, recipe: Recipe) -> Any:
+    """The net to train, a copy of the dense one where there is one. Raises for what the recipe cannot be trained on."""
+    images = subject.encoded()
+    blank = torch.zeros(1, images.channels, images.size, images.size)
+    coordinates(blank, blank, torch.tensor(0.5), recipe.regular)  # refuses odd sizes for wavelets
+    if subject.dense is not None:
+        return copy_of(subject.dense)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(recipe.seed)
+        return new_model(recipe.model, images, recipe.noise.timesteps)
+
+
+def name_of(r: float) -> str:
+    """The bank name of a regularised denoiser: 0.1 -> "r=0.1"."""
+    return f"r={r:g}"

@@ -25,15 +25,23 @@ What differs, and why:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from halfstep.architectures import architecture_of, narrowed, require, skeleton, slices_for
+from halfstep.bank import Bank
 from halfstep.denoiser import Draw, Memo, Predict, copy_of, predictor
-from halfstep.recipe import SlimSpec
+from halfstep.entry import Cut, Entry, Own, Twin
+from halfstep.job import Draft, teacher_of
+from halfstep.masks import Masking, Pattern, mask_all
+from halfstep.recipe import Recipe, SlimSpec
 from halfstep.slices import Slices, cut_all
+from halfstep.sparse import Masked
+from halfstep.subject import Subject
+from halfstep.train import Diffusion, Objective, TrainState
 
 Through = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """What is done to a width's weights before they are used, e.g. masking."""
@@ -162,3 +170,60 @@ def sort_channels(model: Any) -> Any:
     for free in require(architecture_of(copy), "free")(copy):
         free.apply(free.by_score())
     return copy
+
+
+# -------------------------------------------------------------------------------------------- from a subject to a draft
+
+
+def draft(subject: Subject, recipe: Recipe) -> Draft:
+    """The supernet of a dense denoiser, to be trained. Its bank: "full", the dense denoiser as it came, and the widths
+    "w1.00" …, each under every mask of `slim.patterns`. Raises for widths and patterns that fit no layer."""
+    supernet = supernet_of(subject.dense, recipe.slim)
+    maskings = maskings_of(supernet, recipe)
+
+    def bank_of(net: Any) -> Bank:
+        twin = Supernet(net, supernet.widths, recipe.slim.concat, supernet.own)
+        return subject.bank_of(entries_of(subject.dense, twin, maskings), "full")
+
+    def objective(_: TrainState) -> Objective:
+        teacher = predictor(teacher_of(subject)) if recipe.slim.distill == "dense" else None
+        through = [through_mask(masking) for masking in maskings]
+        return sandwich_objective(supernet, Diffusion(recipe.noise).draw, recipe.slim, teacher, through)
+
+    main = list(bank_of(supernet.model))[-1]  # the narrowest
+    return Draft(
+        method="slimmable", tag="supernet", net=supernet.model, bank_of=bank_of, objective=objective, main=main
+    )
+
+
+def entries_of(dense: Any, supernet: Supernet, maskings: Sequence[Masking | None] = (None,)) -> dict[str, Entry]:
+    """The entries of a supernet: the dense reference "full", and every width as a cut of the widest one's weights.
+
+    With masks, every width has an entry for every pattern, "w0.50+2:4", whose weights are shared too.
+    """
+    entries = {"full": Entry(dense)}
+    own = width_name(supernet.own)
+    for width in supernet.widths:
+        for masking in [None, *filter(None, maskings)]:
+            name = f"{width_name(width)}+{masking.pattern}" if masking else width_name(width)
+            if masking is None and None not in maskings and width != supernet.own:
+                continue  # the widest stays as the place of the weights, though it was not trained without a mask
+            weights = Own() if name == own else Twin(own) if width == supernet.own else Cut(own, supernet.slices[width])
+            entries[name] = Entry(supernet.subnet(width, through_mask(masking)), weights, masking)
+    return entries
+
+
+def maskings_of(supernet: Supernet, recipe: Recipe) -> list[Masking | None]:
+    """The masks of `slim.patterns`, on the layers that have whole groups at every width; None is dense."""
+    patterns = [None if text == "dense" else Pattern.parse(text) for text in recipe.slim.patterns]
+    masked = tuple(pattern for pattern in patterns if pattern)
+    if not masked:
+        return [None]
+    narrow = [Masked(supernet.subnet(width), masked, recipe.sparse).names for width in supernet.widths]
+    names = tuple(name for name in narrow[0] if all(name in names for names in narrow))
+    return [Masking(pattern, names) if pattern else None for pattern in patterns]
+
+
+def through_mask(masking: Masking | None) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None:
+    """What a mask does to weights."""
+    return None if masking is None else partial(mask_all, names=masking.names, pattern=masking.pattern)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,10 +31,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from halfstep.architectures import architecture_of, require
-from halfstep.denoiser import Draw, Memo, Predict, predictor
+from halfstep.bank import Bank
+from halfstep.denoiser import Draw, Memo, Predict, copy_of, predictor
+from halfstep.entry import Entry, Own, Twin
 from halfstep.errors import ModelError
-from halfstep.masks import Pattern, keep_mask, mask_all
-from halfstep.recipe import SparseSpec
+from halfstep.job import Draft, teacher_of
+from halfstep.masks import Masking, Pattern, keep_mask, mask_all
+from halfstep.recipe import Recipe, SparseSpec
+from halfstep.subject import Subject
+from halfstep.train import Diffusion, Objective, TrainState
 
 ENDS = ("conv_in", "conv_out", "patch_embed.*", "pos_embed.*", "decoder_pred", "final_layer", "proj_out", "proj_out_*")
 TIME = ("time_*", "*.time_emb_proj", "class_embedding*", "label_emb*", "*.adaln_*", "*_embedder.*")
@@ -305,3 +310,59 @@ class Frozen(Masked):
     def predict(self, pattern: Pattern | None) -> Predict:
         masks = self.masks
         return predictor(self.model, lambda: {n: w * masks[n] if n in masks else w for n, w in self._weights().items()})
+
+
+# -------------------------------------------------------------------------------------------- from a subject to a draft
+
+
+def draft(subject: Subject, recipe: Recipe) -> Draft:
+    """The dense denoiser behind its masks, to be fine-tuned. Its bank: "full", the dense denoiser as it came, and every
+    pattern by its name, e.g. "2:4". With several patterns one set of weights serves them all; "off" is that set without
+    a mask. Beside it stands one-shot masking of the same weights. Raises for patterns and filters that fit no layer."""
+    spec, steps = recipe.sparse, recipe.train.steps
+    net = sparse_net(subject.dense, spec)
+
+    def bank_of(trained: Any) -> Bank:
+        return subject.bank_of(entries_of(subject.dense, Masked(trained, net.patterns, spec)), "full")
+
+    def objective(state: TrainState) -> Objective:
+        if spec.pulls and spec.decoupled:
+            hook = decoupled_pull(net, spec, lambda: pattern_at(state.step, steps, spec))
+            state.optimizer.register_step_post_hook(hook)
+        teacher = predictor(teacher_of(subject)) if spec.teacher else None
+        return sparse_objective(net, Diffusion(recipe.noise).draw, spec, steps, teacher, state.restart_average)
+
+    def beside(bank: Bank) -> dict[str, Entry]:
+        one_shot = sparse_net(subject.dense, replace(spec, frozen=False))
+        masks = {pattern: bank.entries[str(pattern)].masking for pattern in one_shot.patterns}
+        return {f"{p} one-shot": Entry(one_shot.bake(p), masking=masking) for p, masking in masks.items()}
+
+    main = str(net.patterns[-1 if spec.schedule in STAGES else 0])
+    return Draft(
+        method="sparse",
+        tag="sparse",
+        net=net.model,
+        bank_of=bank_of,
+        objective=objective,
+        main=main,
+        beside=beside,
+        told=tuple(net.told()),
+    )
+
+
+def entries_of(dense: Any, net: Masked) -> dict[str, Entry]:
+    """The entries of a masked net: "full", every pattern, and for several patterns "off", whose weights they share."""
+    several = len(net.patterns) > 1
+    entries = {"full": Entry(dense)} | ({"off": Entry(net.bake(None))} if several else {})
+    for pattern in net.patterns:
+        weights = Twin("off") if several else Own()
+        entries[str(pattern)] = Entry(net.bake(pattern), weights, Masking(pattern, net.names))
+    return entries
+
+
+def sparse_net(dense: Any, spec: SparseSpec) -> Masked:
+    """The net to fine-tune: a copy of the dense one behind its masks. Raises for patterns and filters that fit none."""
+    patterns, net = tuple(p for p in patterns_of(spec) if p), copy_of(dense)
+    if spec.permute:
+        permute(net, Masked(net, patterns, spec).names, patterns[-1])
+    return Frozen(net, patterns[0], spec) if spec.frozen else Masked(net, patterns, spec)

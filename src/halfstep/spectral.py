@@ -21,9 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from halfstep.architectures import architecture_of, require
+from halfstep.bank import Bank
 from halfstep.denoiser import Draw, Memo, cond_of, predictor
 from halfstep.errors import ModelError
-from halfstep.recipe import SpectralSpec
+from halfstep.job import Draft, teacher_of
+from halfstep.profiling import count_macs
+from halfstep.recipe import Recipe, SpectralSpec
+from halfstep.subject import Subject
+from halfstep.train import Diffusion, Objective, TrainState
 
 
 def spectral_weights(clean: torch.Tensor, size: tuple[int, int], alpha: float, most: float = 50.0) -> torch.Tensor:
@@ -162,3 +167,54 @@ def student_configs(teacher: Mapping[str, Any], unit: int = 4) -> list[dict[str,
         if not found or found[-1] != config:
             found.append(config)
     return found
+
+
+# -------------------------------------------------------------------------------------------- from a subject to a draft
+
+
+def draft(subject: Subject, recipe: Recipe) -> Draft:
+    """A slim wavelet-gated student of the dense denoiser, to be distilled. Its bank: "full", the teacher as it came,
+    and "spectral". Raises ModelError for a teacher or a reduction that no student is built for."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(recipe.seed)
+        student = student_of(subject.dense, recipe.spectral)
+        pupil = Pupil(student, subject.dense)
+
+    def bank_of(net: Any) -> Bank:
+        return subject.bank_of({"full": subject.dense, "spectral": net}, "full")
+
+    def objective(_: TrainState) -> Objective:
+        draw = Diffusion(recipe.noise).draw
+        return spectral_objective(pupil, teacher_of(subject), draw, recipe.spectral, recipe.train.steps)
+
+    channels = tuple(student.config.block_out_channels)
+    told = f"student: channels {channels}, {count_macs(student) / 1e6:,.1f} MMACs"
+    return Draft(
+        method="spectral",
+        tag="spectral",
+        net=pupil,
+        bank_of=bank_of,
+        objective=objective,
+        main="spectral",
+        kept=student,
+        told=(told,),
+    )
+
+
+def student_of(dense: Any, spec: SpectralSpec) -> Any:
+    """The widest student of the teacher's layout that has `spec.reduction` times fewer MACs. Raises ModelError."""
+    family = architecture_of(dense)
+    gated = require(family, "gated")
+    kind, more = (gated, {"gate": spec.gate}) if spec.wavelet else (family.kind, {})
+    target, macs = count_macs(dense) / spec.reduction, 0
+    for config in student_configs(dense.config):
+        with torch.device("meta"):
+            macs = count_macs(kind(**config, **more))
+        if macs <= target:
+            return kind(**config, **more)
+    raise ModelError(
+        got=f"a reduction of {spec.reduction:g}",
+        expected=f"at most {count_macs(dense) / macs:.1f} for this teacher",
+        where="spectral.reduction",
+        do="ask for less, or bring a wider teacher",
+    )
