@@ -24,8 +24,8 @@ bench: $(READY)
 
 # Damaged files and hostile commands from fresh seeds, for HALFSTEP_DRILLS seconds and on from HALFSTEP_SEED
 drills: $(READY)
-	HALFSTEP_DRILLS=$${HALFSTEP_DRILLS:-600} $(BIN)/python -m pytest -m "" -s tests/test_mutations.py -k for_a_while
-	$(BIN)/python -m pytest -m "" tests/test_hostile.py
+	HALFSTEP_DRILLS=$${HALFSTEP_DRILLS:-600} $(BIN)/python -m pytest -m "" -s tests/app/test_mutations.py -k for_a_while
+	$(BIN)/python -m pytest -m "" tests/app/test_hostile.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Halfstep needs Python 3.11 or newer; use make PYTHON=...")'

@@ -19,7 +19,7 @@ The report has the training losses by images seen too. All to runs/continuous/, 
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -34,31 +34,32 @@ from PIL import Image
 from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
-from halfstep import disk, story, verbs
-from halfstep.bank import Bank
-from halfstep.continuous import continuous_net
-from halfstep.data import load_images
-from halfstep.denoiser import Memo, predictor
-from halfstep.features import extract
-from halfstep.figures import Curve
-from halfstep.fresh import new_model
-from halfstep.judge import Judge, measure_plans
-from halfstep.measured import judge_for
-from halfstep.models import load_denoiser
-from halfstep.ode import with_solver
-from halfstep.opening import open_subject
-from halfstep.page import Report, Table, rich_table, write_report
-from halfstep.pictures import picture_grid
-from halfstep.plan import StepPlan
-from halfstep.profiling import call_times, count_macs, interleave, peak_mib
-from halfstep.quality import compare
-from halfstep.recipe import ContinuousSpec, ModelSpec, Recipe
-from halfstep.recipes import named
-from halfstep.restore import CLASSICAL, compare_denoisers, restore_picture
-from halfstep.results import read_comparison
-from halfstep.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
-from halfstep.terminal import RichWatch
-from halfstep.typed import build
+from halfstep.app import story, verbs
+from halfstep.app.figures import Curve
+from halfstep.app.measuring import judge_for
+from halfstep.app.page import Report, Table, rich_table, write_report
+from halfstep.app.subject import open_subject
+from halfstep.app.terminal import RichWatch
+from halfstep.core import disk
+from halfstep.core.plan import StepPlan
+from halfstep.core.recipe import ContinuousSpec, ModelSpec, Recipe
+from halfstep.core.recipes import named
+from halfstep.core.results import read_comparison
+from halfstep.core.typed import build
+from halfstep.data.images import load_images
+from halfstep.data.pictures import picture_grid
+from halfstep.engine.bank import Bank
+from halfstep.engine.profiling import call_times, count_macs, interleave, peak_mib
+from halfstep.engine.sampling import denoise, fewer_steps, image_generators, reference_plan, start_noise, to_images
+from halfstep.measure.features import extract
+from halfstep.measure.judge import Judge, measure_plans
+from halfstep.measure.quality import compare
+from halfstep.measure.restore import CLASSICAL, compare_denoisers, restore_picture
+from halfstep.methods.continuous import continuous_net
+from halfstep.nets.continuous import with_solver
+from halfstep.nets.denoiser import Memo, predictor
+from halfstep.nets.fresh import new_model
+from halfstep.nets.models import load_denoiser
 
 STEPS = (5, 10, 20, 50)
 PARTS = ("memory", "cost", "loss", "quality", "perturbed", "variants", "denoise")

@@ -9,7 +9,7 @@ sums with the distances of random plans on other noise. Writes benchmarks/error_
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 
 import argparse
 from collections.abc import Callable
@@ -20,18 +20,18 @@ import torch
 from scipy.stats import spearmanr
 
 from fashion import show_table
-from halfstep import verbs
-from halfstep.cli import RichWatch
-from halfstep.damage import ErrorTable, error_table
-from halfstep.evolve import random_plans
-from halfstep.features import extract
-from halfstep.measured import judge_for
-from halfstep.opening import open_subject
-from halfstep.page import Table
-from halfstep.quality import frechet_distance
-from halfstep.recipes import named
-from halfstep.sampling import reference_plan
-from halfstep.space import Space
+from halfstep.app import verbs
+from halfstep.app.cli import RichWatch
+from halfstep.app.measuring import judge_for
+from halfstep.app.page import Table
+from halfstep.app.subject import open_subject
+from halfstep.core.recipes import named
+from halfstep.engine.sampling import reference_plan
+from halfstep.measure.features import extract
+from halfstep.measure.quality import frechet_distance
+from halfstep.search.damage import ErrorTable, error_table
+from halfstep.search.evolve import random_plans
+from halfstep.search.space import Space
 
 SIZES = (16, 32, 64, 128, 256)
 """Images that a table may be made of; each size is tried on up to eight disjoint parts."""

@@ -11,7 +11,7 @@ benchmarks/fashion<size>-<budget>.md.
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 import os
@@ -23,24 +23,25 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
-from halfstep import disk, story, verbs
-from halfstep.bank import Bank
-from halfstep.data import load_images
-from halfstep.denoiser import Memo, predictor
-from halfstep.driver import search_plan
-from halfstep.evolve import random_plans
-from halfstep.figures import Curve
-from halfstep.judge import Judge, measure_plans
-from halfstep.measured import judge_for
-from halfstep.models import load_denoiser
-from halfstep.opening import open_subject
-from halfstep.page import Grid, Report, Table, rich_table, write_report
-from halfstep.plan import StepPlan
-from halfstep.recipe import Recipe
-from halfstep.recipes import named
-from halfstep.sampling import StepAwarePipeline, fewer_steps, reference_plan
-from halfstep.scores import open_scores
-from halfstep.terminal import RichWatch
+from halfstep.app import story, verbs
+from halfstep.app.figures import Curve
+from halfstep.app.measuring import judge_for
+from halfstep.app.page import Grid, Report, Table, rich_table, write_report
+from halfstep.app.subject import open_subject
+from halfstep.app.terminal import RichWatch
+from halfstep.core import disk
+from halfstep.core.plan import StepPlan
+from halfstep.core.recipe import Recipe
+from halfstep.core.recipes import named
+from halfstep.data.images import load_images
+from halfstep.engine.bank import Bank
+from halfstep.engine.sampling import StepAwarePipeline, fewer_steps, reference_plan
+from halfstep.measure.judge import Judge, measure_plans
+from halfstep.nets.denoiser import Memo, predictor
+from halfstep.nets.models import load_denoiser
+from halfstep.search.driver import search_plan
+from halfstep.search.evolve import random_plans
+from halfstep.search.scores import open_scores
 
 DATA = "idx:/usr/share/datasets/fashion-mnist"
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))

@@ -15,7 +15,7 @@ regularized-<data>.md here, and pictures of 20 calls to docs/regularized-<data>.
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,25 +27,26 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, MODELS, markdown
-from halfstep import disk, verbs
-from halfstep.arrays import save_arrays
-from halfstep.bank import Bank
-from halfstep.corrections import corrected_plans
-from halfstep.figures import Curve
-from halfstep.judge import Judge
-from halfstep.measured import judge_for
-from halfstep.models import load_denoiser
-from halfstep.opening import open_subject
-from halfstep.page import Grid, Report, Table, rich_table, write_report
-from halfstep.pictures import picture_grid
-from halfstep.plan import StepPlan
-from halfstep.recipe import Recipe
-from halfstep.recipes import named
-from halfstep.regularized import name_of
-from halfstep.sampling import reference_plan
-from halfstep.scores import open_scores
-from halfstep.seeds import Stage, stage_seed
-from halfstep.terminal import RichWatch
+from halfstep.app import verbs
+from halfstep.app.figures import Curve
+from halfstep.app.measuring import judge_for
+from halfstep.app.page import Grid, Report, Table, rich_table, write_report
+from halfstep.app.subject import open_subject
+from halfstep.app.terminal import RichWatch
+from halfstep.core import disk
+from halfstep.core.plan import StepPlan
+from halfstep.core.recipe import Recipe
+from halfstep.core.recipes import named
+from halfstep.core.seeds import Stage, stage_seed
+from halfstep.data.arrays import save_arrays
+from halfstep.data.pictures import picture_grid
+from halfstep.engine.bank import Bank
+from halfstep.engine.sampling import reference_plan
+from halfstep.measure.judge import Judge
+from halfstep.methods.regularized import name_of
+from halfstep.nets.models import load_denoiser
+from halfstep.search.corrections import corrected_plans
+from halfstep.search.scores import open_scores
 
 CALLS, REFERENCE = (10, 20, 50, 200), 1000
 ALL_NETS, BY_STRETCH = 50, 20

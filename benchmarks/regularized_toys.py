@@ -12,7 +12,7 @@ the value that is best for that sampler and number of steps (found on other nois
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import math
 import time
@@ -28,13 +28,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.datasets import load_digits
 from torch import nn
 
-from halfstep import disk
-from halfstep.corrections import climb
-from halfstep.denoiser import corrected
-from halfstep.quality import frechet_distance, precision_recall
-from halfstep.recipe import RegularSpec
-from halfstep.regularized import regular_objective
-from halfstep.train import Batch
+from halfstep.core import disk
+from halfstep.core.recipe import RegularSpec
+from halfstep.measure.quality import frechet_distance, precision_recall
+from halfstep.methods.regularized import regular_objective
+from halfstep.nets.denoiser import corrected
+from halfstep.search.corrections import climb
+from halfstep.training.train import Batch
 
 TRAINED = (0.0, 0.01, 0.1)
 STEPS = (10, 20, 50, 200)

@@ -8,7 +8,7 @@ distance to the real images with its interval, and the share of pixels at black 
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 
 import argparse
 from dataclasses import replace
@@ -17,22 +17,22 @@ from pathlib import Path
 import numpy as np
 
 from fashion import show_table
-from halfstep import verbs
-from halfstep.bank import Bank
-from halfstep.cli import RichWatch
-from halfstep.measured import judge_for
-from halfstep.models import load_denoiser
-from halfstep.opening import open_subject
-from halfstep.page import Table
-from halfstep.plan import StepPlan
-from halfstep.process import Process
-from halfstep.quality import distances
-from halfstep.recipe import SampleSpec
-from halfstep.recipes import named
-from halfstep.samplers import SCHEDULERS
-from halfstep.sampling import plan_for, reference_plan
-from halfstep.sanity import at_limits
-from halfstep.seeds import Stage, stage_seed
+from halfstep.app import verbs
+from halfstep.app.cli import RichWatch
+from halfstep.app.measuring import judge_for
+from halfstep.app.page import Table
+from halfstep.app.subject import open_subject
+from halfstep.core.plan import StepPlan
+from halfstep.core.process import Process
+from halfstep.core.recipe import SampleSpec
+from halfstep.core.recipes import named
+from halfstep.core.seeds import Stage, stage_seed
+from halfstep.engine.bank import Bank
+from halfstep.engine.samplers import SCHEDULERS
+from halfstep.engine.sampling import plan_for, reference_plan
+from halfstep.measure.quality import distances
+from halfstep.measure.sanity import at_limits
+from halfstep.nets.models import load_denoiser
 
 
 def main() -> None:

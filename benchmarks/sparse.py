@@ -14,7 +14,7 @@ Everything goes to runs/sparse-<net>/, the table to benchmarks/sparse-<net>.md.
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 from dataclasses import replace
@@ -23,22 +23,22 @@ from pathlib import Path
 import torch
 
 from fashion import DATA, MODELS, file_name, loss_table, show_table
-from halfstep import story, verbs
-from halfstep.bank import Bank
-from halfstep.driver import search_plan
-from halfstep.entry import Entry, Own
-from halfstep.judge import Judge, measure_plans
-from halfstep.masks import Masking, keep_mask
-from halfstep.measured import judge_for
-from halfstep.models import load_denoiser
-from halfstep.opening import open_model, open_subject
-from halfstep.page import Grid, Report, Table, write_report
-from halfstep.recipe import Recipe, SparseSpec
-from halfstep.recipes import named
-from halfstep.sampling import reference_plan
-from halfstep.scores import open_scores
-from halfstep.sparse import STAGES, sparse_net
-from halfstep.terminal import RichWatch
+from halfstep.app import story, verbs
+from halfstep.app.measuring import judge_for
+from halfstep.app.page import Grid, Report, Table, write_report
+from halfstep.app.subject import open_model, open_subject
+from halfstep.app.terminal import RichWatch
+from halfstep.core.recipe import Recipe, SparseSpec
+from halfstep.core.recipes import named
+from halfstep.engine.bank import Bank
+from halfstep.engine.entry import Entry, Own
+from halfstep.engine.sampling import reference_plan
+from halfstep.measure.judge import Judge, measure_plans
+from halfstep.methods.sparse import STAGES, sparse_net
+from halfstep.nets.masks import Masking, keep_mask
+from halfstep.nets.models import load_denoiser
+from halfstep.search.driver import search_plan
+from halfstep.search.scores import open_scores
 
 VARIANTS = {
     "2:4 frozen masks (ASP)": SparseSpec(frozen=True, teacher=0.0),

@@ -12,7 +12,7 @@ Everything goes to runs/spectral/, the table to benchmarks/spectral.md.
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 from dataclasses import replace
@@ -22,20 +22,20 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
-from halfstep import story, verbs
-from halfstep.bank import Bank
-from halfstep.driver import search_plan
-from halfstep.judge import measure_plans
-from halfstep.measured import judge_for
-from halfstep.models import load_denoiser
-from halfstep.opening import open_model, open_subject
-from halfstep.page import Grid, Report, Table, rich_table, write_report
-from halfstep.recipe import SpectralSpec
-from halfstep.recipes import named
-from halfstep.sampling import fewer_steps, reference_plan
-from halfstep.scores import open_scores
-from halfstep.spectrum import power_spectrum, radial_mean
-from halfstep.terminal import RichWatch
+from halfstep.app import story, verbs
+from halfstep.app.measuring import judge_for
+from halfstep.app.page import Grid, Report, Table, rich_table, write_report
+from halfstep.app.subject import open_model, open_subject
+from halfstep.app.terminal import RichWatch
+from halfstep.core.recipe import SpectralSpec
+from halfstep.core.recipes import named
+from halfstep.engine.bank import Bank
+from halfstep.engine.sampling import fewer_steps, reference_plan
+from halfstep.measure.judge import measure_plans
+from halfstep.measure.spectrum import power_spectrum, radial_mean
+from halfstep.nets.models import load_denoiser
+from halfstep.search.driver import search_plan
+from halfstep.search.scores import open_scores
 
 STUDENTS = {
     "plain": SpectralSpec(wavelet=False, spatial=0.0, freq=0.0),

@@ -8,7 +8,7 @@ images, timesteps and noise for all, before and after training, for every width.
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 import time
@@ -20,13 +20,13 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from halfstep.data import load_images
-from halfstep.denoiser import predictor
-from halfstep.models import load_denoiser
-from halfstep.process import Process
-from halfstep.recipe import SlimSpec, TrainSpec
-from halfstep.slimmable import Supernet, sandwich_objective, supernet_of
-from halfstep.train import Batch, Diffusion, TrainState, train
+from halfstep.core.process import Process
+from halfstep.core.recipe import SlimSpec, TrainSpec
+from halfstep.data.images import load_images
+from halfstep.methods.slimmable import Supernet, sandwich_objective, supernet_of
+from halfstep.nets.denoiser import predictor
+from halfstep.nets.models import load_denoiser
+from halfstep.training.train import Batch, Diffusion, TrainState, train
 
 VARIANTS = {
     "sorted, aligned, no distillation (paper's loss)": SlimSpec(distill="none"),

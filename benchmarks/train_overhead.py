@@ -9,7 +9,7 @@ each pair of turns gives one ratio, so that a machine that slows down or is shar
 
 from __future__ import annotations
 
-import halfstep.threads  # noqa: F401  # isort: skip (before torch)
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import statistics
 import time
@@ -24,11 +24,11 @@ from diffusers.training_utils import EMAModel
 from rich.console import Console
 from rich.table import Table
 
-from halfstep.data import Images
-from halfstep.process import Process
-from halfstep.recipe import RegularSpec, TrainSpec
-from halfstep.regularized import regular_objective
-from halfstep.train import Diffusion, TrainState, train, use_bf16
+from halfstep.core.process import Process
+from halfstep.core.recipe import RegularSpec, TrainSpec
+from halfstep.data.images import Images
+from halfstep.methods.regularized import regular_objective
+from halfstep.training.train import Diffusion, TrainState, train, use_bf16
 
 TARGET = 0.03
 

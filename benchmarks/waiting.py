@@ -1,4 +1,4 @@
-"""What waiting asleep saves beside another busy process, and what it costs alone (`halfstep.threads`).
+"""What waiting asleep saves beside another busy process, and what it costs alone (`halfstep.core.threads`).
 
     python benchmarks/waiting.py [--model benchmarks/models/fashion16-dense] [--repeats 15] [--batch 64]
 
@@ -32,11 +32,11 @@ def work(model: str, batch: int) -> None:
     """The measured process: a call for every line read, its milliseconds on a line of their own."""
     import torch  # here, and not above: the process that counts the turns must not load OpenMP
 
-    from halfstep.denoiser import Memo, predictor
-    from halfstep.models import load_denoiser
-    from halfstep.profiling import example_inputs
-    from halfstep.recipe import SlimSpec
-    from halfstep.slimmable import supernet_of
+    from halfstep.core.recipe import SlimSpec
+    from halfstep.engine.profiling import example_inputs
+    from halfstep.methods.slimmable import supernet_of
+    from halfstep.nets.denoiser import Memo, predictor
+    from halfstep.nets.models import load_denoiser
 
     net = supernet_of(load_denoiser(model)[0], SlimSpec(widths=(0.25,))).subnet(0.25).eval()
     predict, inputs = predictor(net), example_inputs(net, batch)

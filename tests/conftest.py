@@ -4,7 +4,7 @@ import os
 
 import hypothesis
 
-import halfstep.threads  # noqa: F401
+import halfstep.core.threads  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from halfstep.ode import ContinuousUNet2DModel
-from halfstep.wavelet import SpectralUNet2DModel
+from halfstep.nets.continuous import ContinuousUNet2DModel
+from halfstep.nets.wavelet import SpectralUNet2DModel
 
 
 def wavelet_unet(seed: int = 0, **config) -> SpectralUNet2DModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from halfstep.space import Space
+from halfstep.search.space import Space
 
 WIDTH_MMACS = (6070, 3420, 1520, 382.5)
 DAMAGE = np.array([0.0, 0.25, 1.0, 3.0])

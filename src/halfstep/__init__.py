@@ -7,19 +7,33 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Bank": "bank",
-    "StepPlan": "plan",
-    "Row": "plan",
-    "Cost": "results",
-    "Quality": "results",
-    "Recipe": "recipe",
-    "HalfstepError": "errors",
-    "StepAwarePipeline": "sampling",
-    "Supernet": "slimmable",
-    "load_images": "data",
-    "load_denoiser": "models",
-    "optimize": "run",
+    "Recipe": "core.recipe",
+    "HalfstepError": "core.errors",
+    "Process": "core.process",
+    "StepPlan": "core.plan",
+    "Row": "core.plan",
+    "Sampler": "core.plan",
+    "Correction": "core.plan",
+    "Guide": "core.plan",
+    "Price": "core.plan",
+    "Cost": "core.results",
+    "Quality": "core.results",
+    "load_images": "data.images",
+    "load_denoiser": "nets.models",
+    "Bank": "engine.bank",
+    "Entry": "engine.entry",
+    "StepAwarePipeline": "engine.sampling",
+    "Supernet": "methods.slimmable",
+    "open_subject": "app.subject",
+    "train": "app.verbs",
+    "compress": "app.verbs",
+    "optimize": "app.verbs",
+    "shrink": "app.verbs",
+    "sample": "app.verbs",
+    "evaluate": "app.verbs",
+    "profile": "app.verbs",
 }
+"""The public names and the modules that they live in."""
 __all__ = [*_HOMES, "__version__"]
 
 

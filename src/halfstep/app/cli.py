@@ -1,0 +1,558 @@
+"""The command line: a thin face over `run`. Errors of the user are one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+import typer.core
+
+import halfstep.core.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
+from halfstep import __version__
+from halfstep.app.options import Common, common
+from halfstep.app.terminal import RichWatch, accept_any_text, console, line, notes, settings_table
+from halfstep.core.errors import HalfstepError, RunError
+from halfstep.core.recipe import Recipe, RunRecord, settings
+from halfstep.core.recipes import RECIPES, named
+
+RESUMED = ("demo", "train", "compress", "optimize", "search", "shrink")
+"""The verbs that go on from where they were when the command is repeated; the others begin anew."""
+
+
+class Verbs(typer.core.TyperGroup):
+    """The root of the command line; Ctrl-C says how to go on, which typer would swallow."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            do = "; repeat the command to go on from there" if ctx.invoked_subcommand in RESUMED else ""
+            line(f"stopped{do}", to=notes, style="yellow")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Make a diffusion model cheap to run, and prove that its pictures held.\n\n"
+    "Start with `halfstep demo`, then `halfstep optimize --model DIR --data folder:DIR --budget 0.5 --out RUN`.",
+)
+compress_app = typer.Typer(
+    no_args_is_help=True, help="Make cheaper denoisers that can stand in for yours: one METHOD each."
+)
+app.add_typer(compress_app, name="compress")
+
+Model = Annotated[str, typer.Option("--model", help="A diffusers model or pipeline folder, or `digits` (bundled).")]
+Data = Annotated[
+    str,
+    typer.Option("--data", help="`digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`."),
+]
+Out = Annotated[Path, typer.Option("--out", help="The run folder: made if absent, resumed if it is this run's.")]
+MaybeModel = Annotated[
+    str | None, typer.Option("--model", help="Begin from this model; without one, from the images alone.")
+]
+Budget = Annotated[float | None, typer.Option(help="Share of the reference's MACs that the plan may use, in (0, 1].")]
+MaxLoss = Annotated[
+    float | None, typer.Option("--max-loss", help="Instead of a budget: how much the score may rise, e.g. 0.05.")
+]
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class", help="A class by name or number, of a class-conditional model; may be repeated.", show_default=False
+    ),
+]
+TRAINED = ("recipe", "edits", "seed", "device")
+"""Common options of what trains; its steps are the recipe's `train.steps`."""
+SAMPLED = ("recipe", "edits", "steps", "scheduler", "seed", "batch", "device")
+"""Common options of what samples."""
+
+
+def told_version(asked: bool) -> None:
+    """Print the version and end."""
+    if asked:
+        line(f"halfstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=told_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
+def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
+    """Print a result as JSON, or as what `table` returns."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        console.print(table())
+
+
+def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
+    """The table of a finished run, its plan where that is the result, and the place of its report."""
+    from halfstep.app import story
+    from halfstep.app.page import rich_table
+    from halfstep.core.plan import StepPlan
+    from halfstep.core.results import read_comparison
+
+    record = read_comparison(out / "quality.json")
+    console.print(rich_table(story.plans_table(record, brief=True)))
+    if plan:
+        chosen = StepPlan.load(out / "plan.json")
+        line(f"{chosen}\n{story.summary(record, chosen)}")
+    line(f"report: {page}")
+
+
+@app.command()
+@common("edits", "seed", "device")
+def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = 0.5) -> None:
+    """The main job on the bundled digits and model: about 6 minutes on 2 CPU cores.
+
+    Example: `halfstep demo --out runs/demo`
+    """
+    from halfstep.app import verbs
+
+    recipe = common.recipe_for("digits")
+    show_run(out, verbs.optimize("digits", "digits", out, recipe, budget=budget, watch=RichWatch()), plan=True)
+
+
+@app.command()
+@common(*TRAINED)
+def train(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
+    """Train a dense denoiser; writes a stock diffusers DDPMPipeline to OUT/pipeline.
+
+    The training steps are `--set train.steps=N`. Killed or stopped runs resume when the command is repeated.
+
+    Example: `halfstep train --data folder:photos --out runs/dense --set data.size=32 --set train.steps=20000`
+    """
+    from halfstep.app import verbs
+
+    done = verbs.train(data, out, common.recipe_for(data, dense=True), model=model, watch=RichWatch())
+    line(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
+
+
+def compress(method: str, model: str | None, data: str, out: Path, recipe: Recipe) -> None:
+    """Compress by a method, and show what was measured."""
+    from halfstep.app import verbs
+
+    show_run(out, verbs.compress(method, model, data, out, recipe, watch=RichWatch()))
+
+
+@compress_app.command()
+@common(*SAMPLED)
+def slimmable(model: Model, data: Data, out: Out, common: Common) -> None:
+    """DDSM: a supernet whose narrower widths share its weights; evaluates every width and writes a report too.
+
+    `halfstep search --model OUT` then mixes the widths step by step.
+
+    Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim`
+    """
+    compress("slimmable", model, data, out, common.recipe_for(data))
+
+
+@compress_app.command()
+@common(*SAMPLED)
+def sparse(
+    model: Model,
+    data: Data,
+    out: Out,
+    common: Common,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M, keep N of every M weights along a layer's input; default: 2:4.")
+    ] = None,
+) -> None:
+    """SparseDM: fine-tune under N:M masks, with the dense model as the teacher; evaluates and writes a report too.
+
+    Masks save multiply-accumulates on paper and bytes on disk; time only where a sparse kernel runs (see `profile`).
+
+    Example: `halfstep compress sparse --model runs/dense --data folder:photos --pattern 2:4 --out runs/sparse`
+    """
+    recipe = common.recipe_for(data, sparse_pattern=pattern)
+    compress("sparse", model, data, out, recipe)
+
+
+@compress_app.command()
+@common(*SAMPLED)
+def spectral(
+    model: Model,
+    data: Data,
+    out: Out,
+    common: Common,
+    reduction: Annotated[
+        float | None, typer.Option(help="How many times fewer MACs than the model, its teacher; default: 8.")
+    ] = None,
+) -> None:
+    """Spectral Diffusion: a slim wavelet-gated student, distilled by spectrum; evaluates and writes a report too.
+
+    `halfstep search --model OUT` then mixes student and teacher step by step.
+
+    Example: `halfstep compress spectral --model runs/dense --data folder:photos --reduction 8 --out runs/slim`
+    """
+    recipe = common.recipe_for(data, spectral_reduction=reduction)
+    compress("spectral", model, data, out, recipe)
+
+
+@compress_app.command()
+@common(*SAMPLED)
+def continuous(
+    data: Data,
+    out: Out,
+    common: Common,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A dense model to learn from as well, and to be compared with.")
+    ] = None,
+) -> None:
+    """The Missing U: a continuous U-Net whose solver steps are chosen at sampling; evaluates and writes a report too.
+
+    One set of weights becomes the entries continuous@1, @2 and @4; `halfstep search --model OUT` mixes them by step.
+
+    Example: `halfstep compress continuous --data folder:photos --out runs/ode --set continuous.base=16`
+    """
+    recipe = common.recipe_for(data, dense=model is None)
+    compress("continuous", model, data, out, recipe)
+
+
+@compress_app.command()
+@common(*SAMPLED)
+def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
+    """Regularised score matching: trains a grid of penalty weights and keeps the best, beside its two controls.
+
+    The best for the sampler and its `--steps`.
+
+    The controls, one scale and one threshold for a plainly trained model, need no training: see `halfstep shrink`.
+
+    Example: `halfstep compress regularized --data folder:photos --steps 50 --scheduler ddpm --out runs/reg`
+    """
+    recipe = common.recipe_for(data, dense=model is None)
+    compress("regularized", model, data, out, recipe)
+
+
+@app.command()
+@common(*SAMPLED)
+def optimize(
+    model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None
+) -> None:
+    """Your model and images in; a cheaper pipeline, its plan and a report out.
+
+    Profiles the model, fine-tunes a supernet from it, searches which width runs at which step, and measures the result
+    beside the reference. Killed or stopped runs resume when the command is repeated.
+
+    Example: `halfstep optimize --model runs/dense --data folder:photos --budget 0.5 --out runs/half`
+    """
+    from halfstep.app import verbs
+
+    recipe = common.recipe_for(data)
+    page = verbs.optimize(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
+    show_run(out, page, plan=True)
+
+
+@app.command()
+@common(*SAMPLED, "as_json")
+def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None) -> None:
+    """Search a plan for a bank that `compress` wrote, for a budget or a tolerated loss.
+
+    With `--set search.step_counts=20,10` other numbers of steps compete for the same budget, and with
+    `--set search.shrink=true` every plan's corrected twin (see `halfstep shrink`).
+
+    Example: `halfstep search --model runs/slim --data folder:photos --budget 0.4 --out runs/plan40`
+    """
+    from halfstep.app import verbs
+
+    recipe = common.recipe_for(data)
+    found = verbs.search(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
+    show(found.plan.to_json(), common.as_json, lambda: str(found.plan))
+
+
+@app.command()
+@common(*SAMPLED, "dtype")
+def sample(
+    model: Model,
+    out: Out,
+    common: Common,
+    count: Annotated[int, typer.Option(help="How many images.", min=1, max=1_000_000)] = 16,
+    classes: Classes = None,
+) -> None:
+    """Draw images: one PNG each, and grid.png. Image k depends on the seed and k alone.
+
+    A step-aware pipeline runs its own plan. `--scheduler` and `--steps` say the sampler of a dense model, or one under
+    which a pipeline's reference runs in place of its plan.
+    A class-conditional model draws the classes of `--class` in turn, or all that it has.
+
+    Example: `halfstep sample --model runs/half --count 64 --out pictures`
+    """
+    from halfstep.app import verbs
+
+    grid = verbs.sample(
+        model,
+        out,
+        common.recipe_for(""),
+        count=count,
+        classes=classes or (),
+        own_plan=not (common.steps or common.scheduler),
+        dtype=common.dtype,
+        watch=RichWatch(),
+    )
+    line(f"images: {out}\ngrid:   {grid}")
+
+
+@app.command()
+@common("recipe", "edits", "seed", "batch", "device", "dtype", "as_json")
+def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
+    """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
+
+    The plan says the sampler and the steps.
+
+    Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
+    """
+    from halfstep.app import story, verbs
+    from halfstep.app.page import rich_table
+
+    record = verbs.evaluate(model, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
+    show(record.to_json(), common.as_json, lambda: rich_table(story.plans_table(record, brief=True)))
+
+
+@app.command()
+@common("batch", "device", "dtype", "as_json")
+def profile(
+    model: Model,
+    common: Common,
+    repeats: Annotated[int, typer.Option(help="Timed calls per entry.", min=1, max=10_000)] = 10,
+) -> None:
+    """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
+
+    The latency is of one call with `--batch` images (default: 1).
+
+    Example: `halfstep profile --model digits --batch 64`
+    """
+    from halfstep.app import verbs
+    from halfstep.app.page import rich_table
+    from halfstep.app.story import costs_table
+
+    batch = common.batch or 1
+    costs = verbs.profile(model, batch=batch, repeats=repeats, dtype=common.dtype, watch=RichWatch())
+    record = {name: cost.to_json() for name, cost in costs.items()}
+    show(record, common.as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
+
+
+@app.command()
+@common("device")
+def spectrum(
+    models: Annotated[list[str], typer.Option("--model", help="A denoiser or pipeline; repeat it to compare several.")],
+    data: Data,
+    out: Out,
+    common: Common,
+    timesteps: Annotated[
+        list[int] | None, typer.Option("--timestep", help="Noise level, 0 to 999; may be repeated.", show_default=False)
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images to average over.", min=1)] = 256,
+) -> None:
+    """Which frequencies a denoiser loses: power spectra of its clean estimate, the data and the best linear denoiser.
+
+    Writes OUT/spectrum.json and OUT/report.html with one picture per timestep.
+
+    Example: `halfstep spectrum --model runs/dense --model runs/small --data folder:photos --out runs/spectrum`
+    """
+    from halfstep.app import looking
+
+    asked = timesteps or (20, 100, 300, 600)
+    page = looking.spectrum(models, data, out, timesteps=asked, images=images, watch=RichWatch())
+    line(f"report: {page}")
+
+
+@app.command()
+@common("seed", "device", "as_json")
+def denoise(
+    models: Annotated[list[str], typer.Option("--model", help="A denoiser or pipeline; repeat it to compare several.")],
+    images: Annotated[list[Path], typer.Option("--image", help="A picture file of any size; may be repeated.")],
+    out: Out,
+    common: Common,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the noise, on pictures from 0 to 1.")] = 0.1,
+    steps: Annotated[
+        list[int] | None, typer.Option("--steps", help="Sampling steps of a tile (default 1); may be repeated.", min=1)
+    ] = None,
+    noisy: Annotated[bool, typer.Option("--noisy", help="The pictures are noisy already: only restore them.")] = False,
+    classes: Classes = None,
+) -> None:
+    """Denoise real pictures with a diffusion model, beside classical denoisers: PSNR, SSIM, time per picture.
+
+    One step gives the highest PSNR, several sharper pictures. Pictures larger than the model are done in tiles.
+    A class-conditional model needs the pictures' class.
+
+    Example: `halfstep denoise --model runs/ode --noise 0.1 --image photo.png --steps 1 --steps 5 --out runs/denoised`
+    """
+    from halfstep.app import looking
+    from halfstep.app.page import rich_table
+    from halfstep.app.story import restored_table
+
+    found = looking.denoise(
+        models,
+        images,
+        out,
+        looking.Noise(level=noise, there=noisy, seed=common.seed or 0),
+        steps=steps or (1,),
+        classes=classes or (),
+        watch=RichWatch(),
+    )
+    if found:
+        show([record.to_json() for record in found], common.as_json, lambda: rich_table(restored_table(found)))
+    if not common.as_json:
+        line(f"pictures: {out}, side by side in {out / 'report.html'}")
+
+
+@app.command()
+@common(*SAMPLED)
+def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
+    """Better pictures in few steps without training: scale and threshold the predicted noise, row by row.
+
+    Walks along a grid of scales and one of thresholds for all rows, then tries stretches of rows, by the distance to
+    your images; the last choice is made on fresh seeds, and may be to correct nothing. A pipeline's own plan is
+    corrected, unless `--steps` or `--scheduler` says another.
+
+    Example: `halfstep shrink --model runs/dense --data folder:photos --steps 20 --out runs/shrunk`
+    """
+    from halfstep.app import verbs
+
+    recipe = common.recipe_for(data)
+    steps = recipe.sample.steps if common.scheduler else common.steps
+    show_run(out, verbs.shrink(model, data, out, recipe, steps=steps, watch=RichWatch()), plan=True)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]) -> None:
+    """Write the report of a finished run again (after an update of Halfstep, say).
+
+    Example: `halfstep report runs/half`
+    """
+    from halfstep.app import verbs
+
+    line(f"report: {verbs.report(folder)}")
+
+
+@app.command()
+@common(*TRAINED)
+def features(data: Data, out: Out, common: Common) -> None:
+    """Train the feature classifier that Fréchet distances on your data rest on.
+
+    Example: `halfstep features --data folder:photos --out runs/features --set eval.feature_steps=3000`
+    """
+    from halfstep.app import measuring as measured
+
+    line(f"features: {measured.features(data, out, common.recipe_for(data), watch=RichWatch())}")
+
+
+@app.command("recipe")
+@common("edits", "as_json")
+def show_recipe(
+    common: Common,
+    name: Annotated[str, typer.Argument(metavar="[NAME|RUN]", help="A named recipe, or the folder of a run.")] = "",
+) -> None:
+    """Every field of a recipe: its value, what it may be, and what it means; or what a run used and read.
+
+    Without a name: the recipes that there are, and the default one. Fields that differ from it are marked.
+
+    Example: `halfstep recipe fashion16 --set sample.steps=10`, `halfstep recipe runs/half`
+    """
+    run = None
+    if name not in RECIPES and Path(name, "recipe.json").is_file():
+        run = RunRecord.load(Path(name))
+    elif name not in RECIPES and Path(name).is_dir() and name:
+        raise RunError(got="no recipe.json", expected="the folder of a run", where=name, do="give what a verb wrote")
+    recipe = run.recipe if run else named(name or "default", where="the recipe")
+    recipe = recipe and recipe.edit(common.edits or [])
+    known = {} if name else {one: " ".join((make.__doc__ or "").split()) for one, make in RECIPES.items()}
+    if common.as_json:
+        show(_recipe_record(recipe, run, known), True, lambda: None)
+        return
+    for one, about in known.items():
+        line(f"{one}: {about}")
+    if run:
+        for given in (*(f"{key}: {value}" for key, value in run.inputs.items()), *run.read):
+            line(given)
+    if recipe:
+        console.print(settings_table(settings(recipe), set(recipe.differences(named("default")))))
+
+
+def _recipe_record(recipe: Recipe | None, run: RunRecord | None, known: dict[str, str]) -> dict[str, Any]:
+    usual = named("default")
+    theirs = {leaf.name: leaf.value for _, leaves in settings(usual).values() for leaf in leaves}
+    return {
+        "recipes": known,
+        "inputs": run.inputs if run else {},
+        "read": list(run.read) if run else [],
+        "fields": [
+            {
+                "name": leaf.name,
+                "value": leaf.value,
+                "default": theirs[leaf.name],
+                "allowed": leaf.allowed,
+                "meaning": leaf.meaning,
+            }
+            for _, leaves in (settings(recipe) if recipe else {}).values()
+            for leaf in leaves
+        ],
+    }
+
+
+@app.command()
+@common("as_json")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A pipeline folder, or a run folder with all that is in it.")],
+    common: Common,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Record what lies there now as right: after an edit of your own.")
+    ] = False,
+) -> None:
+    """Whether a pipeline's or a run's files are those that were written; exit code 2 where one changed or is missing.
+
+    Every pipeline carries the digests of its files (SHA256SUMS, for `sha256sum -c` too), every training state its own.
+
+    Example: `halfstep verify runs/half`
+    """
+    from collections import Counter
+
+    from halfstep.app import verify as verifying
+    from halfstep.app.page import Table, rich_table
+    from halfstep.core.sums import State
+
+    found = verifying.verify(folder, accept=accept)
+    rows = tuple((one.file, one.state) for one in found)
+    count = Counter(one.state for one in found)
+    told = ", ".join(f"{count[state]} {state}" for state in get_args(State) if count[state])
+    note = f"{told}; recorded as they are now" if accept else told
+    table = Table(title=str(folder), columns=("file", "state"), rows=rows, note=note)
+    show([{"file": one.file, "state": one.state} for one in found], common.as_json, lambda: rich_table(table))
+    if (count["changed"] or count["missing"]) and not accept:
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the command line; a user's error becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda message, *_: line(f"note: {message}", to=notes, style="yellow")
+    accept_any_text()
+    try:
+        app()
+    except HalfstepError as error:
+        line(f"error: {error}", to=notes, style="red")
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which even a question about a path raises; every door asks some
+            raise
+        told = RunError(got="a name too long for a file", expected="a path", where=error.filename, do="check it")
+        line(f"error: {told}", to=notes, style="red")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

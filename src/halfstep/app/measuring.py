@@ -1,0 +1,175 @@
+"""What the verbs that measure share: a judge with its feature network, results written and told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfstep.app.story import tell
+from halfstep.app.subject import open_subject
+from halfstep.core import disk
+from halfstep.core.errors import DataError, HalfstepError, RunError
+from halfstep.core.folder import open_run
+from halfstep.core.lock import releasing
+from halfstep.core.machine import machine
+from halfstep.core.recipe import Recipe
+from halfstep.core.seeds import own_random
+from halfstep.core.typed import typed
+from halfstep.core.watch import SILENT, Watch
+from halfstep.data.arrays import save_arrays
+from halfstep.data.images import Images, load_images
+from halfstep.engine.bank import Bank
+from halfstep.engine.device import default_device
+from halfstep.engine.profiling import Layout
+from halfstep.engine.subject import Subject
+from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
+from halfstep.measure.judge import TIMED_BATCH, Judge, Measured, extractor_for
+from halfstep.measure.quality import NEIGHBOURS
+
+
+@releasing
+@own_random
+def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """Train the data's own feature classifier and save it in `out`; returns `out`.
+
+    Raises RunError for a folder with other files, or with the network of other data.
+    """
+    return features_of(open_subject(None, data, recipe, watch=watch), out, watch)
+
+
+@releasing
+@own_random
+def features_of(subject: Subject, out: Path, watch: Watch) -> Path:
+    """The same for images that are open."""
+    images, recipe, out = subject.images, subject.recipe, Path(out)
+    there = (out / "features.json").is_file()
+    if there and not (out / "recipe.json").exists():  # of before 2026-11-26, when no run folder was made for it
+        _require_features_of(images, out)
+        return out
+    inputs, content = {"verb": "features", "data": subject.data}, {"data_content": images.fingerprint}
+    open_run(out, recipe, inputs, content, watch, subject.read()[:1])
+    if there:
+        return out
+    net = feature_net_for(images, seed=recipe.seed)
+    steps = recipe.eval.feature_steps
+    test = _test_split(subject, watch)
+    with watch.stage("train features", steps) as told:
+        for record in train_features(net, images, test=test, steps=steps, seed=recipe.seed):
+            told(record.step, f"accuracy {record.accuracy:.1%}")
+    share = net.record["accuracy"]
+    watch.say(f"feature network: accuracy {share:.1%} on {'test' if test else 'training'} images")
+    net.save(out)
+    return out
+
+
+def _test_split(subject: Subject, watch: Watch) -> Images | None:
+    size, channels = subject.recipe.data.size, subject.recipe.data.channels
+    try:
+        return load_images(subject.data, size=size, channels=channels, split="test", watch=watch)
+    except HalfstepError:
+        watch.say("no test split: the accuracy is the training images'")
+        return None
+
+
+def _require_features_of(images: Images, out: Path) -> None:
+    known = FeatureNet.load(out).record["fingerprint"]
+    if known != images.fingerprint:
+        raise RunError(
+            got=f"the feature network of other data (fingerprint {known})",
+            expected=f"one of {images.name} (fingerprint {images.fingerprint})",
+            where=out,
+            do="choose another --out, or delete that folder",
+        )
+
+
+def require_measurable(images: Images, recipe: Recipe) -> None:
+    """Raise, before anything is trained, for what no measurement could end well with: features that cannot be had or do
+    not take these images, too few images."""
+    if recipe.eval.features == "own":
+        extractor = extractor_of(feature_net_for(images).eval())
+    else:
+        extractor = extractor_for(recipe.eval.features, images, Path(), "cpu")
+    extract(extractor, [images.batch(slice(0, 2))])
+    least = NEIGHBOURS + 1  # an image needs as many others around it, for recall and coverage
+    for count, where in ((len(images), images.name), (recipe.eval.images, "eval.images")):
+        if count < least:
+            raise DataError(
+                got=f"{count} images", expected=f"at least {least}, to measure with", where=where, do="take more"
+            )
+
+
+def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
+    """A judge of a bank on a subject's images; trains the data's own feature network where the recipe wants one."""
+    recipe = subject.recipe
+    if recipe.eval.features == "own":
+        features_of(subject, out / "features", watch)
+    bank.to(default_device())
+    _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
+    extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
+    return Judge(bank, subject.images, extractor, cache=out / "state", batch=recipe.sample.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layouts:
+    """state/layouts.json: the memory layout of every entry, and the setting in which the faster one was found."""
+
+    entries: dict[str, Layout]
+    device: str
+    batch: int
+    threads: int
+    cpu: str
+
+
+def _settle_layouts(bank: Bank, file: Path, asked: str) -> None:
+    """Put every entry into the layout asked for. "auto" is its fastest; what was measured once holds for the run, whose
+    last digits hang on it."""
+    if asked != "auto":
+        bank.set_layouts(dict.fromkeys(bank, asked))
+        return
+    known: Mapping[str, str] = {}
+    if file.exists():
+        do = "delete it to choose them anew"
+        read = typed(
+            disk.read_json(file, what="layouts", do=do), Layouts | dict[str, Layout], "", file, error=RunError, do=do
+        )
+        known = read.entries if isinstance(read, Layouts) else read  # those of before 2026-11-26 are the entries alone
+    if not set(bank) <= set(known):
+        known = bank.fastest_layouts(TIMED_BATCH)
+        about = machine()
+        found = Layouts(
+            entries=known,  # type: ignore[arg-type]
+            device=str(bank.device),
+            batch=TIMED_BATCH,
+            threads=torch.get_num_threads(),
+            cpu=str(about["cpu"]),
+        )
+        disk.write_json(file, asdict(found))
+    bank.set_layouts({name: known[name] for name in bank})
+
+
+def write_costs(bank: Bank, out: Path) -> None:
+    """What the entries cost where the bank is, in the layouts that it is in: after `judge_for`, as the plans are. An
+    earlier call's figures stay."""
+    if (out / "cost.json").is_file():
+        return
+    costs = bank.costs(batch=TIMED_BATCH, repeats=10)
+    disk.write_json(out / "cost.json", {name: cost.to_json() for name, cost in costs.items()})
+
+
+def is_measured(out: Path) -> bool:
+    """Whether an earlier call finished the run: its last file is there, and `open_run` found the same recipe."""
+    return (out / "quality.json").is_file()
+
+
+def write_and_tell(judge: Judge, verdict: Measured, out: Path, begun: float) -> Path:
+    """Write what was measured, with its pictures, and the report on it, whose path is returned."""
+    pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
+    disk.write_atomic(out / "pictures.npz", lambda path: save_arrays(path, pictures))
+    record = replace(verdict.record, seconds=round(time.time() - begun, 1))
+    disk.write_json(out / "quality.json", record.to_json())
+    return tell(out)

@@ -1,0 +1,140 @@
+"""The options that verbs have in common: each declared once, with one meaning, all brought to a verb in one value."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from halfstep.core.errors import RecipeError
+from halfstep.core.recipe import MAX_SEED, MOST_IN_A_BATCH, Recipe
+from halfstep.core.recipes import RECIPES, named
+
+FIELDS = {"steps": "sample.steps", "scheduler": "sample.scheduler", "seed": "seed", "batch": "sample.batch"}
+"""The common options that are fields of the recipe."""
+
+_RECIPE, _COMMON = "Recipe", "Common settings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What the common options of a command said; its verb has those that `common` names, the others are as here."""
+
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            help=f"A named recipe: {', '.join(RECIPES)}. `halfstep recipe` shows them.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = ""
+    edits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Edit a field of the recipe, e.g. `--set train.steps=2000`, the training steps; may be repeated. "
+            "`halfstep recipe` lists all fields.",
+            show_default=False,
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Sampling steps (`sample.steps`).", min=1, rich_help_panel=_COMMON),
+    ] = None
+    scheduler: Annotated[
+        Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"] | None,
+        typer.Option("--scheduler", help="The sampler (`sample.scheduler`).", rich_help_panel=_COMMON),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            help="Seed of everything that is drawn (`seed`); 0 where nothing else is said.",
+            min=0,
+            max=MAX_SEED,
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            help="Images of a sampling or timing batch (`sample.batch`); changes the speed, not the images.",
+            min=1,
+            max=MOST_IN_A_BATCH,
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="Where to run, e.g. `cpu` or `cuda:1`; default: a GPU if any.", rich_help_panel=_COMMON
+        ),
+    ] = ""
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Precision of the networks that run.", rich_help_panel=_COMMON),
+    ] = "float32"
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False
+
+    def recipe_for(self, data: str, *, dense: bool = False, **fields: Any) -> Recipe:
+        """The named recipe with its edits; without a name, the bundled data's own recipe or the default.
+
+        `fields`: what a verb's own options said, by the recipe's name with _ for its dot, e.g. `sparse_pattern`; None
+        says nothing. Raises RecipeError for an option and a `--set` of the same field that say different things.
+        """
+        name = self.recipe or ("default" if data != "digits" else "digits-dense" if dense else "digits")
+        given = {f"--{option}": (field, getattr(self, option)) for option, field in FIELDS.items()}
+        given |= {f"--{path.split('_')[1]}": (path.replace("_", ".", 1), value) for path, value in fields.items()}
+        edits = list(self.edits or [])
+        for option, (field, value) in given.items():
+            if value is not None:
+                _require_agreeing(option, field, str(value), edits)
+                edits.append(f"{field}={value}")
+        return named(name).edit(edits)
+
+
+def _require_agreeing(option: str, field: str, value: str, edits: list[str]) -> None:
+    for path, _, other in (edit.partition("=") for edit in edits):
+        if path.strip() == field and other.strip() != value:
+            raise RecipeError(
+                got=f"{option} {value} and --set {field}={other.strip()}",
+                expected="one of them: they are the same field",
+                where=option,
+                do="leave one out",
+            )
+
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+
+def common(*names: str) -> Callable[[Verb], Verb]:
+    """Give a verb with a parameter `common` these of `Common`'s options, on the command line and in its help.
+
+    With `--device` everything that the verb does runs there.
+    """
+    known = inspect.signature(Common, eval_str=True).parameters
+    assert set(names) <= {item.name for item in fields(Common)}
+
+    def with_options(verb: Verb) -> Verb:
+        own = inspect.signature(verb, eval_str=True)
+
+        @functools.wraps(verb)
+        def command(**given: Any) -> None:
+            asked = Common(**{name: given.pop(name) for name in names})
+            if asked.device:
+                from halfstep.engine.device import use_device
+
+                use_device(asked.device)
+            verb(**given, common=asked)
+
+        kept = [one for name, one in own.parameters.items() if name != "common"]
+        command.__signature__ = own.replace(parameters=[*kept, *(known[name] for name in names)])  # type: ignore[attr-defined]
+        return command  # type: ignore[return-value]
+
+    return with_options

@@ -1,0 +1,447 @@
+"""Tell a finished run as a report: the summary sentence, the tables, the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series
+from halfstep.app.page import Grid, Report, Table, write_report
+from halfstep.core import disk
+from halfstep.core.errors import PlanError, RunError
+from halfstep.core.plan import StepPlan
+from halfstep.core.recipe import Recipe, RunRecord
+from halfstep.core.results import (
+    About,
+    Comparison,
+    Cost,
+    Difference,
+    GridScores,
+    PlanRow,
+    Quality,
+    Rings,
+    Spectra,
+    Verdict,
+    read_comparison,
+    read_costs,
+    read_spectra,
+)
+from halfstep.data.arrays import read_arrays
+from halfstep.data.pictures import picture_grid
+from halfstep.measure.restore import Restored
+from halfstep.search.damage import ErrorTable
+from halfstep.search.scores import SEARCHED, Scored, read_scores
+from halfstep.training.train import Logged
+
+MAX_PICTURES = 1 << 28
+"""Bytes of pictures that a report is told from: the largest of ours has a few megabytes."""
+
+SETTINGS = ("device", "dtype", "threads", "batch", "layout", "backend")
+"""Of a `Cost`: what its milliseconds hang on."""
+
+
+def quality_cell(quality: Quality) -> str:
+    """A value with its interval, to two decimals."""
+    return f"{quality.value:.2f} [{quality.low:.2f}, {quality.high:.2f}]"
+
+
+def change_cell(change: Difference) -> str:
+    """A change with its interval: a share, or the distance itself where the reference is within its floor."""
+    if change.share is None or change.relative_low is None or change.relative_high is None:
+        return f"{change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+    return f"{_signed(change.share)} [{_signed(change.relative_low)}, {_signed(change.relative_high)}]"
+
+
+def _signed(share: float) -> str:
+    return f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
+
+
+def verdict_of(row: PlanRow, tolerance: float) -> Verdict:
+    """A plan's verdict; told from its interval where the record is of before there were three."""
+    if row.verdict is not None:
+        return row.verdict
+    if row.held:
+        return "held"
+    low = row.difference.relative_low
+    return "not held" if low is not None and low > tolerance else "not decided"
+
+
+def decided_text(row: PlanRow) -> str:
+    """How many images would decide what is not decided, as the end of a sentence; nothing in records of before."""
+    if row.verdict is None:
+        return ""
+    if row.decided_by is None:
+        return "; a million images would not decide it"
+    return f"; about {_round_up(row.decided_by):,} images would decide it"
+
+
+def _round_up(count: int) -> int:
+    """To two digits."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
+
+
+def plans_table(record: Comparison, title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
+    """The table of `judge.measure_plans`: cost, speed, quality with intervals, difference to the first row.
+
+    `brief`: only what fits a terminal of 80 columns.
+    """
+    about = record.about
+    rows = [_plan_cells(name, row, about) for name, row in record.plans.items()]
+    first = record.reference.quality["fd"]
+    note = (
+        f"MMACs per image and trajectory. Wall-clock of whole trajectories at batch {about.batch} on "
+        f"{about.device}, {about.dtype}, {about.layout}, "
+        f"median of {about.repeats} taken in turns. Fréchet distance (FD, lower is better) on "
+        f"{about.n} images of the same seeds against {first.n_reference} real ones, features "
+        f"{first.features}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
+    )
+    columns: tuple[str, ...] = ("", "MACs", "time", "FD", "change of FD", f"within {about.tolerance:.0%}")
+    if brief:  # the rest is detail, and lies beyond the edge of a narrow page
+        rows = [row[: len(columns)] for row in rows]
+    else:
+        columns += ("MMACs", "ms", "KID", "precision", "recall")
+    names = list(record.plans)
+    return Table(
+        title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
+    )
+
+
+def _plan_cells(name: str, row: PlanRow, about: About) -> tuple[str, ...]:
+    """One plan's line of `plans_table`."""
+    reference = name == about.reference
+    return (
+        name,
+        f"{row.share:.0%}",
+        f"{row.wall_share:.0%}",
+        quality_cell(row.quality["fd"]),
+        "—" if reference else change_cell(row.difference),
+        "—" if reference else verdict_of(row, about.tolerance),
+        f"{row.macs / 1e6:,.0f}",
+        f"{row.wall_ms:,.0f}",
+        *(f"{row.quality[metric].value:.3g}" for metric in ("kid", "precision", "recall")),
+    )
+
+
+def _statistics(about: About) -> str:
+    """What a reader must know of the distances: their correction and floor, what was wrong; of old records, that they
+    have neither."""
+    if about.floor is None or about.scale is None:
+        return (
+            "Measured before distances were corrected for bias: small ones are mostly chance, and so are their shares."
+        )
+    least = about.floor
+    said = (
+        f"FD is corrected for bias; perfect draws score {least.raw:.2g} before that and up to {least.high:.2g} "
+        f"after it (fresh real images about {least.fresh:.2g} before). Where the reference scores no more, changes "
+        f"are told as they are and held against {about.scale:.2g}, a hundredth of the data's spread."
+    )
+    return " ".join([said, *(f"Warning: {one}." for one in about.warnings)])
+
+
+def costs_table(costs: Mapping[str, Cost], reference: str) -> Table:
+    """What one call of each entry costs, beside the reference's; unmeasured is "–".
+
+    The note states the settings that all entries have in common; a setting that differs gets a column instead. Raises
+    PlanError where `reference` is not among `costs`.
+    """
+    if reference not in costs:
+        expected = f"one of {', '.join(costs)}"
+        raise PlanError(got=reference, expected=expected, where="reference", do="name an entry of the table")
+    settings = {key: [getattr(cost, key) for cost in costs.values()] for key in SETTINGS}
+    shared = [f"{key} {found[0]}" for key, found in settings.items() if len(set(found)) == 1 and found[0] is not None]
+    differing = [key for key, found in settings.items() if len(set(found)) > 1]
+    base = costs[reference]
+    rows = tuple(
+        (
+            name,
+            f"{cost.params / 1e6:.2f} M",
+            _number(cost.stored_mib, ".2f"),
+            f"{cost.macs / 1e6:,.2f}",
+            f"{cost.macs / base.macs:.1%}",
+            _number(cost.latency_ms, ".1f") + (f" ± {cost.latency_spread_ms:.1f}" if cost.latency_spread_ms else ""),
+            f"{cost.latency_ms / base.latency_ms:.1%}" if cost.latency_ms and base.latency_ms else "–",
+            _number(cost.peak_mib, ".1f"),
+            *(str(getattr(cost, key) or "–") for key in differing),
+        )
+        for name, cost in costs.items()
+    )
+    note = (
+        "MMACs per image; zeros of a mask are left out of them, whether a kernel skips them is what the time shows. "
+        f"ms: one call, median ± half the inter-quartile distance, in turns; {', '.join(shared)}."
+    )
+    columns = ("", "params", "MiB stored", "MMACs", "share", "ms", "time", "MiB peak", *differing)
+    return Table(title="The bank", columns=columns, rows=rows, note=note)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def restored_table(records: Sequence[Restored]) -> Table:
+    """How well every method denoises the same pictures."""
+    rows = [(r.name, f"{r.psnr_db:.2f}", f"{r.ssim:.3f}", f"{r.ms:,.0f}") for r in records]
+    first = records[0]
+    note = (
+        f"Means over {first.pictures} picture{'s' * (first.pictures > 1)} with noise of {first.sigma:g} "
+        f"(noisy: {first.noisy_psnr_db:.2f} dB), {first.threads} CPU threads; median ms per picture, in turns. "
+        "scikit-image has no BM3D."
+    )
+    return Table(title="Denoised", columns=("method", "PSNR dB", "SSIM", "ms"), rows=tuple(rows), note=note)
+
+
+def tell_restored(out: Path, records: Sequence[Restored], shown: Mapping[str, np.ndarray]) -> Path:
+    """Write report.html of `halfstep denoise`: the table, where originals are known, and pictures uint8 [C, H, W]."""
+    report = Report(
+        title="Denoised pictures",
+        summary="What every method made of the same noisy pictures. Single files lie in the folders beside this page.",
+        facts={},
+        tables=(restored_table(records),) if records else (),
+        figures=(),
+        grids=tuple(Grid(title=name, images=image[None], columns=1) for name, image in shown.items()),
+    )
+    return write_report(report, out)
+
+
+def summary(record: Comparison, plan: StepPlan) -> str:
+    """One sentence with the claim and its measure, after what is wrong with them."""
+    row, about = record.plans["plan"], record.about
+    calls = f"{record.reference.calls} {plan.sampler.short} calls"
+    change = f"the Fréchet distance changes by {change_cell(row.difference)} (95 % interval, n = {about.n})"
+    wrong = "".join(f"Warning: {one}. " for one in about.warnings)
+    if plan.corrected and row.share == 1:
+        return f"{wrong}The corrections cost nothing; with {calls} {change}."
+    what = f"The plan, {plan.entries[0]!r} in every call," if len(set(plan.entries)) == 1 else "The plan"
+    saved = f"saves {1 - row.share:.0%} of the MACs and {1 - row.wall_share:.0%} of the time of {calls}"
+    cost = saved if row.share != 1 else f"costs what {calls} of the reference cost"
+    return f"{wrong}{what} {cost}; {change}, so {_judgement(row, about.tolerance)}."
+
+
+def _judgement(row: PlanRow, tolerance: float) -> str:
+    of = "" if row.difference.share is not None else " of a hundredth of the data's spread"
+    within = f"within the tolerance of {tolerance:.0%}{of}"
+    match verdict_of(row, tolerance):
+        case "held":
+            return f"quality held {within}"
+        case "not held":
+            return f"quality did not hold {within}"
+        case "broken reference":
+            return "nothing can be said of its quality: the reference is broken"
+        case _:
+            return f"whether quality held {within} is not decided{decided_text(row)}"
+
+
+def _steps_table(scored: Sequence[Scored], images: int) -> list[Table]:
+    """What competed for the budget, where numbers of steps and corrections did; `images`: so many for each."""
+    ordered = sorted((one for one in scored if one.stage == "steps"), key=lambda one: one.score)
+    if not ordered:
+        return []
+    rows = tuple((one.name, f"{one.macs / 1e6:,.0f}", f"{one.score:.3g}") for one in ordered)
+    note = f"The best plan of each on {images} images of the same fresh noise, which chose the first."
+    return [Table(title="Numbers of steps", columns=("", "MMACs", "FD"), rows=rows, note=note, best=0)]
+
+
+def pareto(record: Comparison, searched: Sequence[Scored], images: int = 0) -> Pareto:
+    """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
+    dots = tuple((one.share, one.score, None, None) for one in searched if one.stage != "reference")
+    label = f"the search, on {images} images\n(uncorrected: higher)"
+    series = [Series(name=label, points=dots, style="points")] if dots else []
+    for name, row in record.plans.items():
+        fd = row.quality["fd"]
+        style: Any = "star" if name in ("plan", "reference") else "points"
+        series.append(Series(name=name, points=((row.share, fd.value, fd.low, fd.high),), style=style))
+    reference = record.reference.quality["fd"]
+    return Pareto(
+        title="Quality against cost",
+        metric_label="Fréchet distance (lower is better)",
+        series=tuple(series),
+        band=(reference.low, reference.high),
+        floor=record.about.floor.high if record.about.floor else None,
+    )
+
+
+def plan_chart(plan: StepPlan) -> PlanChart:
+    shares = {name: price.macs / plan.prices[plan.reference].macs for name, price in plan.prices.items()}
+    steps = tuple(row.timestep for row in plan.rows)
+    return PlanChart(title="What runs at each step", timesteps=steps, entries=plan.entries, shares=shares)
+
+
+def training_curves(out: Path) -> list[Curve]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for file in (out / "log.jsonl", out / "supernet" / "log.jsonl", *sorted(out.glob("r=*/log.jsonl"))):
+        for record in disk.read_records(file, Logged):
+            tag = file.parent.name if file.parent.name.startswith("r=") else record.tag
+            lines.setdefault(tag, []).append((record.step, record.loss))
+    if not lines:
+        return []
+    points = {name: tuple(values) for name, values in lines.items()}
+    return [Curve(title="Training loss", xlabel="step", ylabel="loss (summed over the widths)", lines=points)]
+
+
+def _grid_curve(out: Path) -> list[Curve]:
+    """How the score hangs on the weight of a penalty, where a grid of them was trained."""
+    if not (out / "grid.json").is_file():
+        return []
+    record = disk.read_record(out / "grid.json", GridScores, what="a grid's scores", do="run again")
+    try:
+        points = tuple((float(name.removeprefix("r=")), score) for name, score in record.scores.items())
+    except ValueError as error:
+        raise RunError(
+            got=error, expected="names like r=0.1", where=out / "grid.json", do="delete it and run again"
+        ) from error
+    lines = {"trained with r": points}
+    lines |= {f"r = 0, {name}": tuple((r, score) for r, _ in points) for name, score in record.controls.items()}
+    label = f"Fréchet distance, {record.images} validation images"
+    return [Curve(title="The choice of r", xlabel="r", ylabel=label, lines=lines)]
+
+
+def _correction_curves(plan: StepPlan) -> list[Curve]:
+    """The scale and the threshold of every call, where a plan corrects its predictions."""
+    if not plan.corrected:
+        return []
+    scales, thresholds = (tuple(enumerate(values, 1)) for values in zip(*plan.corrections, strict=True))
+    found = (("Scale", "factor of the predicted noise", scales), ("Threshold", "of the predicted noise", thresholds))
+    label = "call (noise on the left, picture on the right)"
+    return [
+        Curve(title=f"{title} at each call", xlabel=label, ylabel=unit, lines={title.lower(): points})
+        for title, unit, points in found
+    ]
+
+
+def tell(out: Path) -> Path:
+    """Write report.html and samples.png of a finished `halfstep optimize` from what lies in its folder.
+
+    Returns the report's path. Raises RunError when a file of the run is missing.
+    """
+    out, again = Path(out), "finish the run with halfstep optimize"
+    record = read_comparison(out / "quality.json", again)
+    run = RunRecord.load(out)
+    costs = read_costs(out / "cost.json", again)
+    table = ErrorTable.load(out / "errors.json") if (out / "errors.json").exists() else None  # `compress` searches none
+    plan = StepPlan.load(out / "plan.json")
+    pictures = _pictures(out / "pictures.npz", again)
+    scored = read_scores(out)
+    # where numbers of steps compete, there is a table for each, and the searches' shares are of unlike references
+    searched = [one for one in scored if one.stage in SEARCHED] if table else []
+    if run.recipe is None:
+        raise RunError(got="a run without a recipe", expected="one that was measured", where=out, do=again)
+    report = Report(
+        title="Halfstep report",
+        summary=summary(record, plan),
+        facts=_facts(run.inputs, run.recipe, record, len(searched), table),
+        tables=(
+            plans_table(record),
+            *_steps_table(scored, run.recipe.search.final_images),
+            costs_table(costs, plan.reference),
+        ),
+        figures=(
+            pareto(record, searched, run.recipe.search.images),
+            *([plan_chart(plan)] if len(set(plan.entries)) > 1 or not plan.corrected else []),
+            *_correction_curves(plan),
+            *([_heatmap(table)] if table else []),
+            *_grid_curve(out),
+            *training_curves(out),
+        ),
+        grids=tuple(Grid(title=name, images=images, columns=8) for name, images in pictures.items()),
+        files={name: what for name, what in FILES.items() if (out / name).exists()},
+    )
+    side = picture_grid(np.concatenate([pictures["reference"][:16], pictures["plan"][:16]]), columns=16)
+    disk.write_png(out / "samples.png", side)
+    return write_report(report, out)
+
+
+def _pictures(file: Path, do: str) -> dict[str, np.ndarray]:
+    """The pictures of a run by the plan that drew them, uint8 [N, C, S, S]. Raises RunError."""
+    what = "pictures of the reference and of the plan, uint8 [N, C, S, S]"
+    found = read_arrays(file, MAX_PICTURES, what=what, do=do)
+    shapes = {array.shape[1:] if array.dtype == np.uint8 and len(array) else () for array in found.values()}
+    (shape, *others) = shapes or {()}
+    if others or len(shape) != 3 or shape[0] not in (1, 3) or not {"reference", "plan"} <= set(found):
+        told = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items())
+        raise RunError(got=told or "none", expected=what, where=file, do=do)
+    return found
+
+
+def tell_spectra(out: Path) -> Path:
+    """Write report.html of what `halfstep spectrum` measured: one picture per timestep, all models in each.
+
+    Raises RunError for a spectrum.json that is missing or holds something else.
+    """
+    record = read_spectra(out / "spectrum.json")
+    report = Report(
+        title="Power spectra",
+        summary="A model that loses detail has less power at high frequencies than the linear bound allows.",
+        facts={"data": record.data},
+        tables=(_spectra_table(record),),
+        figures=tuple(_spectra_curve(timestep, models) for timestep, models in record.timesteps.items()),
+        grids=(),
+    )
+    return write_report(report, out)
+
+
+def _spectra_curve(timestep: str, models: Mapping[str, Rings]) -> Curve:
+    lines: dict[str, tuple[tuple[float, float], ...]] = {}
+    for name, rings in models.items():
+        powers = {"data": rings.data, "wiener": rings.wiener, name: rings.model}
+        lines |= {kind: tuple(zip(rings.frequency, power, strict=True)) for kind, power in powers.items()}
+    title = f"Clean estimate at timestep {timestep}"
+    return Curve(title=title, xlabel="frequency (cycles per pixel)", ylabel="power", lines=lines)
+
+
+def _spectra_table(record: Spectra) -> Table:
+    rows = []
+    for timestep, models in record.timesteps.items():
+        for name, rings in models.items():
+            half = len(rings.frequency) // 2
+            shares = [sum(power[half:]) / sum(rings.data[half:]) for power in (rings.model, rings.wiener, rings.error)]
+            rows.append((timestep, name, *(f"{share:.3f}" for share in shares)))
+    note = "Power in the upper half of the frequencies, as a share of the data's: of the estimate, of the best linear "
+    return Table(
+        title="High frequencies",
+        columns=("timestep", "model", "estimate", "Wiener", "error"),
+        rows=tuple(rows),
+        note=note + f"one, and of the estimate's error. {record.images} images of {record.data}.",
+    )
+
+
+FILES = {
+    "pipeline/": "the cheaper diffusers pipeline: StepAwarePipeline.from_pretrained",
+    "plan.json": "what runs at each step",
+    "quality.json": "every number of this page",
+    "cost.json": "parameters, MACs, latency and memory of the bank",
+    "errors.json": "the error table",
+    "scores.jsonl": "every plan that was measured",
+    "search.jsonl": "every plan that was measured",
+}
+
+
+def _facts(
+    inputs: Mapping[str, str], recipe: Recipe, record: Comparison, searched: int, table: ErrorTable | None
+) -> dict[str, str]:
+    about, search = record.about, {}
+    if table:
+        search["search"] = (
+            f"{searched} plans of {recipe.search.images} images each, and an error table on {table.images} trajectories"
+        )
+    return {
+        "model": inputs.get("model", ""),
+        "data": f"{inputs.get('data', '')}, fingerprint {about.data}",
+        "goal": inputs.get("goal", inputs.get("verb", "")),
+        "recipe": f"{recipe.name}, seed {recipe.seed}, {recipe.train.steps} training steps",
+        **search,
+        "time of the last call": f"{record.seconds or 0:.0f} s",
+        **{key: str(value) for key, value in about.machine.items()},
+    }
+
+
+def _heatmap(table: ErrorTable) -> Heatmap:
+    return Heatmap(
+        title="Error of each entry at each step",
+        timesteps=table.timesteps,
+        entries=table.entries,
+        values=table.local,
+        label="mean squared distance to the reference's prediction",
+    )

@@ -1,0 +1,121 @@
+"""The one way to open what a user names: a model of any kind and images, validated once, whole or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halfstep.core.disk import read_json
+from halfstep.core.plan import StepPlan
+from halfstep.core.process import Process
+from halfstep.core.recipe import Recipe
+from halfstep.core.watch import SILENT, Watch
+from halfstep.data.images import Images, load_images
+from halfstep.data.latents import check_vae, shape_for
+from halfstep.engine.bank import Bank
+from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.subject import Subject
+from halfstep.nets.denoiser import require_same_shape
+from halfstep.nets.fit import Fitted, fit
+from halfstep.nets.models import load_classes, load_denoiser, load_vae, pipeline_folder
+
+
+def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, watch: Watch = SILENT) -> Subject:
+    """What a verb works on.
+
+    `model`: "digits" (bundled), a stock diffusers pipeline folder, a model folder, a run folder of any verb that wrote
+    a pipeline, or a step-aware pipeline; None: images alone, from which the recipe's model is yet to be trained.
+    `data`: as `load_images` takes it; None for a verb without images.
+    Raises ModelError, RunError or PlanError for a model that is not whole or whose process cannot be carried, DataError
+    for images that cannot be read or do not fit it.
+    """
+    if not model:
+        return _without_model(data, recipe, watch)
+    opened = open_model(model)
+    bank, process = opened.bank, process_of(opened, model)
+    recipe = replace(_with_size_of(recipe, bank), noise=process)
+    fitted = None
+    if data is not None:
+        fitted = fit(bank.config, _images(recipe, data, watch), bank.vae, bank.classes)
+    return Subject(
+        source=str(model),
+        data=data or "",
+        bank=bank,
+        plan=opened.plan,
+        process=process,
+        vae=bank.vae,
+        classes=bank.classes,
+        fitted=fitted,
+        recipe=recipe,
+    )
+
+
+class Opened(NamedTuple):
+    """A model's folder: its bank, the plan of a step-aware pipeline, and the config of the scheduler beside it."""
+
+    bank: Bank
+    plan: StepPlan | None
+    scheduler: dict[str, Any]
+
+
+def open_model(source: str | Path) -> Opened:
+    """The networks of a folder, whatever process they were trained under. Raises ModelError, RunError or PlanError."""
+    folder = pipeline_folder(source)
+    if _is_step_aware(folder):
+        pipe = StepAwarePipeline.from_pretrained(folder)
+        return Opened(pipe.bank, pipe.plan, {**pipe.plan.sampler.config, "_class_name": pipe.plan.sampler.name})
+    dense, config = load_denoiser(source)
+    vae = load_vae(source, checked=True)
+    if vae is not None:
+        check_vae(vae, dense.config, source)
+    classes = load_classes(source, dense.config)
+    bank = Bank({"full": dense}, "full", str(config["prediction_type"]), vae=vae, classes=classes)
+    return Opened(bank, None, config)
+
+
+def process_of(opened: Opened, where: object) -> Process:
+    """The process of an opened model. Raises ModelError for one that is not carried whole, for betas that leave no
+    signal, and for a denoiser that predicts more than a picture."""
+    require_same_shape(opened.bank.config, where)
+    process = Process.of(opened.scheduler, where=where, latent=opened.bank.vae is not None)
+    process.scheduler()
+    return process
+
+
+def _without_model(data: str | None, recipe: Recipe, watch: Watch) -> Subject:
+    vae = load_vae(recipe.model.vae) if recipe.model.vae else None
+    process = recipe.noise if vae is None else replace(recipe.noise, clip_sample=False)  # latents are no pixels
+    process.scheduler()  # refuses betas that leave no signal
+    recipe = replace(recipe, noise=process)
+    return Subject(
+        source="",
+        data=data or "",
+        bank=None,
+        plan=None,
+        process=process,
+        vae=vae,
+        classes=(),
+        fitted=None if data is None else Fitted(_images(recipe, data, watch), ""),
+        recipe=recipe,
+    )
+
+
+def _is_step_aware(folder: Path) -> bool:
+    """Whether a folder is a step-aware pipeline, or says that it is one."""
+    index = folder / "model_index.json"
+    if (folder / "plan.json").is_file() or not index.is_file():
+        return (folder / "plan.json").is_file()
+    record = read_json(index, what="a pipeline", do="give the pipeline/ folder of a run")
+    return record.get("_class_name") == "StepAwarePipeline"
+
+
+def _images(recipe: Recipe, data: str, watch: Watch) -> Images:
+    return load_images(data, size=recipe.data.size, channels=recipe.data.channels, watch=watch)
+
+
+def _with_size_of(recipe: Recipe, bank: Bank) -> Recipe:
+    """The recipe with the images' size and channels taken from the model (or its VAE) where it leaves them open."""
+    channels, size = shape_for(bank.config, bank.vae)
+    data = replace(recipe.data, size=recipe.data.size or size, channels=recipe.data.channels or channels)
+    return replace(recipe, data=data)

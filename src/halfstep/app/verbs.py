@@ -1,0 +1,424 @@
+"""The verbs as functions: train, compress, optimize, search, shrink, sample, evaluate, profile, report.
+
+Each takes plain values, writes a run folder and can be called again to resume. What is going on is told to a `Watch`.
+All of them take the same models and data (see `opening`). `denoise` and `spectrum` stand in files of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, LDMPipeline
+
+from halfstep.app.measuring import is_measured, judge_for, require_measurable, write_and_tell, write_costs
+from halfstep.app.story import tell
+from halfstep.app.subject import open_model, open_subject
+from halfstep.core import disk
+from halfstep.core.errors import ModelError, PlanError
+from halfstep.core.folder import open_run
+from halfstep.core.lock import releasing
+from halfstep.core.machine import this_process
+from halfstep.core.plan import StepPlan
+from halfstep.core.recipe import Recipe
+from halfstep.core.results import Comparison, Cost
+from halfstep.core.seeds import Stage, own_random, stage_seed
+from halfstep.core.sums import write_sums
+from halfstep.core.watch import SILENT, Watch
+from halfstep.data.classes import listed, numbers_of, write_classes
+from halfstep.data.pictures import picture, picture_grid, to_uint8
+from halfstep.engine.bank import Bank
+from halfstep.engine.device import default_device
+from halfstep.engine.reading import about_bank
+from halfstep.engine.sampling import StepAwarePipeline, fewer_steps, sample_images
+from halfstep.engine.subject import Subject
+from halfstep.measure.judge import measure_plans
+from halfstep.methods import continuous, regularized, slimmable, sparse, spectral
+from halfstep.nets.denoiser import class_count, copy_of
+from halfstep.nets.fit import fit
+from halfstep.nets.fresh import new_model
+from halfstep.search.corrections import corrected_plans, shrink_plan
+from halfstep.search.driver import Found, baselines, require_goal, search_steps
+from halfstep.search.scores import ScoreBook, counted, open_scores
+from halfstep.training.job import Draft, trained
+from halfstep.training.loop import preview_of, run_loop
+from halfstep.training.train import Diffusion, TrainState, dense_objective
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@releasing
+@own_random
+def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
+    """Train a dense denoiser on `data` (from the recipe's model spec, or on from `model`).
+
+    Returns the folder of a stock `DDPMPipeline` (with `model.vae` a `LDMPipeline`), out/pipeline. Resumes when called
+    again.
+    """
+    out, subject = Path(out), open_subject(model, data, recipe, watch=watch)
+    recipe, seen = subject.recipe, subject.encoded(watch)
+    net = subject.dense
+    if net is None:
+        torch.manual_seed(recipe.seed)
+        net = new_model(recipe.model, seen, recipe.noise.timesteps)
+        fit(net.config, subject.images, subject.vae, subject.images.classes)
+    inputs = {"verb": "train", "data": data, "model": subject.source}
+    open_run(out, recipe, inputs, subject.content, watch, subject.read(net))
+    done = out / "pipeline"
+    if (done / "model_index.json").is_file():
+        watch.say(f"{done} is there already")
+        return done
+
+    def preview(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        twin = copy_of(net)
+        twin.load_state_dict(weights)
+        bank = subject.bank_of({"full": twin}, "full")
+        return preview_of(bank.to(twin.device), recipe.noise, recipe)
+
+    diffusion, state = Diffusion(recipe.noise), TrainState.new(net, recipe.train)
+    run_loop(out, state, seen, recipe, dense_objective(net, diffusion), "dense", watch, preview)
+    net.load_state_dict(state.average())
+    if this_process().is_main_process:
+        disk.write_atomic(done, lambda folder: _write_stock(folder, subject, net.cpu(), diffusion))
+    return done
+
+
+def _write_stock(folder: Path, subject: Subject, net: Any, diffusion: Diffusion) -> None:
+    """A dense denoiser as a pipeline of diffusers' own, with the names of its classes and the digests of its files."""
+    pipeline: Any = DDPMPipeline(net, diffusion.scheduler)
+    if subject.vae is not None:
+        pipeline = LDMPipeline(subject.vae.cpu(), net, diffusion.scheduler)
+    pipeline.save_pretrained(folder)
+    write_classes(folder, subject.classes_of(net.config))
+    write_sums(folder)
+
+
+METHODS: dict[str, Callable[[Subject, Recipe], Draft]] = {
+    "slimmable": slimmable.draft,
+    "sparse": sparse.draft,
+    "spectral": spectral.draft,
+    "continuous": continuous.draft,
+    "regularized": regularized.draft,
+}
+"""What `compress` makes stand-ins with, by name: the paper's file turns a subject into a net to train and its bank."""
+ALONE = ("continuous", "regularized")
+"""The methods that can do without a model."""
+
+
+@releasing
+@own_random
+def make(
+    method: str, model: str | None, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT
+) -> StepAwarePipeline:
+    """From a dense denoiser (or for some methods images alone) to a bank of stand-ins, in out/pipeline; not measured.
+
+    `regularized` trains the one weight `regular.r`. Resumes when called again."""
+    subject = _to_compress(method, model, data, recipe, watch)
+    return trained(METHODS[method](subject, subject.recipe), subject, subject.recipe, Path(out), watch)
+
+
+@releasing
+@own_random
+def compress(method: str, model: str | None, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
+    """As `make`, and a report on each stand-in used alone, beside the reference and the method's own controls.
+
+    `regularized` trains every weight of `regular.grid` and keeps the best. Returns report.html; resumes. Raises, before
+    anything is written or trained, for what the report at the end could not be made of.
+    """
+    begun, out = time.time(), Path(out)
+    subject = _to_compress(method, model, data, recipe, watch)
+    require_measurable(subject.images, subject.recipe)
+    if method == "regularized":
+        return _regularized(subject, out, begun, watch)
+    draft = METHODS[method](subject, subject.recipe)
+    pipe = trained(draft, subject, subject.recipe, out, watch)
+    if is_measured(out):
+        return tell(out)
+    bank = pipe.bank
+    for name, entry in draft.beside(bank).items():
+        bank = bank.with_entry(name, entry, bank.prediction_type)
+    judge = judge_for(bank, subject, out, watch)
+    write_costs(pipe.bank, out)
+    reference = replace(subject, bank=bank).reference()
+    others = {name: reference.uniform(name) for name in bank if name not in (bank.reference, draft.main)}
+    plan = replace(subject, bank=pipe.bank).reference().uniform(draft.main)
+    verdict = measure_plans(judge, {"reference": reference, "plan": plan} | others, subject.recipe, watch=watch)
+    plan.save(out / "plan.json")
+    return write_and_tell(judge, verdict, out, begun)
+
+
+def _to_compress(method: str, model: str | None, data: str, recipe: Recipe, watch: Watch) -> Subject:
+    if method not in METHODS:
+        raise PlanError(
+            got=f"method {method!r}", expected=f"one of {', '.join(METHODS)}", where="compress", do="name one"
+        )
+    if not model and method not in ALONE:
+        raise ModelError(
+            got="no model", expected="the dense denoiser", where=f"compress {method}", do="give it as --model"
+        )
+    subject = open_subject(model, data, recipe, watch=watch)
+    subject.encoded(watch)  # once, with its progress: the draft and the training find it in the cache
+    return subject
+
+
+def _regularized(subject: Subject, out: Path, begun: float, watch: Watch) -> Path:
+    """One training for every weight of the penalty, the best one by the distance on validation seeds, and always beside
+    it the plain training with its best scale and its best threshold, which cost no training."""
+    recipe = subject.recipe
+    inputs = {"verb": "compress regularized grid", "data": subject.data, "model": subject.source}
+    net = regularized.net_of(subject, recipe)
+    open_run(out, recipe, inputs, subject.content, watch, subject.read(net))
+    if is_measured(out):
+        return tell(out)
+    entries = {}
+    for r in (0.0, *recipe.regular.grid):
+        one, name = replace(recipe, regular=replace(recipe.regular, r=r)), regularized.name_of(r)
+        watch.say(f"{recipe.regular.penalty} with r = {r:g}")
+        entries[name] = trained(regularized.draft(subject, one), subject, one, out / name, watch).bank.entries[name]
+    plain = regularized.name_of(0.0)
+    bank = subject.bank_of(entries, plain)
+    judge, plan = judge_for(bank, subject, out, watch), replace(subject, bank=bank).reference()
+    book = open_scores(judge, out, watch)
+    curve = _curve(book, bank, plan, recipe, watch)
+    best = min(curve, key=lambda name: curve[name])
+    found = corrected_plans(book, plan, replace(recipe.shrink, rounds=0), seed=recipe.seed, watch=watch)
+    controls = {f"{plain}, {name}": found.plans[name] for name in ("one scale", "one threshold")}
+    scores = {name: found.scores[name] for name in ("one scale", "one threshold")}
+    disk.write_json(out / "grid.json", {"images": recipe.shrink.images, "scores": curve, "controls": scores})
+    others = {name: plan.uniform(name) for name in bank if name not in (plain, best)}
+    plans = {"reference": plan, "plan": plan.uniform(best)} | controls | others
+    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    kept = subject.bank_of({name: bank.entries[name] for name in (plain, best)}, plain)
+    write_costs(kept, out)
+    plans["plan"].save(out / "plan.json")
+    StepAwarePipeline(kept, replace(subject, bank=kept).reference().uniform(best)).save_pretrained(out / "pipeline")
+    return write_and_tell(judge, verdict, out, begun)
+
+
+def _curve(book: ScoreBook, bank: Bank, plan: StepPlan, recipe: Recipe, watch: Watch) -> dict[str, float]:
+    """The score of every entry of a bank, used alone, on validation seeds."""
+    scores = book.on(recipe.shrink.images, stage_seed(recipe.seed, Stage.SEARCH))
+    with watch.stage("choose r", len(bank)) as told:
+        found = scores.many([plan.uniform(name) for name in bank], "penalty", seen=counted(told))
+    return dict(zip(bank, found, strict=True))
+
+
+# ---------------------------------------------------------------------------------------- searching, and the main job
+
+
+def goal_text(budget: float | None, max_loss: float | None) -> str:
+    """Exactly one goal, as text. Raises PlanError."""
+    if (budget is None) == (max_loss is None):
+        raise PlanError(
+            got="both" if budget is not None else "neither",
+            expected="--budget or --max-loss",
+            where="goal",
+            do="give one",
+        )
+    if budget is not None and not 0 < budget <= 1:
+        raise PlanError(got=budget, expected="a share of the MACs in (0, 1]", where="--budget", do="write e.g. 0.5")
+    if max_loss is not None and not max_loss >= 0:
+        raise PlanError(got=max_loss, expected="a share of 0 or more", where="--max-loss", do="write e.g. 0.05")
+    return f"budget {budget}" if budget is not None else f"max-loss {max_loss}"
+
+
+@releasing
+@own_random
+def optimize(
+    model: str,
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    budget: float | None = None,
+    max_loss: float | None = None,
+    watch: Watch = SILENT,
+) -> Path:
+    """The main job: a denoiser and images in, a cheaper pipeline, its plan and a report out. Returns report.html.
+
+    Stages that an earlier call finished are not done again.
+    """
+    goal, out = goal_text(budget, max_loss), Path(out)
+    subject = open_subject(model, data, recipe, watch=watch)
+    recipe = subject.recipe
+    require_measurable(subject.images, recipe)
+    draft = slimmable.draft(subject, recipe)
+    plan = replace(subject, bank=draft.bank()).reference()
+    require_goal(plan, list(plan.prices), recipe, budget=budget, max_loss=max_loss)
+    inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": goal}
+    open_run(out, recipe, inputs, subject.content, watch, subject.read())
+    if is_measured(out):
+        return tell(out)
+    begun = time.time()
+    watch.say("1 profile the dense model")
+    bank = trained(draft, subject, recipe, out / "supernet", watch).bank
+    judge = judge_for(bank, subject, out, watch)
+    write_costs(bank, out)
+    book = open_scores(judge, out, watch)
+    found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    verdict = measure_plans(
+        judge, {"reference": plan, "plan": found.plan} | baselines(plan, found), recipe, watch=watch
+    )
+    StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
+    return write_and_tell(judge, verdict, out, begun)
+
+
+@releasing
+@own_random
+def search(
+    model: str,
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    budget: float | None = None,
+    max_loss: float | None = None,
+    watch: Watch = SILENT,
+) -> Found:
+    """Search a plan for a bank (what `compress` wrote); writes pipeline/ and plan.json. A dense denoiser is a bank of
+    one entry, for which numbers of steps and corrections may be searched."""
+    goal, out = goal_text(budget, max_loss), Path(out)
+    subject = open_subject(model, data, recipe, watch=watch)
+    bank, recipe = subject.stand_ins, subject.recipe
+    require_measurable(subject.images, recipe)
+    plan = subject.reference()
+    require_goal(plan, bank.names, recipe, budget=budget, max_loss=max_loss)
+    inputs = {"verb": "search", "model": subject.source, "data": data, "goal": goal}
+    open_run(out, recipe, inputs, subject.content, watch, subject.read())
+    judge = judge_for(bank, subject, out, watch)
+    book = open_scores(judge, out, watch)
+    found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
+    return found
+
+
+@releasing
+@own_random
+def shrink(
+    model: str, data: str, out: Path, recipe: Recipe, *, steps: int | None = None, watch: Watch = SILENT
+) -> Path:
+    """Find the training-free correction of every stretch of a sampler's rows, and measure it beside its controls.
+
+    `model`: a dense denoiser, or a step-aware pipeline, whose own plan is corrected unless `steps` is given (then the
+    reference at that many). Writes pipeline/, plan.json and the report, whose path it returns; resumes.
+    """
+    begun, out = time.time(), Path(out)
+    recipe = replace(recipe, sample=replace(recipe.sample, steps=steps)) if steps else recipe
+    subject = open_subject(model, data, recipe, watch=watch)
+    bank, recipe = subject.stand_ins, subject.recipe
+    require_measurable(subject.images, recipe)
+    plan = subject.plan if subject.plan and not steps else subject.reference()
+    inputs = {"verb": "shrink", "model": subject.source, "data": data, "steps": str(steps)}
+    open_run(out, recipe, inputs, subject.content, watch, subject.read())
+    if is_measured(out):
+        return tell(out)
+    judge = judge_for(bank, subject, out, watch)
+    write_costs(bank, out)
+    found = shrink_plan(open_scores(judge, out, watch), plan, recipe.shrink, seed=recipe.seed, watch=watch)
+    watch.say(f"best on fresh seeds: {found.chosen}")
+    controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
+    counts = [k * plan.sampler.steps for k in (2, 10) if k * plan.sampler.steps <= subject.process.timesteps]
+    more = {f"{count} steps, no correction": fewer_steps(plan, count) for count in counts}
+    plans = {"reference": found.plans["none"], "plan": found.plan} | controls | more
+    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    found.plan.save(out / "plan.json")
+    StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
+    return write_and_tell(judge, verdict, out, begun)
+
+
+# ------------------------------------------------------------------------------------------- using what there is
+
+
+@own_random
+def profile(
+    model: str, *, batch: int = 1, repeats: int = 10, dtype: str = "float32", watch: Watch = SILENT
+) -> dict[str, Cost]:
+    """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
+
+    `dtype`: in what precision, as torch names it.
+    """
+    bank = open_model(model).bank  # whatever process it was trained under: a network costs the same
+    watch.say(about_bank(model, bank))
+    return bank.to(default_device(), getattr(torch, dtype)).costs(batch=batch, repeats=repeats)
+
+
+@releasing
+@own_random
+def sample(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    count: int = 16,
+    classes: Sequence[str | int] = (),
+    own_plan: bool = True,
+    dtype: str = "float32",
+    watch: Watch = SILENT,
+) -> Path:
+    """Draw images: out/000000.png …, and out/grid.png. Returns the grid's path.
+
+    A step-aware pipeline runs its own plan (not `own_plan`: its reference under the recipe's sampler), a dense denoiser
+    the recipe's sampler. Image k depends on the recipe's seed and k alone. `classes`: what a class-conditional model
+    draws, by name or number, in turn; without any all of its classes. `dtype`: in what precision, as torch names it.
+    Raises RunError for a folder with other files, or with the images of another request.
+    """
+    out, subject = Path(out), open_subject(model, None, recipe, watch=watch)
+    bank, plan = subject.stand_ins, subject.plan
+    if plan is None or not own_plan:
+        plan = subject.reference()
+    number = class_count(bank.config)
+    asked = numbers_of(classes, number, bank.classes) if classes else range(number)
+    read = subject.read()
+    if asked:
+        read = (*read, f"classes in turn: {listed(bank.classes[k] if bank.classes else str(k) for k in asked)}")
+    inputs = {"verb": "sample", "model": subject.source, "count": str(count), "seed": str(recipe.seed), "dtype": dtype}
+    inputs["classes"] = ", ".join(map(str, asked))
+    if plan is not subject.plan:
+        inputs["sampler"] = f"{plan.sampler.name}, {plan.sampler.steps} steps"
+    open_run(out, None, inputs, subject.content, watch, read)
+    bank.to(default_device(), getattr(torch, dtype))
+    begun, done = time.perf_counter(), 0
+    shown = []
+    with watch.stage("sample", count) as told:
+        labels = lambda k: asked[k % len(asked)]  # noqa: E731
+        for images in sample_images(bank, plan, count, seed=recipe.seed, batch=recipe.sample.batch, labels=labels):
+            pixels = to_uint8(images)
+            shown.append(pixels[: max(0, 64 - done)])
+            for i, one in enumerate(pixels):
+                disk.write_png(out / f"{done + i:06d}.png", picture(one))
+            done += len(pixels)
+            told(done, f"{done / (time.perf_counter() - begun):.1f} images/s")
+    disk.write_png(out / "grid.png", picture_grid(np.concatenate(shown)))
+    return out / "grid.png"
+
+
+@releasing
+@own_random
+def evaluate(
+    model: str, data: str, out: Path, recipe: Recipe, *, dtype: str = "float32", watch: Watch = SILENT
+) -> Comparison:
+    """Measure a pipeline's plan beside its reference, or a dense denoiser under the recipe's sampler as the reference;
+    writes out/quality.json and returns it. `dtype`: in what precision they run, as torch names it."""
+    out, subject = Path(out), open_subject(model, data, recipe, watch=watch)
+    bank, recipe = subject.stand_ins, subject.recipe
+    require_measurable(subject.images, recipe)
+    inputs = {"verb": "evaluate", "model": subject.source, "data": data, "dtype": dtype}
+    open_run(out, recipe, inputs, subject.content, watch, subject.read())
+    bank.to(getattr(torch, dtype))
+    judge = judge_for(bank, subject, out, watch)
+    plans = {"reference": subject.reference()}
+    if subject.plan is not None:
+        plans = {"reference": subject.plan.uniform(), "plan": subject.plan}
+    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    disk.write_json(out / "quality.json", verdict.record.to_json())
+    return verdict.record
+
+
+def report(out: Path) -> Path:
+    """Write the report of a finished run again; returns its path."""
+    return tell(Path(out))

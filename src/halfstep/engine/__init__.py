@@ -1,0 +1,1 @@
+"""How one trajectory runs, and what it costs: entries, the bank, samplers, profiling."""

@@ -1,0 +1,321 @@
+"""Bank: named denoisers that can stand in for one another at any step, saved with shared weights stored once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from types import MappingProxyType
+from typing import Annotated, Any
+
+import torch
+
+from halfstep.core.disk import read_record, write_atomic
+from halfstep.core.errors import ModelError
+from halfstep.core.plan import Price
+from halfstep.core.results import Cost
+from halfstep.core.sums import require_whole
+from halfstep.core.typed import Bounds, shown
+from halfstep.engine.entry import LAYOUTS, Entry, read_entry, read_entry_of_before, require_sources
+from halfstep.engine.profiling import call_times, count_macs, decode_macs, latency
+from halfstep.nets.content import fingerprint
+from halfstep.nets.denoiser import class_count, eager
+from halfstep.nets.models import load_denoiser as load_denoiser  # scripts of before import it from here
+from halfstep.nets.weights import require_safetensors
+
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
+"""What an entry may be called: it becomes a folder's name, on any file system."""
+MAX_ENTRIES = 256
+
+
+class Bank(torch.nn.Module):
+    """Denoisers by name, with one reference.
+
+    `entries`: name -> `Entry`, or a diffusers model with weights of its own. `prediction_type`: what all of them
+    predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their samples, where they work on latents;
+    `classes`: the names of their classes by number, where they are known (the pipeline stores both).
+    `bank[name]` is the model, `bank.entries[name]` the entry.
+    Raises ModelError when an entry's input, output or class conditioning differs from the reference's, when its weights
+    do not follow from the entry that it names, and for names that make no folder of their own (see `check_names`).
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry | torch.nn.Module],
+        reference: str,
+        prediction_type: str,
+        vae: torch.nn.Module | None = None,
+        classes: Sequence[str] = (),
+    ):
+        super().__init__()
+        check_names(entries, "bank")
+        if reference not in entries:
+            raise ModelError(
+                got=f"reference {reference!r}",
+                expected=f"one of {', '.join(entries)}",
+                where="bank",
+                do="name an entry",
+            )
+        self.reference = reference
+        self.prediction_type = prediction_type
+        self.vae, self.classes = vae, tuple(classes)
+        self._entries = {name: Entry.of(given) for name, given in entries.items()}
+        # a second home of the models, for `to` and `state_dict`; names may hold dots, which ModuleDict refuses
+        self.models = torch.nn.ModuleList(entry.model for entry in self._entries.values())
+        for name in self:
+            self._check_stands_in(name)
+        class_count(self.config)  # refuses a conditioning that no sampler here can give
+        require_sources({name: entry.weights for name, entry in self._entries.items()}, "bank")
+        for name, entry in self._entries.items():
+            source = None if entry.weights.of is None else self[entry.weights.of]
+            entry.require_sound(source, f"bank entry {name!r}")
+        asked = {name: entry.runtime.layout for name, entry in self._entries.items()}
+        if asked != {name: entry.seen().runtime.layout for name, entry in self._entries.items()}:
+            self.set_layouts(asked)
+        self._prices: dict[str, Price] = {}
+        self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
+        self.eval()
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Every entry by name, in order."""
+        return MappingProxyType(self._entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._entries:
+            raise ModelError(
+                got=f"entry {name!r}",
+                expected=f"one of {', '.join(self.names)}",
+                where="bank",
+                do="use the bank's names",
+            )
+        return self._entries[name].model
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The reference's config: sample size, channels, class conditioning."""
+        return self[self.reference].config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.models.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.models.parameters()).device
+
+    def fastest_layouts(self, batch: int, repeats: int = 5) -> dict[str, str]:
+        """Which memory layout each entry runs faster in here, "contiguous" or "channels_last", timed in turns.
+
+        It differs between processors and between widths: up to a third of an entry's time. Entries that share their
+        weights in memory share the layout too: the one in which they are faster together.
+        """
+        found: dict[str, str] = {}
+        for names in self._in_one_memory():
+            total = dict.fromkeys(LAYOUTS, 0.0)
+            for name in names:
+                both = {layout: copy.deepcopy(self[name]).to(memory_format=kind) for layout, kind in LAYOUTS.items()}
+                for layout, times in call_times(both, batch=batch, repeats=repeats).items():
+                    total[layout] += median(times)
+            found |= dict.fromkeys(names, min(total, key=lambda layout: total[layout]))
+        return {name: found[name] for name in self}
+
+    def set_layouts(self, layouts: Mapping[str, str]) -> None:
+        """Put entries into memory layouts, as `fastest_layouts` names them; results stay the same but for rounding.
+
+        Raises ModelError for two layouts of entries that share their weights in memory, and for an unknown layout.
+        """
+        for names in self._in_one_memory():
+            asked = {name: layouts[name] for name in names if name in layouts}
+            if len(set(asked.values())) > 1 or not set(asked.values()) <= set(LAYOUTS):
+                raise ModelError(
+                    got=f"{', '.join(f'{name}: {layout}' for name, layout in asked.items())}",
+                    expected=f"one of {' or '.join(LAYOUTS)} for entries that share their weights",
+                    where="memory layouts",
+                    do="give them one layout",
+                )
+            for name, layout in asked.items():
+                self._entries[name] = self._entries[name].put(layout)
+            self._entries |= {name: self._entries[name].seen() for name in names}
+
+    def layouts(self) -> dict[str, str]:
+        """The memory layout that every entry's convolutions are in."""
+        return {name: entry.runtime.layout for name, entry in self._entries.items()}
+
+    def _in_one_memory(self) -> list[list[str]]:
+        """The names, those together whose parameters are the same tensors: whatever is done to one is done to all."""
+        groups: list[tuple[set[int], list[str]]] = []
+        for name in self:
+            own = {id(parameter) for parameter in self[name].parameters()}
+            for known, names in groups:
+                if known & own:
+                    known |= own
+                    names.append(name)
+                    break
+            else:
+                groups.append((own, [name]))
+        return [names for _, names in groups]
+
+    def prices(self) -> dict[str, Price]:
+        """What one call of every entry costs per image; masked weights count by their pattern."""
+        if not self._prices:  # a tenth of a second each, and no weight or layout changes them
+            layers = {name: entry.masking.layers() for name, entry in self._entries.items() if entry.masking}
+            self._prices = {name: Price(count_macs(self[name], densities=layers.get(name))) for name in self}
+        return dict(self._prices)
+
+    def fixed(self) -> Price:
+        """What a trajectory costs per image beside its calls: decoding its sample, where the bank works on latents."""
+        return Price(0) if self.vae is None else Price(decode_macs(self.vae, self.config))
+
+    def fingerprint(self, name: str) -> str:
+        """16 hex digits that change with any weight or setting of an entry, or with what it predicts; read once."""
+        key = name, self.dtype
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(eager(self[name]), {"prediction_type": self.prediction_type})
+        return self._fingerprints[key]
+
+    def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
+        """What every entry costs here, timed in turns: MACs as `prices`, bytes as stored by `save_pretrained`."""
+        measured = latency({name: self[name] for name in self}, batch=batch, repeats=repeats)
+        prices, stored = self.prices(), {name: entry.stored_bytes / 2**20 for name, entry in self._entries.items()}
+        return {name: replace(cost, macs=prices[name].macs, stored_mib=stored[name]) for name, cost in measured.items()}
+
+    def with_vae(self, vae: torch.nn.Module | None, classes: Sequence[str] = ()) -> Bank:
+        """The same entries, with what decodes their samples (None: they are pictures) and the names of classes."""
+        return Bank(self._entries, self.reference, self.prediction_type, vae, classes)
+
+    def with_entry(self, name: str, entry: Entry | torch.nn.Module, prediction_type: str) -> Bank:
+        """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
+        if prediction_type != self.prediction_type:
+            raise ModelError(
+                got=f"prediction type {prediction_type!r}",
+                expected=repr(self.prediction_type),
+                where=f"bank entry {name!r}",
+                do="train it with the reference's prediction type",
+            )
+        return Bank({**self._entries, name: entry}, self.reference, prediction_type, self.vae, self.classes)
+
+    def _check_stands_in(self, name: str) -> None:
+        mine, theirs = self[name].config, self.config
+        for key in ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
+            if json.dumps(mine.get(key)) != json.dumps(theirs.get(key)):  # (8, 8) is [8, 8] once loaded
+                raise ModelError(
+                    got=f"{key} {mine.get(key)}",
+                    expected=f"{theirs.get(key)}, as the reference {self.reference!r}",
+                    where=f"bank entry {name!r}",
+                    do="only denoisers of the same input and output can share a bank",
+                )
+        kinds = {p.dtype for p in self[name].parameters()}
+        if not kinds <= {self.dtype}:
+            raise ModelError(
+                got=f"weights in {', '.join(sorted(map(str, kinds)))}",
+                expected=f"{self.dtype}, as the other entries",
+                where=f"bank entry {name!r}",
+                do="convert it with .to(...) first: one bank has one precision",
+            )
+
+    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True) -> None:
+        """Write bank.json and one folder per entry: its config.json, its entry.json, and what weights it has alone."""
+        require_safetensors(safe_serialization, "safe_serialization")
+        write_atomic(Path(folder), self._write)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        for name, entry in self._entries.items():
+            entry.write(folder / _folder(name))
+        record: dict[str, Any] = {
+            "format": 2,
+            "reference": self.reference,
+            "prediction_type": self.prediction_type,
+            "entries": list(self.names),
+        }
+        (folder / "bank.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        use_safetensors: bool | None = True,
+        local_files_only: bool = True,
+        checked: bool = False,
+    ) -> Bank:
+        """Read a bank, in float32 or `torch_dtype`. Raises ModelError for missing, foreign, changed or cut files.
+
+        `local_files_only`: as diffusers has it; nothing is ever fetched. `checked`: that the digests of the pipeline
+        around it were compared already.
+        """
+        require_safetensors(use_safetensors, "use_safetensors")
+        folder = Path(folder)
+        if not checked:
+            require_whole(folder.absolute().parent)
+        do = "give a folder that Bank.save_pretrained wrote"
+        record = read_record(folder / "bank.json", _Record, what="a bank.json", do=do, error=ModelError)
+        check_names(record.entries, folder / "bank.json")  # before any of them is joined to a path
+        read = read_entry if record.format > 1 else read_entry_of_before
+        stored = {name: read(folder / _folder(name)) for name in record.entries}
+        require_sources({name: one.weights for name, one in stored.items()}, folder)
+        entries: dict[str, Entry] = {}
+        for name in sorted(stored, key=lambda n: stored[n].weights.of is not None):  # sources come first
+            entries[name] = stored[name].restore(entries)
+        bank = cls({name: entries[name] for name in stored}, record.reference, record.prediction_type)
+        return bank if torch_dtype is None else bank.to(torch_dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What bank.json says."""
+
+    entries: tuple[str, ...]
+    reference: str
+    prediction_type: str
+    format: Annotated[int, Bounds(1, 2)] = 1
+
+
+def check_names(names: Iterable[object], where: object) -> None:
+    """Raise ModelError unless each entry's name is plain text that makes a folder of its own inside the bank's.
+
+    At most `MAX_ENTRIES` names of `NAME`'s letters, no two of which share a folder, whatever the case of letters.
+    """
+
+    def refuse(got: str, expected: str) -> ModelError:
+        return ModelError(got=got, expected=expected, where=where, do="rename the entry")
+
+    names = list(names)
+    if len(names) > MAX_ENTRIES:
+        raise refuse(f"{len(names)} entries", f"at most {MAX_ENTRIES}")
+    taken = {"bank.json": "bank.json"}
+    for name in names:
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            letters = "up to 80 plain letters, digits, spaces and .,:+@=~_()-, the first a letter or digit"
+            raise refuse(f"an entry named {shown(name)}", letters)
+        key = _folder(name).casefold()
+        if key in taken:
+            raise refuse(f"entries {taken[key]!r} and {name!r}", f"one name for the folder {_folder(name)}")
+        taken[key] = name
+
+
+def _folder(name: str) -> str:
+    """An entry's folder: 2:4 becomes 2of4, for a colon is no file name on every system."""
+    return name.replace(":", "of")

@@ -1,0 +1,286 @@
+"""Entry: a bank's denoiser, where its weights come from, its mask, how it runs here, and its folder on disk.
+
+A kind of weights is one class here: what it says of itself in entry.json, which tensors it stores, how many bytes they
+take, how it is read back, and what it refuses. The bank knows names, and none of these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from safetensors.torch import save_file
+
+from halfstep.core.disk import read_record
+from halfstep.core.errors import ModelError, RecipeError
+from halfstep.core.typed import Bounds, build, shown
+from halfstep.engine.profiling import Layout, layout_of
+from halfstep.nets.denoiser import eager
+from halfstep.nets.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
+from halfstep.nets.models import WEIGHTS, empty_model, filled_model, load_model, read_config
+from halfstep.nets.slices import Pieces, cut_all, require_inside, slices_to_json
+from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_PACKED = "packed.safetensors"
+_DO = "save the bank again"
+Tensors = Mapping[str, torch.Tensor]
+StoredSlices = Mapping[str, tuple[Annotated[Pieces, Bounds(1, 4096)], ...]]
+"""`Slices` with what a file may hold of them."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How an entry's calls run in this process: a matter of the machine, which changes numbers only by their rounding
+    and is not stored. `layout`: the memory layout of its convolutions' weights."""
+
+    layout: Layout = "contiguous"
+
+
+EAGER = Runtime()
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True)
+class Own:
+    """Weights of its own; under a mask they are stored packed."""
+
+    kind, of = "own", None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    def require_fits(self, model: Any, source: Any, where: object) -> None:
+        """There is nothing that they must follow from."""
+
+    def tensors(self, weights: Tensors, masking: Masking | None) -> tuple[str, Tensors]:
+        """The file that is stored, and what it holds."""
+        return (_PACKED, pack_all(weights, masking)) if masking else (WEIGHTS, weights)
+
+    def restore(self, stored: Stored, source: Any) -> Any:
+        """The model. Raises ModelError for files that are missing, cut or foreign."""
+        if stored.masking is None:
+            return load_model(stored.folder)
+        empty, file = stored.empty(), stored.folder / _PACKED
+        shapes = {name: value.shape for name, value in empty.state_dict().items()}
+        wanted = packed_shapes(shapes, stored.masking)
+        with open_weights(file, what="whole packed weights") as opened:
+            places = [f"{name}.places" for name in stored.masking.names]
+            require_same_shapes(stored_shapes(opened, places), wanted, file, type(empty).__name__)
+            found = {name: opened.get_tensor(name) for name in wanted}
+        weights = unpack_all(found, stored.masking, shapes, file)
+        require_finite(weights, file)
+        return filled_model(empty, {name: value.float() for name, value in weights.items()})
+
+
+@dataclass(frozen=True)
+class Twin:
+    """All the weights of entry `of`, which has its own: solver steps of a continuous net, masks over one net."""
+
+    of: str
+    kind = "twin"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "of": self.of}
+
+    def taken(self, weights: Tensors, where: object) -> Tensors:
+        """What of the source's weights is this entry's, before its mask. Raises ModelError."""
+        return weights
+
+    def require_fits(self, model: Any, source: Any, where: object) -> Tensors:
+        """What is taken of the source. Raises ModelError unless it has the shapes of the model's weights."""
+        model, taken = eager(model), self.taken(eager(source).state_dict(), where)
+        require_same_shapes(shapes_of(taken), shapes_of(model.state_dict()), where, type(model).__name__)
+        return taken
+
+    def tensors(self, weights: Tensors, masking: Masking | None) -> tuple[str, Tensors]:
+        return WEIGHTS, {}
+
+    def restore(self, stored: Stored, source: Any) -> Any:
+        empty, masking = stored.empty(), stored.masking
+        weights = self.require_fits(empty, source, stored.weights_file)
+        weights = mask_all(weights, masking.names, masking.pattern) if masking else weights
+        return filled_model(empty, {name: value.clone() for name, value in weights.items()})
+
+
+@dataclass(frozen=True)
+class Cut(Twin):
+    """Slices of the weights of entry `of`, which has its own: a narrower width of a supernet."""
+
+    slices: StoredSlices
+    kind = "cut"
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"slices": slices_to_json(self.slices)}
+
+    def taken(self, weights: Tensors, where: object) -> Tensors:
+        require_inside(self.slices, shapes_of(weights), where)
+        return cut_all(weights, self.slices)
+
+
+Weights = Own | Cut | Twin
+_KINDS: dict[str, type[Own | Twin]] = {kind.kind: kind for kind in (Own, Cut, Twin)}
+
+
+def require_sources(weights: Mapping[str, Weights], where: object) -> None:
+    """Raise ModelError unless whatever follows from another entry's weights follows from one that has its own."""
+    for name, link in weights.items():
+        if link.of is not None and (link.of not in weights or weights[link.of].of is not None):
+            raise ModelError(
+                got=f"the weights of {shown(link.of)} for {shown(name)}",
+                expected="an entry with weights of its own, for another entry",
+                where=where,
+                do="share the weights of such an entry",
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------- entry
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A denoiser of a bank.
+
+    `model`: a diffusers model that runs as it is, its mask applied; `weights`: how they follow; `masking`: which of
+    them follow an N:M pattern (their MACs count by it); `runtime`: how its calls run here.
+    """
+
+    model: Any
+    weights: Weights = Own()
+    masking: Masking | None = None
+    runtime: Runtime = EAGER
+
+    @classmethod
+    def of(cls, given: Entry | torch.nn.Module) -> Entry:
+        """A bare model is an entry with weights of its own that runs as it is."""
+        return given if isinstance(given, Entry) else cls(given, runtime=Runtime(layout_of(given)))
+
+    def put(self, layout: str) -> Entry:
+        """The entry in a memory layout, into which its model is moved. A model without convolutions has but one."""
+        self.model.to(memory_format=LAYOUTS[layout])
+        return self.seen()
+
+    def seen(self) -> Entry:
+        """The entry with the memory layout that its model is in."""
+        return replace(self, runtime=replace(self.runtime, layout=layout_of(self.model)))
+
+    def require_sound(self, source: Any, where: object) -> None:
+        """Raise ModelError for a mask that fits no weights, and weights that do not follow from the `source`'s."""
+        if self.masking:
+            self.masking.require_fits(eager(self.model), where)
+        self.weights.require_fits(self.model, source, where)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its tensors take as stored."""
+        _, tensors = self.weights.tensors(eager(self.model).state_dict(), self.masking)
+        return sum(value.nbytes for value in tensors.values())
+
+    def write(self, folder: Path) -> None:
+        """Write config.json, entry.json and the tensors of its own, if it has any, into a new folder."""
+        model = eager(self.model)
+        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        record: dict[str, Any] = {"format": 1, "weights": self.weights.to_json()}
+        if self.masking:
+            record["masking"] = {"pattern": str(self.masking.pattern), "names": list(self.masking.names)}
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps({"_class_name": type(model).__name__, **config}, indent=2) + "\n"
+        )
+        (folder / "entry.json").write_text(json.dumps(record) + "\n")
+        file, tensors = self.weights.tensors(model.state_dict(), self.masking)
+        if tensors:
+            whole = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            save_file(whole, folder / file, metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What entry.json says of a mask, and mask.json said."""
+
+    pattern: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What entry.json says."""
+
+    weights: dict[str, Any]
+    masking: _Mask | None = None
+    format: Annotated[int, Bounds(1, 1)] = 1
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What slices.json said, of what has no weights of its own."""
+
+    of: str
+    slices: StoredSlices | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An entry's folder, read but for its tensors; `weights_file`, `masking_file`: which files said so."""
+
+    folder: Path
+    weights: Weights
+    masking: Masking | None
+    weights_file: Path
+    masking_file: Path
+
+    def empty(self) -> Any:
+        """The model of its config.json on the meta device, which the mask fits. Raises ModelError."""
+        model = empty_model(read_config(self.folder), where=self.folder)
+        if self.masking:
+            self.masking.require_fits(model, self.masking_file)
+        return model
+
+    def restore(self, entries: Mapping[str, Entry]) -> Entry:
+        """The entry; `entries` holds the one that it follows from. Raises ModelError for broken files."""
+        source = None if self.weights.of is None else entries[self.weights.of].model
+        return Entry(self.weights.restore(self, source), self.weights, self.masking)
+
+
+def read_entry(folder: Path) -> Stored:
+    """What an entry's folder says. Raises ModelError."""
+    file = folder / "entry.json"
+    record = read_record(file, _Record, what="an entry.json", do=_DO, error=ModelError)
+    kind = record.weights.get("kind")
+    if not (isinstance(kind, str) and kind in _KINDS):
+        raise ModelError(
+            got=f"weights of kind {shown(kind)}", expected=f"one of {', '.join(_KINDS)}", where=file, do=_DO
+        )
+    fields = {name: value for name, value in record.weights.items() if name != "kind"}
+    weights = build(_KINDS[kind], fields, "weights.", file, error=ModelError, do=_DO)
+    return Stored(folder, weights, _masking(record.masking, file), file, file)
+
+
+def read_entry_of_before(folder: Path) -> Stored:
+    """What an entry's folder in a bank of format 1 says: slices.json is of a cut (of a twin, where there are no
+    slices), mask.json of a mask; without them weights are its own and dense. Raises ModelError."""
+    of, over = folder / "slices.json", folder / "mask.json"
+    weights: Weights = Own()
+    mask = None
+    if of.exists():
+        link = read_record(of, _Link, what="slices", do=_DO, error=ModelError)
+        weights = Twin(link.of) if link.slices is None else Cut(link.of, link.slices)
+    if over.exists():
+        mask = read_record(over, _Mask, what="a mask", do=_DO, error=ModelError)
+    return Stored(folder, weights, _masking(mask, over), of, over)
+
+
+def _masking(mask: _Mask | None, file: Path) -> Masking | None:
+    try:
+        return Masking(Pattern.parse(mask.pattern), mask.names) if mask else None
+    except RecipeError as error:  # which speaks of a recipe
+        raise ModelError(got=error.got, expected=error.expected, where=file, do="save it again") from error

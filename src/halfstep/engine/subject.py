@@ -1,0 +1,106 @@
+"""Subject: what a verb works on, opened once: a model's bank, process and plan, and the images as it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from halfstep.core.plan import StepPlan
+from halfstep.core.process import Process
+from halfstep.core.recipe import Recipe
+from halfstep.core.watch import SILENT, Watch
+from halfstep.data.images import Images
+from halfstep.data.latents import Latents, encode_images
+from halfstep.engine.bank import Bank
+from halfstep.engine.device import default_device
+from halfstep.engine.reading import about_bank, about_images, about_model
+from halfstep.engine.sampling import reference_plan
+from halfstep.nets.content import fingerprint
+from halfstep.nets.denoiser import class_count
+from halfstep.nets.fit import Fitted, names_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model and images that are whole and fit each other: who holds one need not look at what a user named again.
+
+    `source`, `data`: the model and the images as they were named ("" without). `bank`: of one entry, "full", where the
+    model is a dense denoiser; None where a model is yet to be trained from the images. `plan`: a step-aware pipeline's
+    own. `process`: the forward process of the model's training. `vae`, `classes`: what decodes its samples and the
+    names of its classes, where it has them. `fitted`: the images as the model takes them; None for a verb without.
+    `recipe`: with what follows from the model: its process, the images' size and channels.
+    """
+
+    source: str
+    data: str
+    bank: Bank | None
+    plan: StepPlan | None
+    process: Process
+    vae: Any
+    classes: tuple[str, ...]
+    fitted: Fitted | None
+    recipe: Recipe
+
+    @property
+    def dense(self) -> Any:
+        """The denoiser that a training starts from, the bank's reference; None for images alone."""
+        return None if self.bank is None else self.bank[self.bank.reference]
+
+    @property
+    def stand_ins(self) -> Bank:
+        """The bank, for verbs that cannot do without a model."""
+        assert self.bank is not None, "opened with a model"
+        return self.bank
+
+    @property
+    def images(self) -> Images:
+        assert self.fitted is not None, "opened with images"
+        return self.fitted.images
+
+    def encoded(self, watch: Watch = SILENT) -> Images | Latents:
+        """What a denoiser is trained on: the images, or their latents where it comes with a VAE (encoded once, on the
+        first call anywhere, into the cache)."""
+        if self.vae is None:
+            return self.images
+        found = encode_images(self.vae.to(default_device()), self.images, watch=watch)
+        self.vae.cpu()
+        return found
+
+    def reference(self) -> StepPlan:
+        """The reference in every row of the recipe's sampler."""
+        return reference_plan(self.stand_ins, self.process, self.recipe.sample)
+
+    def bank_of(self, entries: Mapping[str, Any], reference: str) -> Bank:
+        """A bank of other entries for the same samples: with this process's prediction, this VAE, and the names of the
+        classes, which are the images' own where the model's folder has none."""
+        bank = Bank(entries, reference, self.process.prediction)
+        return bank.with_vae(self.vae, self.classes_of(bank.config))
+
+    def classes_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of the classes of a model with this config that was trained on the images."""
+        return names_of(config, self.images, self.classes)
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """The fingerprints of the model and of the images, which a run records, by the names of `folder.CONTENT`."""
+        found = {} if self.fitted is None else {"data_content": self.images.fingerprint}
+        if self.plan is not None:
+            models = [self.stand_ins[name] for name in self.stand_ins]
+            found["model_content"] = fingerprint(*models, self.vae, self.plan.to_content())
+        elif self.bank is not None:
+            found["model_content"] = fingerprint(self.dense, self.process, self.vae, self.classes)
+        elif self.vae is not None:
+            found["model_content"] = fingerprint(self.vae)
+        return found
+
+    def read(self, fresh: Any = None) -> tuple[str, ...]:
+        """What was read, in words: the images, the model. `fresh`: the net to train, where there is no model."""
+        told = () if self.fitted is None else (about_images(self.fitted),)
+        if self.bank is not None:
+            return (*told, about_bank(self.source, self.bank, self.process))
+        if fresh is None:
+            return told
+        classes = self.classes_of(fresh.config) if class_count(fresh.config) else ()
+        return (*told, about_model(None, fresh, self.process, self.vae, classes))

@@ -1,0 +1,1 @@
+"""How good it is: features, distances with intervals, the judge, spectra, restoring."""

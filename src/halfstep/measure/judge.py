@@ -1,0 +1,244 @@
+"""Judge: how good and how fast a plan of a bank is, against one set of real images and one feature network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfstep.core.machine import machine
+from halfstep.core.plan import StepPlan
+from halfstep.core.recipe import Recipe
+from halfstep.core.results import About, Comparison, Floor, PlanRow, Quality
+from halfstep.core.seeds import Stage, stage_seed
+from halfstep.core.watch import SILENT, Watch
+from halfstep.data.classes import spread
+from halfstep.data.images import Images
+from halfstep.data.pictures import to_uint8
+from halfstep.engine.bank import Bank
+from halfstep.engine.profiling import interleave
+from halfstep.engine.sampling import Labels, cond_for, denoise, image_generators, sample_images, start_noise, to_images
+from halfstep.measure import sanity
+from halfstep.measure.features import Extractor, load_features, raw_pixels
+from halfstep.measure.quality import (
+    Distances,
+    Reference,
+    difference,
+    distances,
+    evaluate,
+    extract,
+    floor,
+    frechet_distance,
+    reference_stats,
+)
+from halfstep.nets.denoiser import class_count
+from halfstep.nets.fit import fit
+
+TIMED_BATCH = 64
+"""Images per call in everything that is timed: the choice of layouts, the entries' costs and whole trajectories."""
+
+
+class Judge:
+    """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
+
+    `class_of`: the class of generated image k, by k alone, in the data's mix of classes; None without classes.
+    """
+
+    def __init__(self, bank: Bank, images: Images, extractor: Extractor, *, cache: Path | None, batch: int):
+        images = fit(bank.config, images, bank.vae, bank.classes).images
+        self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
+        self.class_of: Labels | None = None
+        if class_count(bank.config) and images.labels is not None:
+            classes = spread(images.labels)
+            self.class_of = lambda k: int(classes[k % len(classes)])
+        self.reference: Reference = reference_stats(extractor, images, cache=cache)
+        self._floors: dict[int, Floor] = {}
+
+    def floor(self, count: int) -> Floor:
+        """What `count` perfect draws would score by chance."""
+        if count not in self._floors:
+            self._floors[count] = floor(self.reference, count)
+        return self._floors[count]
+
+    def tolerated(self, share: float, score: float, count: int) -> float:
+        """The highest score of `count` images that is within a loss of `share` of another's: a share of its distance
+        without the bias that both have in common, or within the floor, of a hundredth of the data's spread."""
+        least = self.floor(count)
+        distance = score - least.raw
+        return score + share * (distance if distance > least.high else self.reference.scale)
+
+    def features(self, plan: StepPlan, count: int, seed: int, keep: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]."""
+        kept: list[torch.Tensor] = []
+
+        def watched() -> Iterator[torch.Tensor]:
+            for batch in sample_images(self.bank, plan, count, seed=seed, batch=self.batch, labels=self.class_of):
+                if sum(len(k) for k in kept) < keep:
+                    kept.append(batch.cpu())
+                yield batch
+
+        found = extract(self.extractor, watched())
+        pictures = to_uint8(torch.cat(kept)[:keep]) if kept else np.zeros((0, 1, 1, 1), np.uint8)
+        return found, pictures
+
+    def fd(self, features: np.ndarray) -> float:
+        """The Fréchet distance to the real images as measured, without interval: for plans that are compared at equal
+        n on common noise, where the bias is the same for all and its correction would only add noise."""
+        return frechet_distance(
+            features.mean(axis=0), np.cov(features, rowvar=False), self.reference.mu, self.reference.cov
+        )
+
+    def score(self, plan: StepPlan, count: int, seed: int) -> float:
+        """Fréchet distance of `count` images of a plan."""
+        return self.fd(self.features(plan, count, seed)[0])
+
+    def moved(self, before: torch.Tensor, after: torch.Tensor) -> float:
+        """Mean squared distance of images [N,C,H,W] from their twins of the same noise, in the extractor's features."""
+        twins = (extract(self.extractor, images.split(self.batch)) for images in (before, after))
+        return float(np.square(np.subtract(*twins)).sum(axis=1).mean())
+
+    def too_few(self, count: int, what: str) -> str | None:
+        """Why Fréchet distances of `count` images decide nothing; None where they may."""
+        if count >= self.reference.least:
+            return None
+        return (
+            f"{what}: {count} images for {len(self.reference.mu)} features make distances of noise; "
+            f"take {self.reference.least} or more"
+        )
+
+    def broken(self, reference: StepPlan, features: np.ndarray, pictures: np.ndarray, seed: int) -> str | None:
+        """Why nothing can be held beside a reference plan with these features [n, F] and first pictures; or None.
+
+        A small control is drawn for it where its sampler is not DDIM.
+        """
+        real = np.asarray(self.images.subset(min(max(1, len(pictures)), len(self.images))).pixels)
+        found = sanity.flat(pictures, real) if len(pictures) else None
+        found = found or sanity.lost(self.fd(features) - self.floor(len(features)).raw, 100 * self.reference.scale)
+        control = sanity.control_plan(self.bank, reference)
+        if found or control is None:
+            return found
+        count = min(len(features), sanity.CONTROL)
+        distance = self.score(control, count, seed)
+        return sanity.far_from(distance, self.fd(features[:count]), self.reference.scale, len(reference.rows))
+
+    def quality(self, features: np.ndarray, fd: Distances) -> dict[str, Quality]:
+        """Every metric, each with its interval."""
+        bootstrap, name = len(fd.resamples), self.extractor.name
+        return evaluate(features, self.reference, seed=fd.seed, n_boot=bootstrap, features_name=name, fd=fd)
+
+    def distances(self, features: np.ndarray, seed: int, bootstrap: int) -> Distances:
+        """The Fréchet distance to the real images, corrected for bias, with its resamples."""
+        name = self.extractor.name
+        return distances(features, self.reference, n_boot=bootstrap, seed=seed, features_name=name)
+
+    def wall_ms(
+        self, plans: Mapping[str, StepPlan], *, batch: int = TIMED_BATCH, repeats: int = 5
+    ) -> dict[str, list[float]]:
+        """Milliseconds of whole trajectories at `batch`, several times in turns."""
+        calls = {name: self._trajectory(plan, batch) for name, plan in plans.items()}
+        return interleave(calls, repeats=repeats, warmup=1)
+
+    def _trajectory(self, plan: StepPlan, batch: int) -> Callable[[], torch.Tensor]:
+        cond = cond_for(self.bank, 0, batch, self.class_of)
+
+        def call() -> torch.Tensor:
+            generators = image_generators(0, 0, batch)
+            return to_images(self.bank, denoise(self.bank, plan, start_noise(self.bank, generators), generators, cond))
+
+        return call
+
+
+def extractor_for(source: str, images: Images, own: Path, device: str) -> Extractor:
+    """The features of a recipe; "own" is the network that `halfstep features` left in the folder `own`."""
+    if source == "pixels":
+        return raw_pixels(images)
+    return load_features(f"file:{own}" if source == "own" else source, device=device)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Reference and plans side by side: the record for quality.json, and pictures uint8 by plan."""
+
+    record: Comparison
+    pictures: dict[str, np.ndarray]
+
+
+def _layouts_told(layouts: Mapping[str, str], asked: str) -> str:
+    """The memory layout of every entry, in words, and whose choice it was."""
+    kinds = {kind: [name for name in layouts if layouts[name] == kind] for kind in dict.fromkeys(layouts.values())}
+    told = "; ".join(kind if len(kinds) == 1 else f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+    return f"memory layout {told} ({'chosen by a timing' if asked == 'auto' else 'as the recipe says'})"
+
+
+def measure_plans(
+    judge: Judge,
+    plans: Mapping[str, StepPlan],
+    recipe: Recipe,
+    *,
+    keep: int = 32,
+    repeats: int = 5,
+    batch: int = TIMED_BATCH,
+    watch: Watch = SILENT,
+) -> Measured:
+    """Quality with intervals, paired change from the first plan with its verdict, MACs and wall-clock of several plans,
+    same seeds. Beside a broken first plan the verdict on all others is "broken reference"; what is wrong is said, and
+    stands in the record as `warnings`."""
+    seed, count, tolerance = stage_seed(recipe.seed, Stage.REPORT), recipe.eval.images, recipe.eval.tolerance
+    features, pictures = {}, {}
+    first = next(iter(plans))
+    with watch.stage("evaluate", len(plans) + 1) as told:
+        for i, (name, plan) in enumerate(plans.items()):
+            features[name], pictures[name] = judge.features(plan, count, seed, keep)
+            told(i + 1, name)
+        broken = judge.broken(plans[first], features[first], pictures[first], seed)
+        times = judge.wall_ms(plans, batch=batch, repeats=repeats)
+        told(len(plans) + 1, "")
+    warnings = [one for one in (broken, judge.too_few(count, "eval.images")) if one]
+    for one in warnings:
+        watch.say(f"warning: {one}")
+    found = {name: judge.distances(one, seed, recipe.eval.bootstrap) for name, one in features.items()}
+    rows = {}
+    for name, plan in plans.items():
+        change = difference(found[first], found[name], judge.reference, judge.floor(count).high)
+        verdict = "broken reference" if broken else change.verdict(tolerance)
+        ratios = sorted(t / r for t, r in zip(times[name], times[first], strict=True))
+        rows[name] = PlanRow(
+            macs=plan.macs,
+            share=plan.macs / plans[first].macs,
+            calls=len(plan.called),
+            wall_ms=sorted(times[name])[len(times[name]) // 2],
+            wall_share=ratios[len(ratios) // 2],
+            wall_share_low=ratios[0],
+            wall_share_high=ratios[-1],
+            quality=judge.quality(features[name], found[name]),
+            difference=change,
+            held=verdict == "held",
+            verdict=verdict,
+            decided_by=change.decided_by(tolerance) if verdict == "not decided" else None,
+        )
+    about = _about(judge, recipe, first, batch=batch, repeats=repeats, warnings=warnings)
+    return Measured(Comparison(about=about, plans=rows), pictures)
+
+
+def _about(judge: Judge, recipe: Recipe, first: str, *, batch: int, repeats: int, warnings: Sequence[str]) -> About:
+    """How the plans were measured, `first` being what the others are held against."""
+    return About(
+        reference=first,
+        batch=batch,
+        repeats=repeats,
+        seed=stage_seed(recipe.seed, Stage.REPORT),
+        n=recipe.eval.images,
+        tolerance=recipe.eval.tolerance,
+        floor=judge.floor(recipe.eval.images),
+        scale=judge.reference.scale,
+        warnings=tuple(warnings),
+        data=judge.images.fingerprint,
+        machine=machine(),
+        device=str(judge.bank.device),
+        dtype=str(judge.bank.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        layout=_layouts_told(judge.bank.layouts(), recipe.sample.layout),
+    )

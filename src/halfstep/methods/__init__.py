@@ -1,0 +1,1 @@
+"""One paper, one file: its header, its loss, and the draft of its bank."""

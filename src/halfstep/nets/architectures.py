@@ -1,0 +1,150 @@
+"""The families of denoisers: one row each for what a family gives beyond being called as a denoiser.
+
+A new family is a net file and a row here. What a family does not give is None in its row, and is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+from torch import nn
+
+from halfstep.core.errors import ModelError
+from halfstep.nets import unet, uvit, wavelet
+from halfstep.nets.channels import Free
+from halfstep.nets.continuous import ContinuousUNet2DModel
+from halfstep.nets.denoiser import eager
+from halfstep.nets.slices import Pieces
+from halfstep.nets.uvit import UViT2DModel
+from halfstep.nets.wavelet import SpectralUNet2DModel
+
+Config = Mapping[str, Any]
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Slimming:
+    """How a family is slimmed.
+
+    `narrow(config, width in (0, 1])`: the config of the narrower net; raises ModelError for widths that do not fit.
+    `exceptions(config, narrow config, narrow shapes, "aligned" or "leading")`: the dimensions of its parameters that
+    are no plain prefix of the full net's, as (parameter, dimension, pieces).
+    """
+
+    narrow: Callable[[Config, float], dict[str, Any]]
+    exceptions: Callable[[Config, Config, Shapes, str], Iterable[tuple[str, int, Pieces]]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a family of denoisers gives; None: it does not.
+
+    `kind`: its class, by whose name a config.json asks for it. `own_checks`: its constructor refuses every config that
+    it could not run; without, a config is run once without memory before it is built.
+    `slim`: narrower versions on the same weights. `free`: its channels of free order, one by one.
+    `levels`: the modules whose outputs spectral distillation compares, of the same sizes for the same layout.
+    `gated`: the class with the same layout that resamples by wavelets.
+    `word`: what a recipe's `model.kind` calls it. `fresh`: the config for (spec, size, channels, classes, timesteps).
+    """
+
+    kind: type[ModelMixin]
+    own_checks: bool = False
+    slim: Slimming | None = None
+    free: Callable[[Any], Iterator[Free]] | None = None
+    levels: Callable[[Any], list[nn.Module]] | None = None
+    gated: type[ModelMixin] | None = None
+    word: str = ""
+    fresh: Callable[..., dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kind.__name__
+
+
+ROWS = (
+    Architecture(
+        UNet2DModel,
+        slim=Slimming(unet.narrow_config, unet.slice_exceptions),
+        free=unet.free_channels,
+        levels=unet.levels,
+        gated=SpectralUNet2DModel,
+        word="unet",
+        fresh=unet.fresh_config,
+    ),
+    Architecture(
+        UViT2DModel,
+        own_checks=True,
+        slim=Slimming(uvit.narrow_config, uvit.slice_exceptions),
+        free=uvit.free_channels,
+        word="uvit",
+        fresh=uvit.fresh_config,
+    ),
+    Architecture(SpectralUNet2DModel, own_checks=True, free=unet.free_in_blocks, levels=wavelet.levels),
+    Architecture(ContinuousUNet2DModel, own_checks=True),
+)
+ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in ROWS}
+"""Every family of denoisers, by the name of its class."""
+
+Ability = Literal["slim", "free", "levels", "gated", "fresh"]
+MISSING: Mapping[Ability, str] = {
+    "slim": "cannot be slimmed",
+    "free": "has no known channels of free order",
+    "levels": "has no levels to compare",
+    "gated": "has no wavelet-gated student",
+    "fresh": "is not made from a recipe's sizes",
+}
+
+
+def architecture_of(model: Any, rows: Iterable[Architecture] = ROWS) -> Architecture:
+    """The family of a model, whatever compiled it. Raises ModelError for what is of none."""
+    rows = tuple(rows)
+    for row in rows:
+        if isinstance(eager(model), row.kind):
+            return row
+    names = " or ".join(row.name for row in rows)
+    raise ModelError(got=f"a {type(model).__name__}", expected=names, where="the model", do="bring one of these")
+
+
+def require(family: Architecture, ability: Ability, rows: Iterable[Architecture] = ROWS) -> Any:
+    """What `family` gives for `ability`. Raises ModelError, which names the families that have it."""
+    found = getattr(family, ability)
+    if found is None:
+        able = " or ".join(row.name for row in rows if getattr(row, ability) is not None)
+        got = f"a {family.name}, which {MISSING[ability]}"
+        raise ModelError(got=got, expected=able, where="the model", do="bring one of these")
+    return found
+
+
+# ----------------------------------------------------------------------------------------- which weights a width uses
+
+
+def narrowed(family: Architecture, config: Config, width: float) -> dict[str, Any]:
+    """The config of a denoiser of `family` at `width`. Raises ModelError for widths that do not divide it."""
+    return require(family, "slim").narrow(config, width)
+
+
+def skeleton(family: Architecture, config: Config) -> Any:
+    """A denoiser without memory (on the meta device), to be run with weights from elsewhere."""
+    with torch.device("meta"):
+        return family.kind.from_config(dict(config))
+
+
+def slices_for(
+    family: Architecture, config: Config, width: float, concat: str = "aligned"
+) -> dict[str, tuple[Pieces, ...]]:
+    """Which part of every parameter of the full network the network at `width` uses."""
+    narrow = narrowed(family, config, width)
+    full_shapes = {name: value.shape for name, value in skeleton(family, config).state_dict().items()}
+    slim_shapes = {name: value.shape for name, value in skeleton(family, narrow).state_dict().items()}
+    slices: dict[str, tuple[Pieces, ...]] = {name: tuple(((0, n),) for n in s) for name, s in slim_shapes.items()}
+    for name, dim, pieces in require(family, "slim").exceptions(config, narrow, slim_shapes, concat):
+        slices[name] = (*slices[name][:dim], pieces, *slices[name][dim + 1 :])
+    for name, dims in slices.items():
+        for dim, pieces in enumerate(dims):
+            fits = all(start + length <= full_shapes[name][dim] for start, length in pieces)
+            assert fits and sum(n for _, n in pieces) == slim_shapes[name][dim], (name, dim, pieces)
+    return slices

@@ -1,0 +1,178 @@
+"""The only door to a network: every part calls it as a plain function of (sample, timestep, condition, memo)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from halfstep.core.errors import ModelError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+Cond = Mapping[str, torch.Tensor]
+"""What a prediction is conditional on, by the keyword under which diffusers' networks take it: {}, or "class_labels"
+int64 [B]."""
+
+Memo = dict[str, torch.Tensor]
+"""What the calls of one trajectory leave for the later ones; each trajectory, and each call outside of one, has its
+own."""
+
+Predict = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], torch.Tensor]
+"""(sample [B,C,H,W], timestep [B] or of no axes, condition, memo) -> prediction [B,C,H,W]"""
+
+Draw = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""(clean [B,C,H,W], random numbers) -> (noisy sample [B,C,H,W], timestep [B], target [B,C,H,W])"""
+
+
+def predictor(model: Callable[..., Any], weights: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> Predict:
+    """A diffusers denoiser as a function.
+
+    `weights` is asked at every call for the weights to run the module with in place of its own (gradients reach them).
+    """
+
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
+        return model(sample, timestep, **cond, return_dict=False)[0]
+
+    def predict_with(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
+        assert weights is not None and isinstance(model, nn.Module)
+        given = {**cond, "return_dict": False}
+        return torch.func.functional_call(model, dict(weights()), (sample, timestep), given)[0]
+
+    return predict if weights is None else predict_with
+
+
+def cond_of(labels: torch.Tensor | None) -> Cond:
+    """The condition on classes, int64 [B]; on nothing for None."""
+    return {} if labels is None else {"class_labels": labels}
+
+
+def cond_to(cond: Cond, device: torch.device | str) -> Cond:
+    """The same condition on a device."""
+    return {name: value.to(device) for name, value in cond.items()}
+
+
+def repeated(cond: Cond, count: int) -> Cond:
+    """The condition of one sample, each tensor [1, ...], for `count` of them."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in cond.items()}
+
+
+def clean_and_noise(
+    prediction: torch.Tensor, sample: torch.Tensor, level: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both parts of sample = sqrt(level) clean + sqrt(1 - level) noise, as a prediction of any type has them.
+
+    prediction, sample: [B, ...].  level: alphas_cumprod, a number or [B].  Raises ModelError for an unknown type.
+    """
+    level = level.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
+    signal, rest = level.sqrt(), (1 - level).sqrt()
+    match prediction_type:
+        case "epsilon":
+            return (sample - rest * prediction) / signal, prediction
+        case "sample":
+            return prediction, (sample - signal * prediction) / rest
+        case "v_prediction":
+            return signal * sample - rest * prediction, signal * prediction + rest * sample
+    expected = "epsilon, sample or v_prediction"
+    raise ModelError(got=prediction_type, expected=expected, where="prediction type", do="bring a model of these")
+
+
+def soft(value: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """sign(v) * max(|v| - threshold, 0); threshold >= 0, a number or broadcast against v."""
+    limit = torch.as_tensor(threshold, dtype=value.dtype, device=value.device)
+    return value - value.clamp(-limit, limit)
+
+
+def corrected(
+    prediction: torch.Tensor, scale: float | torch.Tensor = 1.0, threshold: float | torch.Tensor = 0.0
+) -> torch.Tensor:
+    """scale * soft(prediction, threshold), for a prediction of the noise; (1, 0) changes nothing.
+
+    A threshold is what an l1 penalty of r = 2 * threshold trains a perfect denoiser to put out (see `regularized.py`).
+    """
+    return scale * soft(prediction, threshold)
+
+
+def corrected_as(
+    prediction_type: str,
+    prediction: torch.Tensor,
+    sample: torch.Tensor,
+    level: torch.Tensor,
+    scale: float = 1.0,
+    threshold: float = 0.0,
+) -> torch.Tensor:
+    """The prediction of any type whose noise is the corrected one, for the same sample.
+
+    sample = sqrt(level) clean + sqrt(1 - level) noise.  level: alphas_cumprod, a number; at 0 (zero terminal SNR) the
+    sample is the noise, and nothing that is predicted corrects it.  Raises ModelError.
+    """
+    if prediction_type == "epsilon":
+        return corrected(prediction, scale, threshold)
+    if level == 0:
+        return prediction
+    noise = clean_and_noise(prediction, sample, level, prediction_type)[1]
+    signal, rest = level.to(sample).sqrt(), (1 - level.to(sample)).sqrt()
+    slope = 1 / signal if prediction_type == "v_prediction" else -rest / signal  # of the prediction by the noise
+    return prediction + slope * (corrected(noise, scale, threshold) - noise)
+
+
+def eager(model: nn.Module) -> Any:
+    """The model inside the wrapper that torch.compile puts around it; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def copy_of(model: Model) -> Model:
+    """A second model with the same class, config, weights and device; of a compiled model, of what it wraps."""
+    model = eager(model)
+    kind: Any = type(model)
+    copy = kind.from_config(dict(model.config)).to(model.device)  # type: ignore[arg-type]
+    copy.load_state_dict(model.state_dict())
+    return copy.train(model.training)
+
+
+def class_count(config: Mapping[str, Any]) -> int:
+    """How many classes a denoiser with this config is conditional on; 0: none.
+
+    Raises ModelError for a conditioning that is no class number.
+    """
+    kind, count = config.get("class_embed_type"), config.get("num_class_embeds")
+    if kind is not None or count == 0:
+        raise ModelError(
+            got=f"class_embed_type {kind!r}" if kind is not None else "0 classes",
+            expected="no classes, or num_class_embeds of them without a class_embed_type",
+            where="the model's config",
+            do="bring a model that is conditional on class numbers, or on nothing",
+        )
+    return count or 0
+
+
+def require_config(holds: bool, got: str, expected: str, where: str) -> None:
+    """Raise ModelError for a config that builds no model."""
+    if not holds:
+        raise ModelError(got=got, expected=expected, where=where, do="change the model's config")
+
+
+def require_same_shape(config: Mapping[str, Any], where: object) -> None:
+    """Raise ModelError unless a denoiser puts out what it takes in: its prediction and nothing beside it."""
+    given, wanted = config.get("out_channels"), config.get("in_channels")
+    if given != wanted:
+        beside = " (a learned variance beside the prediction)" if given == 2 * (wanted or 0) else ""
+        raise ModelError(
+            got=f"{given} channels out{beside}",
+            expected=f"{wanted}, as it takes in",
+            where=where,
+            do="bring a model that predicts one picture from one picture",
+        )
+
+
+def require_labels(labels: torch.Tensor | None, config: Any, where: str) -> None:
+    """Raise ModelError unless there are labels exactly when the model has classes."""
+    if (labels is None) != (config.num_class_embeds is None):
+        raise ModelError(
+            got="no class labels" if labels is None else "class labels",
+            expected="labels exactly when the model has num_class_embeds",
+            where=where,
+            do="give or leave out class_labels",
+        )

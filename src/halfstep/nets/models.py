@@ -1,0 +1,331 @@
+"""Denoisers and VAEs of folders in diffusers' format: priced before they are built, compared before they are loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+
+from halfstep.core.disk import read_json
+from halfstep.core.errors import ModelError
+from halfstep.core.process import Process
+from halfstep.core.sums import require_whole
+from halfstep.core.typed import shown
+from halfstep.data.classes import read_classes
+from halfstep.nets.architectures import ARCHITECTURES
+from halfstep.nets.denoiser import Memo, class_count, cond_of, predictor
+from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
+
+DIGITS_MODEL = Path(__file__).parents[1] / "assets" / "digits_model"
+MODEL_CLASSES: dict[str, type[ModelMixin]] = {name: family.kind for name, family in ARCHITECTURES.items()}
+"""The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
+
+VAE_CLASSES: dict[str, type[ModelMixin]] = {"AutoencoderKL": diffusers.AutoencoderKL}
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+MOST = {
+    "sample_size": 8192,
+    "in_channels": 4096,
+    "out_channels": 4096,
+    "latent_channels": 4096,
+    "block_out_channels": 65536,
+    "base_channels": 65536,
+    "embed_dim": 65536,
+    "layers_per_block": 64,
+    "depth": 512,
+    "levels": 12,
+    "patch_size": 8192,
+    "num_heads": 4096,
+    "attention_head_dim": 65536,
+    "norm_num_groups": 65536,
+    "time_embed_dim": 65536,
+    "time_embedding_dim": 65536,
+    "num_class_embeds": 1 << 20,
+    "num_train_timesteps": 1 << 20,
+    "solver_steps": 1000,
+}
+"""The most that a config may ask for, field by field, and the least is 1: many times what any published model has."""
+MAX_LEVELS = 16
+MAX_PIXELS = 1 << 26
+"""Numbers in one sample: 256 MiB of float32."""
+MAX_PARAMETERS = 1 << 33
+"""A network of 32 GiB of float32."""
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder. Raises ModelError."""
+    file = Path(folder) / "config.json"
+    if not file.exists():
+        raise ModelError(
+            got="no config.json",
+            expected="a diffusers model or pipeline folder",
+            where=folder,
+            do="give the folder that save_pretrained wrote, or 'digits' for the bundled model",
+        )
+    return read_json(file, what="a diffusers config.json", do="save the model again", error=ModelError)
+
+
+def _class_of(config: Mapping[str, Any], where: object, classes: Mapping[str, type[ModelMixin]]) -> type[ModelMixin]:
+    """The class that a config names, once its fields are known to be that class's, typed and of sane sizes."""
+    name = config.get("_class_name") if isinstance(config, Mapping) else None
+    if not isinstance(name, str) or name not in classes:
+        raise ModelError(
+            got=f"a {name if isinstance(name, str) else 'config without a class'}",
+            expected=f"a model of class {' or '.join(classes)}",
+            where=where,
+            do="give a denoiser (or for latents its VAE) in diffusers format",
+        )
+    defaults = {n: p.default for n, p in inspect.signature(classes[name].__init__).parameters.items() if n != "self"}
+    for field, value in config.items():
+        if field.startswith("_"):  # whose it is, and which version wrote it
+            continue
+        if field not in defaults:
+            raise _unusable(shown(field), f"only fields of {name} as this diffusers knows it", where)
+        if not _is_like(value, defaults[field]):
+            got, expected = f"{field} {shown(value)}", f"a value like {json.dumps(defaults[field])}"
+            raise _unusable(got, expected, where)
+        if field in MOST and not all(1 <= number <= MOST[field] for number in _numbers(value)):
+            raise _unusable(f"{field} {shown(value)}", f"numbers from 1 to {MOST[field]}", where)
+    return classes[name]
+
+
+def _unusable(got: str, expected: str, where: object) -> ModelError:
+    return ModelError(got=got, expected=expected, where=f"{where}: config.json", do="mend it")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value of a config is of the kind of the class's default; where that is None, any plain value is."""
+    if isinstance(value, list | tuple):
+        inner = next(iter(default), None) if isinstance(default, list | tuple) else None
+        return (
+            (default is None or isinstance(default, list | tuple | int))
+            and len(value) <= MAX_LEVELS
+            and all(not isinstance(one, list | tuple) and _is_like(one, inner) for one in value)
+        )
+    if value is None or default is None:
+        return value is None or isinstance(value, bool | int | float | str)
+    kinds = {bool: bool, str: str}
+    if type(default) in kinds:
+        return isinstance(value, kinds[type(default)])
+    return isinstance(default, int | float) and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(value: Any) -> list[int | float]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one for one in values if isinstance(one, int | float)]
+
+
+def build_model(
+    config: Mapping[str, Any], *, where: object, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES
+) -> ModelMixin:
+    """A model with fresh weights from a diffusers config that names one of `classes`. Raises ModelError."""
+    empty_model(config, where=where, classes=classes)
+    return classes[config["_class_name"]].from_config(dict(config))
+
+
+def empty_model(
+    config: Mapping[str, Any], *, where: object, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES
+) -> ModelMixin:
+    """The same without memory, on the meta device: what a config asks for, before anybody pays for it.
+
+    Raises ModelError for a config that builds nothing, or nothing of a sane size.
+    """
+    kind = _class_of(config, where, classes)
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(dict(config))
+    except ModelError:  # our own classes say it in their own words
+        raise
+    except Exception as error:  # whatever a constructor makes of values that do not fit together
+        name = config["_class_name"]
+        raise ModelError(
+            got=f"a config that builds nothing ({error})", expected=f"a {name}", where=where, do="mend it"
+        ) from error
+    parameters, size = sum(p.numel() for p in model.parameters()), model.config.get("sample_size")
+    if parameters > MAX_PARAMETERS:
+        raise _unusable(f"a network of {parameters:,} parameters", f"at most {MAX_PARAMETERS:,}", where)
+    sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, list | tuple) else []
+    if classes is MODEL_CLASSES and not (len(sides) == 2 and all(isinstance(s, int) for s in sides)):
+        raise _unusable(f"sample_size {shown(size)}", "the side of the images, or two sides", where)
+    if sides and math.prod(sides) * max(model.config["in_channels"], model.config["out_channels"]) > MAX_PIXELS:
+        raise _unusable(f"samples of {size} pixels a side", f"at most {MAX_PIXELS:,} numbers in one", where)
+    if classes is MODEL_CLASSES and not ARCHITECTURES[config["_class_name"]].own_checks:
+        _require_runs(model, sides, where)
+    return model
+
+
+@torch.no_grad()
+def _require_runs(model: Any, sides: Sequence[int], where: object) -> None:
+    """Raise ModelError unless a network on the meta device maps a sample to one of its size: many a config builds
+    what cannot be called."""
+    sample = torch.empty(1, model.config.in_channels, *sides, device="meta")
+    step = torch.zeros(1, dtype=torch.long, device="meta")
+    cond = cond_of(step if model.config.num_class_embeds else None)
+    try:
+        found = tuple(predictor(model)(sample, step, cond, Memo()).shape[2:])
+    except Exception as error:  # whatever torch makes of layers that do not fit together
+        raise _unusable(f"a network that does not run ({error})", "layers that fit together", where) from error
+    if found != tuple(sides):
+        raise _unusable(f"a network from {tuple(sides)} pixels to {found}", "samples of one size", where)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def load_model(folder: Path, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES) -> ModelMixin:
+    """A diffusers model from a folder with config.json and safetensors weights, in float32.
+
+    What stock diffusers opens is opened: weights in shards, and attention under its names of 2022. Nothing is unpickled
+    or fetched. Raises ModelError for weights that are missing, cut, not finite, or not those of config.json.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    empty = empty_model(config, where=folder, classes=classes)
+    files = _weight_files(folder)
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with open_weights(file) as opened:
+            stored |= stored_shapes(opened)
+    if len(files) == 1:  # as from_pretrained: nobody had shards when attention had its old names
+        empty._fix_state_dict_keys_on_load(stored)
+    where = files[0] if len(files) == 1 else folder / INDEX
+    require_same_shapes(stored, shapes_of(empty.state_dict()), where, type(empty).__name__)
+    try:
+        model, told = type(empty).from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            got=f"weights that diffusers cannot load ({error})",
+            expected="a whole model",
+            where=folder,
+            do="save the model again",
+        ) from error
+    assert not any(told.values()), told  # the shapes were compared above
+    require_finite(model.state_dict(), where)
+    return _nameless(model).eval()
+
+
+def filled_model(empty: ModelMixin, weights: Mapping[str, torch.Tensor]) -> ModelMixin:
+    """An `empty_model` with these weights, which are its own from now on."""
+    empty.load_state_dict(dict(weights), assign=True)
+    if any(buffer.is_meta for buffer in empty.buffers()):  # constants that no file holds
+        full = type(empty).from_config(dict(empty.config))
+        full.load_state_dict(dict(weights))
+        return full.eval()
+    return empty.eval()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file of a model's weights, or its shards. Raises ModelError, which names what lies there instead."""
+    if (folder / WEIGHTS).is_file() and not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        return _shards(folder)
+    beside = [p for pattern in ("*.safetensors", "*.index.json") for p in folder.glob(pattern) if p.is_file()]
+    variants = sorted(p.name for p in beside)
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    found = f"only {variants[0]}" if variants else f"only {pickles[0]}, a pickle" if pickles else "no weights"
+    do = "save it again with safe_serialization=True"
+    if variants:
+        do = "save it again without a variant, or rename that file"
+    raise ModelError(got=found, expected=WEIGHTS, where=folder, do=do)
+
+
+def _shards(folder: Path) -> list[Path]:
+    do = "copy or save the model again"
+    record = read_json(folder / INDEX, what="the index of a model's shards", do=do, error=ModelError)
+    names = record.get("weight_map")
+    if not (isinstance(names, dict) and names and isinstance(record.get("metadata"), dict)):
+        raise ModelError(got="no weight_map", expected="the file of every tensor", where=folder / INDEX, do=do)
+    plain = sorted({name if isinstance(name, str) else "" for name in names.values()})
+    for name in plain:
+        if not name.endswith(".safetensors") or Path(name).name != name or not (folder / name).is_file():
+            expected = "names of safetensors files beside it"
+            raise ModelError(got=f"a shard {shown(name)}", expected=expected, where=folder / INDEX, do=do)
+    return [folder / name for name in plain]
+
+
+def _nameless(model: ModelMixin) -> ModelMixin:
+    """Without the path that from_pretrained notes in the config, which a save would write down."""
+    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "_name_or_path"})
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- pipelines
+
+
+def pipeline_folder(source: str | Path) -> Path:
+    """The folder of "digits" (bundled), of a model or pipeline, or of a run's pipeline. Raises ModelError."""
+    folder = DIGITS_MODEL if source == "digits" else Path(source)
+    if not folder.is_dir():
+        raise ModelError(
+            got="no such folder", expected="a diffusers model or pipeline folder", where=folder, do="check --model"
+        )
+    return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+
+
+def load_vae(source: str | Path, *, checked: bool = False) -> Any:
+    """The VAE of a latent diffusion pipeline (or of a folder that is one); None for pixels. Raises ModelError.
+
+    `checked`: the files' digests were compared already.
+    """
+    folder = pipeline_folder(source)
+    if not checked:
+        require_whole(folder)
+    for place in (folder, folder / "vae", folder / "vqvae"):
+        if (place / "config.json").is_file() and (
+            place != folder or read_config(place).get("_class_name") in VAE_CLASSES
+        ):
+            return load_model(place, VAE_CLASSES).requires_grad_(False)
+    return None
+
+
+def load_classes(source: str | Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes of a denoiser with this config, by number; () without. Raises ModelError."""
+    folder, count = pipeline_folder(source), class_count(config)
+    for place in (folder, folder.parent):
+        names = read_classes(place, count) if count else ()
+        if names:
+            return names
+    return ()
+
+
+def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
+    """A denoiser and the config of its noise scheduler.
+
+    `source`: "digits" (bundled), a diffusers pipeline folder (its `unet` and `scheduler`), a run folder of
+    `halfstep train`, or a model folder with a `scheduler_config.json`, or with a folder `scheduler` inside or beside
+    it. Without any of these a warning says that the process of DDPM is assumed. Raises ModelError, also for files that
+    changed since digests of them were written.
+    """
+    folder = pipeline_folder(source)
+    require_whole(folder)
+    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+    model = load_model(inner)
+    for place in (folder / "scheduler", folder, folder.parent / "scheduler"):  # the second is the hub's layout of 2022
+        if (place / "scheduler_config.json").is_file():
+            file, do = place / "scheduler_config.json", "save the pipeline again"
+            record = read_json(file, what="a scheduler config", do=do, error=ModelError, infinity=True)
+            return model, {"prediction_type": "epsilon", **record}
+    process = Process()
+    warnings.warn(f"{source}: no scheduler_config.json; it is taken for a model of {process}", stacklevel=2)
+    return model, process.config()

@@ -1,0 +1,199 @@
+"""What Halfstep knows of diffusers' `UNet2DModel`: fresh and narrower configs, free channels, its levels.
+
+A narrow net is a plain `UNet2DModel` (see `methods/slimmable.py`, whose paper asks for it) whose parameters are leading
+slices of the full one's, but for what `slice_exceptions` names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from halfstep.core.errors import ModelError
+from halfstep.core.recipe import ModelSpec
+from halfstep.nets.channels import Free, between, inside_attention, inside_resnet, outputs
+from halfstep.nets.slices import Pieces, nearest_frequencies
+
+
+def fresh_config(spec: ModelSpec, size: int, channels: int, classes: int | None, timesteps: int) -> dict[str, Any]:
+    """The config of a fresh U-Net for images [channels, size, size]. Raises ModelError for sizes that do not fit."""
+    halvings = 2 ** (len(spec.channels) - 1)
+    if size % halvings:
+        raise ModelError(
+            got=f"images of {size}x{size}",
+            expected=f"a multiple of {halvings}, for {len(spec.channels)} levels",
+            where="model.channels",
+            do="choose another --set data.size or fewer levels",
+        )
+    attended = [c for c, flag in zip(spec.channels, spec.attention, strict=True) if flag] + [spec.channels[-1]]
+    if min(attended) < spec.head_dim:
+        raise ModelError(
+            got=f"heads of {spec.head_dim} channels",
+            expected=f"at most {min(attended)}, the narrowest level with attention",
+            where="model.head_dim",
+            do=f"write --set model.head_dim={min(attended)}",
+        )
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": spec.layers,
+        "block_out_channels": spec.channels,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in spec.attention),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(spec.attention)),
+        "norm_num_groups": spec.groups,
+        "attention_head_dim": spec.head_dim,
+        "dropout": spec.dropout,
+        "num_class_embeds": classes,
+        "num_train_timesteps": timesteps,
+    }
+
+
+def levels(model: UNet2DModel) -> list[nn.Module]:
+    """The last ResNet block of every level of both paths, and the middle: what a level puts out, [B, C, h, w]."""
+    last = [block.resnets[-1] for block in (*model.down_blocks, *model.up_blocks)]
+    return [*last, model.mid_block] if model.mid_block is not None else last
+
+
+# ---------------------------------------------------------------------------------------------------- narrower versions
+
+
+def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
+    """The `UNet2DModel` config at `width` in (0, 1]. Raises ModelError when a level gets no whole channel groups."""
+    narrow = {key: value for key, value in config.items() if not key.startswith("_")}
+    groups = config["norm_num_groups"] or 1
+    channels = []
+    for full in config["block_out_channels"]:
+        c = round(full * width, 2)  # so that 1/3 may be written 0.333333, as the message below does
+        if c != int(c) or c < 1 or c % groups:
+            expected = f"a multiple of the model's {groups} norm groups"
+            raise _refused_width(config, f"{full} channels x {width} = {c:g}", expected)
+        channels.append(int(c))
+    _require_whole_frequencies(config, channels[0], width)
+    narrow["block_out_channels"] = tuple(channels)
+    if config.get("class_embed_type") == "identity":  # the caller hands in embeddings of the full size
+        narrow["time_embedding_dim"] = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+    elif config.get("time_embedding_dim"):
+        narrow["time_embedding_dim"] = max(2, round(config["time_embedding_dim"] * width))
+    if head := config.get("attention_head_dim"):  # a head must not be wider than the narrowest attended level
+        narrow["attention_head_dim"] = min(head, *(_attended(config, channels) or [head]))
+    return narrow
+
+
+def _require_whole_frequencies(config: Mapping[str, Any], first: int, width: float) -> None:
+    """A narrow net has a sinusoid of its own, pairs of a sine and a cosine: its first level has even channels."""
+    full = config["block_out_channels"][0]
+    if first % 2 and first != full and config.get("time_embedding_type", "positional") == "positional":
+        got = f"{full} channels x {width} = {first} in the first level"
+        raise _refused_width(config, got, "an even number, for the sines and cosines of its time embedding")
+
+
+def _refused_width(config: Mapping[str, Any], got: str, expected: str) -> ModelError:
+    groups, full = config["norm_num_groups"] or 1, config["block_out_channels"]
+    shared = math.gcd(*(c // groups for c in full))
+    even = config.get("time_embedding_type", "positional") == "positional"
+    usable = [k / shared for k in range(1, shared + 1) if k == shared or not (even and full[0] * k // shared % 2)]
+    do = f"choose widths such as {', '.join(f'{u:g}' for u in _some(usable))}"
+    return ModelError(got=got, expected=expected, where="slim.widths", do=do)
+
+
+def _some(values: Sequence[float]) -> Sequence[float]:
+    return values if len(values) <= 8 else [values[round(i * (len(values) - 1) / 7)] for i in range(8)]
+
+
+def _attended(config: Mapping[str, Any], channels: Sequence[int]) -> list[int]:
+    found = [c for kind, c in zip(config["down_block_types"], channels, strict=True) if "Attn" in kind]
+    found += [c for kind, c in zip(config["up_block_types"], reversed(channels), strict=True) if "Attn" in kind]
+    if config.get("mid_block_type", "UNetMidBlock2D") and config.get("add_attention", True):
+        found.append(channels[-1])
+    return found
+
+
+def slice_exceptions(
+    config: Mapping[str, Any], narrow: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], concat: str
+) -> Iterator[tuple[str, int, Pieces]]:
+    """The dimensions that are no plain prefix, as (parameter, dimension, pieces)."""
+    for name in shapes:
+        if name in ("time_embedding.linear_1.weight", "class_embedding.linear_1.weight"):
+            yield name, 1, _time_columns(config, narrow)
+        if ".time_emb_proj." in name and config.get("resnet_time_scale_shift") == "scale_shift":
+            half = shapes[name][0] // 2  # scale and shift are the two halves of one output
+            yield name, 0, ((0, half), (_full_out(config, name), half))
+    if concat == "leading":
+        return
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if parts[:1] != ["up_blocks"] or parts[2] != "resnets" or parts[4] not in ("norm1", "conv1", "conv_shortcut"):
+            continue
+        dim = 0 if parts[4] == "norm1" else 1
+        if dim >= len(shape):  # a bias of a convolution sees no input
+            continue
+        hidden, slim = (
+            _hidden_channels(c["block_out_channels"], int(parts[1]), int(parts[3])) for c in (config, narrow)
+        )
+        yield name, dim, ((0, slim), (hidden, shape[dim] - slim))
+
+
+def _hidden_channels(channels: Sequence[int], block: int, resnet: int) -> int:
+    """Channels of the hidden part of the concatenation that enters `up_blocks[block].resnets[resnet]`."""
+    upward = list(reversed(channels))
+    return upward[max(0, block - 1)] if resnet == 0 else upward[block]
+
+
+def _full_out(config: Mapping[str, Any], name: str) -> int:
+    """Output channels of the full ResNet block that owns a `time_emb_proj` parameter."""
+    where, *rest = name.split(".")
+    channels = list(config["block_out_channels"])
+    if where == "mid_block":
+        return channels[-1]
+    level = int(rest[0])
+    return channels[level] if where == "down_blocks" else channels[::-1][level]
+
+
+def _time_columns(config: Mapping[str, Any], narrow: Mapping[str, Any]) -> Pieces:
+    """Columns of the first time layer: the features that the narrow net's own time embedding has."""
+    full, slim = config["block_out_channels"][0], narrow["block_out_channels"][0]
+    kind = config.get("time_embedding_type", "positional")
+    if kind == "learned":
+        return ((0, slim),)
+    if kind == "fourier":  # sin and cos of `slim` random frequencies, which are a prefix of the full ones
+        return ((0, slim), (full, slim))
+    return nearest_frequencies(full // 2, slim // 2, config.get("freq_shift", 0))
+
+
+# ----------------------------------------------------------------------------------------------- channels of free order
+
+
+def free_channels(model: UNet2DModel) -> Iterator[Free]:
+    """All channels of free order, one by one; apply an order before asking for the next."""
+    yield from free_in_blocks(model)
+    yield from _inside_time_embedding(model)
+
+
+def free_in_blocks(model: nn.Module) -> Iterator[Free]:
+    """Those inside ResNet blocks and attention."""
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            yield inside_resnet(module)
+        elif isinstance(module, Attention):
+            yield from inside_attention(module)
+
+
+def _inside_time_embedding(model: UNet2DModel) -> Iterator[Free]:
+    first, second = model.time_embedding.linear_1, model.time_embedding.linear_2
+    yield between(first, second)
+    readers = [m.time_emb_proj for m in model.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+    if model.config.class_embed_type is not None or not readers:
+        return  # other embeddings of the caller's own order are added to this one
+    score = torch.stack([layer.weight.norm(dim=0) for layer in readers]).norm(dim=0) * second.weight.norm(dim=1)
+    moves = [*outputs(second), *((layer.weight, 1, 1) for layer in readers)]
+    if model.class_embedding is not None:
+        moves.append((model.class_embedding.weight, 1, 1))
+    yield Free(score, tuple(moves), tuple(layer.weight for layer in readers))

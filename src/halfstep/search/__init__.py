@@ -1,0 +1,1 @@
+"""Which plan: damage, frontier, fit, evolution, corrections, scores, and what drives them."""

@@ -1,0 +1,118 @@
+"""Training with everything around it: resume, log.jsonl, saved states, sample grids, trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from halfstep.core import disk
+from halfstep.core.errors import DivergedError
+from halfstep.core.folder import DIVERGED
+from halfstep.core.process import Process
+from halfstep.core.recipe import STEADIER, Recipe, TrainSpec
+from halfstep.core.watch import Watch
+from halfstep.data.images import Images
+from halfstep.data.latents import Latents
+from halfstep.data.pictures import picture_grid, to_uint8
+from halfstep.engine.bank import Bank
+from halfstep.engine.sampling import reference_plan, sample_images
+from halfstep.training.train import Logged, Objective, TrainRecord, TrainState, stamp
+from halfstep.training.train import train as train_loop
+
+
+def run_loop(
+    out: Path,
+    state: TrainState,
+    images: Images | Latents,
+    recipe: Recipe,
+    objective: Objective,
+    tag: str,
+    watch: Watch,
+    preview: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+) -> None:
+    """Train to the end of the recipe with everything around it: resume, log.jsonl, saved states, sample grids.
+
+    Ctrl-C and kill -9 lose at most `train.save_every` steps: a state is only whole between two steps. A training that
+    diverges leaves its last saved state and state/diverged.json, with which `open_run` takes steadier settings.
+    """
+    spec, file, log = recipe.train, out / "state" / "train.safetensors", out / "log.jsonl"
+    tracker = {"log_with": spec.tracker, "project_dir": str(out)} if spec.tracker else {}
+    accelerator = Accelerator(**tracker)
+    if spec.tracker:
+        accelerator.init_trackers(f"halfstep-{tag}", config={"steps": spec.steps, "lr": spec.lr, "batch": spec.batch})
+    state.to(accelerator.device)
+    ours = _stamp_of(recipe, images, tag, accelerator.num_processes)
+    if file.exists():  # a folder or a pipe in its place is refused, not trained over
+        checked = "" if state.load(file, ours, spec.steps) else " (a state of before, without a digest)"
+        watch.say(f"resuming {tag} at step {state.step} of {spec.steps}{checked}")
+    main = accelerator.is_main_process
+    if main:
+        _begin_log(out, tag, state.step)
+
+    def draw() -> None:
+        disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
+
+    records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
+    with watch.stage(f"train {tag}", spec.steps) as told:
+        told(state.step, "")
+        if main and _grid_due(state.step, spec):  # a kill between the state and its grid left an older one
+            draw()
+        for record in _noting_divergence(records, out / DIVERGED):
+            if main:
+                disk.append_record(log, {"tag": tag, **vars(record)})
+                told(record.step, f"loss {record.loss:.4f}")
+            accelerator.log({"loss": record.loss, "lr": record.lr}, step=record.step)
+            last = record.step == spec.steps
+            if main and (_passed(record.step, spec.save_every, spec.log_every) or last):
+                state.save(file, ours)
+            if main and _grid_due(record.step, spec):
+                draw()
+    accelerator.end_training()
+
+
+def _stamp_of(recipe: Recipe, images: Images | Latents, tag: str, world: int) -> str:
+    """What a state belongs to. `world`: processes, for the order of the images depends on their number."""
+    methods = (recipe.slim, recipe.sparse, recipe.spectral)
+    kept = {name: value for name, value in vars(recipe.train).items() if name not in STEADIER}  # recipe.json has those
+    return stamp(kept, recipe.noise, recipe.model, methods, recipe.seed, images.fingerprint, tag, world)
+
+
+def _begin_log(out: Path, tag: str, step: int) -> None:
+    """A log without this training's records after a step; it is there from then on, for whoever follows it."""
+    (out / DIVERGED).unlink(missing_ok=True)
+    log = out / "log.jsonl"
+    disk.keep_records(log, lambda one: one.tag != tag or one.step <= step, Logged)
+    if not log.exists():
+        disk.write_text(log, "")
+
+
+def _noting_divergence(records: Iterator[TrainRecord], file: Path) -> Iterator[TrainRecord]:
+    """The records; where the training diverges, the last of them goes into `file`."""
+    last = None
+    try:
+        for last in records:
+            yield last
+    except DivergedError:
+        disk.write_json(file, {"last_record": last and vars(last)})
+        raise
+
+
+def preview_of(bank: Bank, noise: Process, recipe: Recipe, count: int = 32) -> torch.Tensor:
+    """A few images of every entry of a bank by 20 DDIM steps, [entries * count, C, S, S]."""
+    sample = replace(recipe.sample, scheduler="ddim", steps=20)
+    plan = reference_plan(bank, noise, sample, dict.fromkeys(bank, 1))
+    rows = [plan.uniform(name) for name in bank]
+    return torch.cat([x for p in rows for x in sample_images(bank, p, count, seed=1234)])
+
+
+def _grid_due(step: int, spec: TrainSpec) -> bool:
+    return step > 0 and (_passed(step, spec.sample_every, spec.log_every) or step == spec.steps)
+
+
+def _passed(step: int, every: int, stride: int) -> bool:
+    """Whether a multiple of `every` lies in the last `stride` steps: records come every `stride` steps only."""
+    return every > 0 and step // every > (step - stride) // every

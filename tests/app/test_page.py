@@ -1,0 +1,233 @@
+"""The report page; oracles: the html parser, decoded PNGs, the pixels that went in."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series
+from halfstep.app.page import Grid, Report, Table, rich_table, write_report
+from halfstep.app.story import costs_table, plans_table, summary
+from halfstep.core.errors import PlanError, RunError
+from halfstep.core.plan import Correction, Price, Row, Sampler, StepPlan
+from halfstep.core.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality
+from halfstep.data.pictures import picture_grid
+
+
+def full_report(rows: int = 20) -> Report:
+    steps = tuple(float(1000 - i) for i in range(rows))
+    images = np.random.default_rng(0).integers(0, 256, (9, 1, 8, 8), dtype=np.uint8)
+    return Report(
+        title='A <b>bold</b> & "quoted" report',
+        summary="Saves 50 % of the MACs & holds.",
+        facts={"machine": "<cpu>"},
+        tables=(Table(title="Plans", columns=("", "FD"), rows=(("ref <1>", "1.0"), ("plan", "1.1")), best=1),),
+        figures=(
+            Pareto(
+                title="Quality",
+                metric_label="FD",
+                series=(
+                    Series(name="reference", points=((1.0, 1.0, 0.8, 1.2),), style="star"),
+                    Series(name="plans", points=((0.5, 2.0, None, None), (0.3, 30.0, None, None)), style="points"),
+                ),
+                band=(0.8, 1.2),
+            ),
+            PlanChart(
+                title="Steps",
+                timesteps=steps,
+                entries=("w0.50",) * (rows - 1) + ("full",),
+                shares={"full": 1.0, "w0.50": 0.25},
+            ),
+            Heatmap(
+                title="Errors",
+                timesteps=steps,
+                entries=("full", "w0.50"),
+                values=np.ones((rows, 2)) * [0.0, 0.1],
+                label="mse",
+            ),
+            Curve(title="Loss", xlabel="step", ylabel="loss", lines={"supernet": ((1.0, 2.0), (2.0, 1.0))}),
+        ),
+        grids=(Grid(title="reference", images=images), Grid(title="plan", images=images)),
+        files={"plan.json": "the plan"},
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 20, 1000])
+def test_the_page_is_whole_escaped_and_self_contained(tmp_path, rows):
+    page = write_report(full_report(rows), tmp_path).read_text()
+    HTMLParser().feed(page)
+    assert not re.search(r"https?://(?!www\.w3\.org)", page)
+    assert "<b>bold" not in page and "ref &lt;1&gt;" in page and "Saves 50 % of the MACs &amp; holds." in page
+    pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(pictures) >= 6
+    for picture in pictures:
+        Image.open(io.BytesIO(base64.b64decode(picture))).verify()
+    assert len(list((tmp_path / "figures").glob("*.png"))) >= 4
+
+
+def test_a_grid_keeps_the_pixels():
+    images = np.random.default_rng(1).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    grid = np.asarray(picture_grid(images, columns=3, scale=4))
+    for k, image in enumerate(images):
+        y, x = k // 3 * (8 * 4 + 2), k % 3 * (8 * 4 + 2)
+        assert np.array_equal(grid[y + 2 : y + 32 : 4, x + 2 : x + 32 : 4], image.transpose(1, 2, 0))
+
+
+def test_an_empty_report_is_a_page(tmp_path):
+    report = Report(title="t", summary="s", facts={}, tables=(), figures=(), grids=())
+    assert "<title>t</title>" in write_report(report, tmp_path).read_text()
+
+
+def test_the_terminal_table_has_every_cell():
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(rich_table(full_report().tables[0]))
+    text = console.export_text()
+    assert all(cell in text for cell in ("ref <1>", "1.0", "plan", "1.1", "Plans"))
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError):
+        write_report(full_report(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- the table of costs -----------------------------------------------------------------------------------------------
+
+
+def test_costs_are_shown_with_shares_and_settings():
+    setting = {"batch": 4, "device": "cpu: Test", "dtype": "float32", "threads": 2}
+    full = Cost(macs=2_000_000_000, params=4_000_000, latency_ms=10.0, latency_spread_ms=0.5, peak_mib=3.0, **setting)
+    half = Cost(macs=500_000_000, params=1_000_000, latency_ms=4.0, stored_mib=0.0, **setting)
+    table = costs_table({"full": full, "half": half}, "full")
+    assert table.rows == (
+        ("full", "4.00 M", "–", "2,000.00", "100.0%", "10.0 ± 0.5", "100.0%", "3.0"),
+        ("half", "1.00 M", "0.00", "500.00", "25.0%", "4.0", "40.0%", "–"),
+    )
+    for part in ("device cpu: Test", "dtype float32", "threads 2", "batch 4", "backend eager"):
+        assert part in table.note
+
+
+def test_a_setting_that_differs_gets_a_column():
+    table = costs_table({"a": Cost(macs=1, params=1), "b": Cost(macs=1, params=1, backend="compile")}, "a")
+    assert table.columns[-1] == "backend" and [row[-1] for row in table.rows] == ["eager", "compile"]
+    assert "backend" not in table.note
+
+
+def test_costs_refuse_an_unknown_reference():
+    with pytest.raises(PlanError, match="full"):
+        costs_table({"full": Cost(macs=1, params=1)}, "fall")
+
+
+def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the_reference():
+    rows = tuple(Row(t, "r=0.1") for t in (30.0, 20.0, 10.0))
+    prices = {"r=0": Price(8), "r=0.1": Price(8)}
+    plan = StepPlan(rows=rows, sampler=Sampler("DDPMScheduler", {}, 3), reference="r=0", prices=prices)
+    change = replace(CHANGE, share=-0.2, relative_low=-0.3, relative_high=-0.1)
+    row = replace(ROW, share=1.0, held=True, verdict=None, difference=change)
+    about = replace(ABOUT, floor=None, scale=None)
+
+    def said(row: PlanRow, plan: StepPlan = plan) -> str:
+        return summary(Comparison(about=about, plans={"reference": ROW, "plan": row}), plan)
+
+    assert "'r=0.1' in every call, costs what 50 DDPM calls of the reference cost" in said(row)
+    assert "held within" in said(row)
+    assert "saves 60% of the MACs" in said(replace(row, share=0.4))
+    for low, told in ((-0.1, "within the tolerance of 5% is not decided"), (0.06, "did not hold within")):
+        unlike = replace(row, held=False, difference=replace(change, relative_low=low, relative_high=0.2))
+        assert told in said(unlike)
+    assert said(replace(row, share=0.4), plan.with_entries(["r=0", "r=0.1", "r=0"])).startswith("The plan saves 60%")
+    corrected = plan.with_corrections([Correction(0.9)] * 3)
+    assert said(row, corrected).startswith("The corrections cost nothing; with 50 DDPM calls")
+
+
+def quality(metric: str) -> Quality:
+    kind = {"n": 64, "n_reference": 1500, "features": "net", "reference": "abc", "seed": 3}
+    return Quality(metric=metric, value=0.1, low=0.0, high=0.2, **kind)
+
+
+CHANGE = Difference(
+    value=0.05,
+    low=-0.1,
+    high=0.2,
+    share=None,
+    relative_low=None,
+    relative_high=None,
+    fd_a=0.1,
+    fd_b=0.15,
+    n=64,
+    features="net",
+    reference="abc",
+    seed=3,
+)
+ROW = PlanRow(
+    macs=8,
+    share=0.4,
+    calls=50,
+    wall_ms=1.0,
+    wall_share=0.5,
+    wall_share_low=0.5,
+    wall_share_high=0.5,
+    quality={name: quality(name) for name in ("fd", "kid", "precision", "recall")},
+    difference=CHANGE,
+    held=False,
+    verdict="not decided",
+)
+ABOUT = About(
+    reference="reference",
+    batch=8,
+    repeats=5,
+    seed=3,
+    n=64,
+    tolerance=0.05,
+    floor=Floor(raw=0.14, high=0.08, fresh=0.3),
+    scale=1.5,
+    data="abc",
+    machine={},
+    device="cpu",
+    dtype="float32",
+    layout="contiguous",
+)
+
+
+def record_of(about: About = ABOUT, **changes) -> Comparison:
+    """What `measure_plans` measured, its plan with these fields."""
+    return Comparison(about=about, plans={"reference": ROW, "plan": replace(ROW, decided_by=12_345, **changes)})
+
+
+def plan_of_one() -> StepPlan:
+    sampler = Sampler("DDIMScheduler", {}, 1)
+    return StepPlan(rows=(Row(1.0, "full"),), sampler=sampler, reference="full", prices={"full": Price(8)})
+
+
+def test_a_change_within_the_floor_is_told_without_a_percentage_and_undecided_with_the_images_it_takes():
+    record = record_of()
+    table, said = plans_table(record), summary(record, plan_of_one())
+    assert table.rows[1][4] == "+0.05 [-0.10, +0.20]" and table.rows[1][5] == "not decided"
+    assert "13,000 images would decide it" in said and "hundredth of the data's spread" in said
+    assert "0.14" in table.note and "0.08" in table.note and "0.3" in table.note  # the floor, before and after
+
+
+def test_nothing_is_told_as_held_beside_a_broken_reference_and_the_warning_is_everywhere():
+    warnings = ("100% of the reference's pixels are black or white, of the real images' 1%",)
+    record = record_of(replace(ABOUT, warnings=warnings), verdict="broken reference")
+    said, table = summary(record, plan_of_one()), plans_table(record, brief=True)
+    assert said.startswith("Warning: 100% of the reference's pixels") and "the reference is broken" in said
+    assert "held" not in said and table.rows[1][-1] == "broken reference" and "100% of the reference's" in table.note
+
+
+def test_a_record_of_before_the_correction_is_still_told_and_says_so():
+    change = replace(CHANGE, share=0.02, relative_low=-0.1, relative_high=0.04)
+    record = record_of(replace(ABOUT, floor=None, scale=None), held=True, verdict=None, difference=change)
+    assert "quality held within the tolerance of 5%" in summary(record, plan_of_one())
+    table = plans_table(record)
+    assert table.rows[1][5] == "held" and "before distances were corrected" in table.note

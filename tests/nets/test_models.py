@@ -1,0 +1,271 @@
+"""Oracles: stock diffusers writing and reading the same folders; files that ask for more than they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import time
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from halfstep.core.errors import ModelError
+from halfstep.nets.models import INDEX, WEIGHTS, build_model, load_denoiser, load_model, load_vae
+from halfstep.nets.weights import MAX_HEADER, open_weights
+
+
+def net(**changes) -> UNet2DModel:
+    torch.manual_seed(0)
+    plain = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    }
+    return UNet2DModel(**plain | changes).eval()
+
+
+def rewrite(folder, edit):
+    """Store `edit` of the weights in their place."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file(edit({name: value.clone() for name, value in tensors.items()}), folder / WEIGHTS, {"format": "pt"})
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(ModelError) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    return str(error.value)
+
+
+# --- what stock diffusers opens ---------------------------------------------------------------------------------------
+
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def of_2022(name: str) -> str:
+    for new, old in OLD.items():
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
+def test_attention_under_its_names_of_2022_is_loaded_as_diffusers_loads_it(tmp_path):
+    model = net()
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: {of_2022(name): value for name, value in weights.items()})
+    assert any(".query." in name for name in load_file(tmp_path / WEIGHTS))
+    assert same(load_model(tmp_path), model) and same(UNet2DModel.from_pretrained(tmp_path), model)
+
+
+def test_shards_are_joined(tmp_path):
+    model = net()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2 and not (tmp_path / WEIGHTS).exists()
+    assert same(load_model(tmp_path), model)
+
+
+def test_loading_leaves_the_random_numbers_and_the_config_alone(tmp_path):
+    model = net()
+    model.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    loaded = load_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "_name_or_path" not in loaded.config  # a save would write this machine's path down
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+
+
+# --- what is refused by name ------------------------------------------------------------------------------------------
+
+
+def test_a_variant_alone_is_named(tmp_path):
+    net().save_pretrained(tmp_path, variant="fp16")
+    assert "diffusion_pytorch_model.fp16.safetensors" in refusal(tmp_path)
+
+
+def test_the_prefix_of_torch_compile_is_told(tmp_path):
+    net().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()})
+    assert "_orig_mod.conv_in" in refusal(tmp_path) and "torch.compile" in refusal(tmp_path)
+
+
+def test_a_pruned_tensor_is_named_with_both_shapes(tmp_path):
+    net().save_pretrained(tmp_path)
+    pruned = "mid_block.resnets.0.conv1.weight"
+    rewrite(tmp_path, lambda weights: weights | {pruned: weights[pruned][:4].clone()})
+    assert pruned in refusal(tmp_path) and "4x8x3x3" in refusal(tmp_path) and "8x8x3x3" in refusal(tmp_path)
+
+
+def test_missing_and_foreign_tensors_are_named(tmp_path):
+    net().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights | {"more.weight": torch.zeros(2)})
+    assert "more.weight" in refusal(tmp_path)
+    rewrite(tmp_path, lambda weights: {n: v for n, v in weights.items() if n not in ("conv_in.bias", "more.weight")})
+    assert "conv_in.bias" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value, tmp_path):
+    net().save_pretrained(tmp_path / "net")
+    rewrite(tmp_path / "net", lambda weights: weights | {"conv_out.bias": torch.full((1,), value)})
+    assert "conv_out.bias" in refusal(tmp_path / "net")
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).save_pretrained(tmp_path / "vae")
+    rewrite(tmp_path / "vae", lambda w: w | {"quant_conv.bias": torch.full_like(w["quant_conv.bias"], value)})
+    with pytest.raises(ModelError, match="quant_conv"):
+        load_vae(tmp_path)
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path):
+    net().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights | {"conv_in.bias": torch.ones(8, dtype=torch.int32)})
+    assert "I32" in refusal(tmp_path)
+
+
+BAD_INDICES = {
+    "no map": {"metadata": {}},
+    "no metadata": {"weight_map": {"conv_in.bias": WEIGHTS}},
+    "a map of numbers": {"metadata": {}, "weight_map": {"conv_in.bias": 3}},
+    "a shard elsewhere": {"metadata": {}, "weight_map": {"conv_in.bias": f"../{WEIGHTS}"}},
+    "a shard that is no safetensors": {"metadata": {}, "weight_map": {"conv_in.bias": "config.json"}},
+    "a shard that is missing": {"metadata": {}, "weight_map": {"conv_in.bias": "other.safetensors"}},
+}
+
+
+@pytest.mark.parametrize("how", BAD_INDICES)
+def test_a_broken_index_of_shards_is_refused(how, tmp_path):
+    net().save_pretrained(tmp_path / "m" / "x")
+    for file in (tmp_path / "m" / "x").iterdir():
+        file.rename(tmp_path / "m" / file.name)
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / "m" / WEIGHTS).read_bytes())
+    (tmp_path / "m" / INDEX).write_text(json.dumps(BAD_INDICES[how]))
+    assert INDEX in refusal(tmp_path / "m")
+
+
+# --- what asks for too much -------------------------------------------------------------------------------------------
+
+HUGE = {
+    "channels": {"block_out_channels": [10**6, 10**6]},
+    "channels of no network": {"block_out_channels": [60000, 60000], "norm_num_groups": 4},
+    "levels": {"block_out_channels": [8] * 100, "down_block_types": ["DownBlock2D"] * 100},
+    "layers": {"layers_per_block": 10**6},
+    "classes": {"num_class_embeds": 10**12},
+    "sample size": {"sample_size": 10**7},
+    "two sides": {"sample_size": [8192, 8192], "in_channels": 4},
+    "training timesteps": {"time_embedding_type": "learned", "num_train_timesteps": 10**12},
+    "negative": {"layers_per_block": -3},
+    "a text": {"layers_per_block": "2"},
+    "a number for a text": {"act_fn": 3},
+    "true for a number": {"norm_num_groups": True},
+    "a number for true": {"center_input_sample": 1},
+    "a field of no class": {"norm_num_grouqs": 4},
+    "nested": {"block_out_channels": [[8], [8]]},
+    "no size": {"sample_size": None},
+    "quantized": {"quantization_config": {"quant_method": "bitsandbytes"}},
+}
+
+
+@pytest.mark.parametrize("how", HUGE)
+def test_a_config_is_priced_before_anything_is_built(how, tmp_path):
+    net().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | HUGE[how]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    begun = time.process_time()
+    assert "config" in refusal(tmp_path)
+    with pytest.raises(ModelError):
+        build_model(config, where="recipe")
+    assert time.process_time() - begun < 5  # a bound on work, not a speed: ten million layers take hours
+
+
+def test_configs_of_the_hub_are_taken():
+    """google/ddpm-cifar10-32's, which leaves fields out and has a null where there is a number today."""
+    config = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": "0.0.4",
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "block_out_channels": [8, 8],
+        "center_input_sample": False,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-06,
+        "norm_num_groups": 4,
+        "out_channels": 3,
+        "sample_size": 32,
+        "time_embedding_type": "positional",
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    assert build_model(config, where="test").config.freq_shift == 1
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER + 1, 90 << 20, 2**63])
+def test_a_long_header_is_refused_before_it_is_read(length, tmp_path):
+    file = tmp_path / "long.safetensors"
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", length))
+        handle.truncate(200 << 20)  # a sparse file: it takes no room
+    with pytest.raises(ModelError, match=r"long\.safetensors.*header"), open_weights(file):
+        pass
+
+
+def test_tensors_beyond_the_file_are_refused(tmp_path):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}).encode()
+    file = tmp_path / "beyond.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
+    with pytest.raises(ModelError, match=r"beyond\.safetensors"), open_weights(file):
+        pass
+
+
+def test_a_pipe_in_the_place_of_weights_does_not_hang(tmp_path):
+    net().save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    os.mkfifo(tmp_path / WEIGHTS)
+    assert refusal(tmp_path)
+    with pytest.raises(ModelError, match="regular"), open_weights(tmp_path / WEIGHTS):
+        pass
+
+
+def test_json_that_breaks_readers_is_refused(tmp_path):
+    net().save_pretrained(tmp_path)
+    for text in (
+        "[" * 100_000,
+        '{"in_channels": ' + "9" * 5000 + "}",
+        '{"norm_eps": NaN}',
+        "{}",
+        '{"_class_name": []}',
+    ):
+        (tmp_path / "config.json").write_text(text)
+        assert refusal(tmp_path)
+
+
+def test_a_stock_pipeline_of_dpm_solver_is_read(tmp_path):
+    """diffusers writes its "not clipped" as -Infinity, which is no JSON."""
+    DDPMPipeline(net(), DPMSolverMultistepScheduler()).save_pretrained(tmp_path)
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    assert load_denoiser(tmp_path)[1]["lambda_min_clipped"] == -math.inf
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("-Infinity", "NaN"))
+    with pytest.raises(ModelError, match="NaN"):
+        load_denoiser(tmp_path)
+
+
+def test_the_bundled_model_loads():
+    model, noise = load_denoiser("digits")
+    assert model.dtype == torch.float32 and noise["num_train_timesteps"] == 1000

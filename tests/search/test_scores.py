@@ -1,0 +1,175 @@
+"""Scores by content. Oracles: the judge's own numbers, one by one; literal lines of files of before."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+from halfstep.core.errors import RunError
+from halfstep.core.plan import NONE, Correction, Guide, StepPlan
+from halfstep.engine.bank import Bank
+from halfstep.engine.sampling import fewer_steps, plan_for
+from halfstep.search.scores import counted, open_scores, read_scores
+
+
+def net(seed: int) -> UNet2DModel:
+    torch.manual_seed(seed)
+    channels = {"in_channels": 1, "out_channels": 1, "block_out_channels": (4,), "norm_num_groups": 2}
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "attention_head_dim": 2}
+    return UNet2DModel(sample_size=8, layers_per_block=1, **channels, **blocks).eval()
+
+
+def bank_of(*seeds: int) -> Bank:
+    return Bank({f"net{k}": net(seed) for k, seed in enumerate(seeds)}, "net0", "epsilon")
+
+
+BANK = bank_of(0, 1)
+PLAN = plan_for(BANK, DDIMScheduler(), 4)
+PLANS = [PLAN.with_entries([f"net{k >> i & 1}" for i in range(4)]) for k in range(16)]
+
+
+class Told:
+    """A judge whose score of a plan is known, and who was asked what; one of its plans it may break at."""
+
+    def __init__(self, bank: Bank = BANK, broken: StepPlan | None = None):
+        self.bank, self.broken, self.asked, self.lock = bank, broken, [], threading.Lock()
+
+    def true(self, plan: StepPlan, count: int, seed: int) -> float:
+        """Any number that hangs on all of what a picture hangs on."""
+        rows = sum((i + 1) * len(row.entry + "x" * int(row.entry[-1])) for i, row in enumerate(plan.rows))
+        return rows + 100 * plan.sampler.steps + count / 7 + seed / 3
+
+    def score(self, plan: StepPlan, count: int, seed: int) -> float:
+        with self.lock:
+            self.asked.append((plan, count, seed))
+        if plan is self.broken:
+            raise RuntimeError("broken")
+        return self.true(plan, count, seed)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_many_scores_are_those_of_each_in_order_and_twins_are_measured_once(side_by_side, tmp_path):
+    judge = Told()
+    scores, asked = open_scores(judge, tmp_path).on(8, 3), [*PLANS, *PLANS[3:6], PLANS[0]]
+    with ThreadPoolExecutor(4) as pool:
+        found = scores.many(asked, "fit", pool if side_by_side else None)
+    assert found == [judge.true(plan, 8, 3) for plan in asked]
+    assert len(judge.asked) == len(PLANS) == len(scores.asked)
+    alone = open_scores(Told(), tmp_path / "alone").on(8, 3)
+    assert [alone(plan, "fit") for plan in asked] == found
+    assert {one.key: one for one in read_scores(tmp_path)} == {one.key: one for one in read_scores(tmp_path / "alone")}
+
+
+def test_a_book_s_own_executor_measures(tmp_path):
+    threads = set()
+    judge = Told()
+    judge.score = lambda plan, count, seed: threads.add(threading.current_thread().name) or 1.0
+    with ThreadPoolExecutor(2, thread_name_prefix="pool") as pool:
+        open_scores(judge, tmp_path, executor=pool).on(8, 3).many(PLANS[:3], "fit")
+    assert threads and all(name.startswith("pool") for name in threads)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_came_in_before_a_break_is_kept_and_not_measured_again(workers, tmp_path):
+    judge = Told(broken=PLANS[5])
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="broken"):
+        open_scores(judge, tmp_path).on(8, 3).many(PLANS, "fit", pool if workers else None)
+    kept = read_scores(tmp_path)
+    again = Told()
+    found = open_scores(again, tmp_path).on(8, 3).many(PLANS, "fit")
+    assert found == [judge.true(plan, 8, 3) for plan in PLANS]
+    assert len(again.asked) == len(PLANS) - len(kept)
+    assert len(kept) == 5 or workers  # side by side, which of them come in first is chance
+
+
+def test_a_score_hangs_on_rows_sampler_weights_images_and_seed_and_on_nothing_else(tmp_path):
+    judge = Told()
+    open_scores(judge, tmp_path).on(8, 3)(PLANS[1], "fit")
+
+    def measures(plan: StepPlan, images: int = 8, seed: int = 3, bank: Bank = BANK) -> bool:
+        other = Told(bank)
+        open_scores(other, tmp_path).on(images, seed)(plan, "again")
+        return bool(other.asked)
+
+    assert not measures(PLANS[1].replacing(PLAN))  # what a plan is told to replace draws nothing
+    assert not measures(PLANS[1], bank=bank_of(0, 1)) and not measures(PLANS[1], bank=bank_of(0, 1, 2))
+    assert measures(PLANS[2]) and measures(fewer_steps(PLAN, 3))
+    assert measures(PLANS[1].with_corrections([Correction(0.9)] * 4))
+    assert measures(PLANS[1].with_guides([Guide("net1", 2.0)] * 4))
+    assert measures(PLANS[1], images=9) and measures(PLANS[1], seed=4)
+    assert measures(PLANS[1], bank=bank_of(0, 2)) and measures(PLANS[1], bank=bank_of(2, 1))
+    open_scores(judge, tmp_path).on(8, 3)(PLAN, "fit")
+    assert not measures(PLAN, bank=bank_of(0, 5))  # it names the first net only
+
+
+def test_a_score_is_told_with_all_that_a_reader_wants_to_know_of_it(tmp_path):
+    plan = PLANS[1].with_corrections([NONE, NONE, Correction(0.9, 0.1), Correction(0.9, 0.1)])
+    told: list = []
+    scores = open_scores(Told(), tmp_path).on(8, 3)
+    for _ in range(2):
+        scores(plan, "corrections", seen=counted(lambda done, note="": told.append((done, note))))
+    (one,) = read_scores(tmp_path)
+    assert one.rows == ((1, "net1", 1.0, 0.0), (1, "net0", 1.0, 0.0), (2, "net0", 0.9, 0.1))
+    assert (one.stage, one.steps, one.corrected, one.images, one.seed) == ("corrections", 4, True, 8, 3)
+    assert (one.macs, one.share) == (plan.macs, plan.share) and one.name == "4 steps, corrected"
+    assert told == [(1, f"score {one.score:.3g} at 100%")]  # once
+
+
+BEFORE = """\
+{"stage": "reference", "genes": [0, 0, 0], "share": 1.0, "score": 6.177927267417431, "images": 64}
+{"stage": "fit", "genes": [1, 3, 1], "share": 0.3941878625613565, "score": 51.862989116096514, "images": 128}
+"""
+FINALS_BEFORE = '{"6 steps, plain": {"score": 17.5, "macs": 496}, "4 steps, corrected": {"score": 8.25, "macs": 430}}'
+
+
+def test_folders_of_before_are_read(tmp_path):
+    (tmp_path / "search.jsonl").write_text(BEFORE)
+    (tmp_path / "finals.json").write_text(FINALS_BEFORE)
+    searched, finals = read_scores(tmp_path)[:2], read_scores(tmp_path)[2:]
+    assert [(one.stage, one.share) for one in searched] == [("reference", 1.0), ("fit", 0.3941878625613565)]
+    assert [(one.name, one.score, one.macs) for one in finals] == [
+        ("6 steps, plain", 17.5, 496),
+        ("4 steps, corrected", 8.25, 430),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("finals.json", '{"six steps, plain": {"score": 17.5, "macs": 496}}'),
+        ("finals.json", '{"6 steps, plain": {"score": "a", "macs": 496}}'),
+        ("finals.json", "[]"),
+        ("search.jsonl", '{"stage": "fit"}\n'),
+        ("scores.jsonl", '{"stage": "fit"}\n'),
+    ],
+)
+def test_damaged_files_are_refused_by_name(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RunError, match=name):
+        read_scores(tmp_path)
+
+
+def test_a_search_of_before_is_measured_again_and_it_is_said_once(tmp_path):
+    said: list[str] = []
+    watch = SimpleNamespace(say=said.append)
+    open_scores(Told(), tmp_path, watch)
+    assert not said
+    (tmp_path / "shrink.jsonl").write_text("")
+    judge = Told()
+    open_scores(judge, tmp_path, watch).on(8, 3)(PLAN, "fit")
+    assert len(said) == 1 and "measured again" in said[0] and str(tmp_path) in said[0] and judge.asked
+    open_scores(judge, tmp_path, watch)
+    assert len(said) == 1
+
+
+def test_a_bank_tells_its_entries_by_weights_and_prediction():
+    one = BANK.fingerprint("net0")
+    assert one == bank_of(0, 7).fingerprint("net0") != BANK.fingerprint("net1")
+    assert one != Bank({"net0": net(0)}, "net0", "sample").fingerprint("net0")
+    half = bank_of(0)
+    assert half.fingerprint("net0") == one != half.half().fingerprint("net0")
