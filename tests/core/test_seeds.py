@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from halfstep.core.recipe import MAX_SEED
-from halfstep.core.seeds import STAGES, Stage, stage_seed
+from halfstep.core.seeds import MAX_SEED, STAGES, Stage, stage_seed
 from halfstep.engine.sampling import image_generators
 
 DRAWN = list(itertools.product(range(100), Stage))
@@ -27,6 +26,12 @@ def test_a_million_pictures_of_a_stage_share_no_noise_with_another_stage_s():
     assert min(b - a for a, b in itertools.pairwise(starts)) > 1_000_000
 
 
-def test_the_largest_seed_has_noise_of_its_own_stages_too():
-    starts = [image_generators(stage_seed(MAX_SEED, stage), 0, 1)[0].initial_seed() for stage in Stage]
-    assert len(set(starts)) == len(Stage) and all(0 <= start < 2**63 for start in starts)
+def test_up_to_the_largest_seed_no_two_runs_share_noise_and_the_next_one_shares_that_of_seed_zero():
+    """Generators know a seed modulo 2**63, of which that of an image is an odd multiple: equal ones are of equal stages."""
+
+    def starts(seed: int) -> list[int]:
+        return [image_generators(stage_seed(seed, stage), 0, 1)[0].initial_seed() for stage in Stage]
+
+    drawn = [start for seed in (0, 1, MAX_SEED // 2, MAX_SEED - 1, MAX_SEED) for start in starts(seed)]
+    assert len(set(drawn)) == len(drawn) and all(0 <= start < 2**63 for start in drawn)
+    assert starts(MAX_SEED + 1) == starts(0)

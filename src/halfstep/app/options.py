@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from halfstep.core.errors import RecipeError
-from halfstep.core.recipe import MAX_SEED, MOST_IN_A_BATCH, Recipe
+from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe
 from halfstep.core.recipes import RECIPES, named
+from halfstep.core.seeds import MAX_SEED
 
 FIELDS = {"steps": "sample.steps", "scheduler": "sample.scheduler", "seed": "seed", "batch": "sample.batch"}
 """The common options that are fields of the recipe."""

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 from halfstep.core.disk import read_json
 from halfstep.core.errors import HalfstepError, RecipeError, RunError
 from halfstep.core.process import Process, Share
+from halfstep.core.seeds import MAX_SEED
 from halfstep.core.typed import Bounds, Leaf, build, hints_of, leaves, nearest, parse, require_typed, shown
 
-MAX_SEED, MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST, MOST_LETTERS = 2**63 - 1, 10**9, 1 << 16, 64, 4096
-"""Seeds, whole numbers, images in a batch, items of a list, letters: a recipe with more is a slip of the fingers."""
+MOST, MOST_IN_A_BATCH, MOST_IN_A_LIST, MOST_LETTERS = 10**9, 1 << 16, 64, 4096
+"""Whole numbers, images in a batch, items of a list, letters: a recipe with more is a slip of the fingers."""
 
 Count = Annotated[int, Bounds(1, MOST)]
 Whole = Annotated[int, Bounds(0, MOST)]

@@ -28,10 +28,12 @@ class Stage(IntEnum):
 
 STAGES = 16
 """Stages that there is room for: a number between two seeds for each."""
+MAX_SEED = 2**63 // STAGES - 1
+"""The largest seed of a run: torch's generators know 63 bits, and above it two runs would share a stage's noise."""
 
 
 def stage_seed(seed: int, stage: Stage) -> int:
-    """The seed of a stage's noise: no two pairs of a run's seed (0 or more, below 2**59) and a stage share it."""
+    """The seed of a stage's noise: no two pairs of a run's seed (0 to `MAX_SEED`) and a stage share it."""
     return STAGES * seed + stage
 
 
