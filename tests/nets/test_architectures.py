@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 from pathlib import Path
 from typing import get_type_hints
 
@@ -128,6 +129,32 @@ def test_the_gated_class_takes_the_layout_and_has_as_many_levels(name):
     layout = ("sample_size", "in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types")
     gated = row.kind(**{key: model.config[key] for key in layout}, norm_num_groups=8)
     assert len(row.levels(gated)) == len(family.levels(model))
+
+
+def reads_of(model) -> list[tuple[str, torch.Tensor]]:
+    """What every convolution and linear layer reads in one call, in the order of the calls."""
+    reads = []
+    layers = [(key, part) for key, part in model.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    handles = [
+        part.register_forward_pre_hook(lambda _, given, key=key: reads.append((key, given[0]))) for key, part in layers
+    ]
+    ran(model)
+    for handle in handles:
+        handle.remove()
+    return reads
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_ends_are_the_layers_at_the_picture_and_time_is_what_reads_no_picture(name):
+    """Oracle: the net's own calls, on two pictures."""
+    model, parts = small(name), ARCHITECTURES[name].parts
+    is_in = lambda key, globs: any(fnmatch.fnmatchcase(key, glob) for glob in globs)  # noqa: E731
+    first = reads_of(model)
+    model.register_forward_pre_hook(lambda _, given: (given[0] + 1, *given[1:]))
+    second = reads_of(model)
+    seen = [key for (key, a), (_, b) in zip(first, second, strict=True) if not torch.equal(a, b)]
+    assert is_in(seen[0], parts.ends) and is_in(seen[-1], parts.ends)
+    assert all(is_in(key, parts.time) == (key not in seen) for key, _ in first)
 
 
 @pytest.mark.parametrize("name", having("fresh"))

@@ -35,15 +35,12 @@ from halfstep.core.recipe import Recipe, SparseSpec
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Entry, Own, Twin
 from halfstep.engine.subject import Subject
-from halfstep.nets.architectures import architecture_of, require
+from halfstep.nets.architectures import Parts, architecture_of, require
 from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, keep_mask, mask_all
 from halfstep.training.job import Draft, teacher_of
 from halfstep.training.train import Diffusion, Objective, TrainState
 
-ENDS = ("conv_in", "conv_out", "patch_embed.*", "pos_embed.*", "decoder_pred", "final_layer", "proj_out", "proj_out_*")
-TIME = ("time_*", "*.time_emb_proj", "class_embedding*", "label_emb*", "*.adaln_*", "*_embedder.*")
-LONG_SKIPS = ("*.skip_linear",)
 STAGES = {"s31": ("31:32", "15:16", "7:8", "3:4", "2:4"), "s7": ("7:8", "6:8", "5:8", "4:8", "2:4")}
 """The two growing schedules of the released scripts, from dense to sparse."""
 
@@ -67,11 +64,11 @@ def choose(model: nn.Module, spec: SparseSpec, patterns: Sequence[Pattern]) -> t
     Raises ModelError when no layer is left, and for a layer that `spec.include` names in full and that has no whole
     groups of M inputs.
     """
-    found = []
+    parts, found = architecture_of(model).parts, []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             shape = tuple(module.weight.shape)
-            why = _why_dense(name, module, spec, patterns)
+            why = _why_dense(name, module, parts, spec, patterns)
             found.append(Choice(name, shape, not why, why or "masked"))
     if not any(choice.masked for choice in found):
         first = found[0] if found else None
@@ -84,7 +81,9 @@ def choose(model: nn.Module, spec: SparseSpec, patterns: Sequence[Pattern]) -> t
     return tuple(found)
 
 
-def _why_dense(name: str, layer: nn.Conv2d | nn.Linear, spec: SparseSpec, patterns: Sequence[Pattern]) -> str:
+def _why_dense(
+    name: str, layer: nn.Conv2d | nn.Linear, parts: Parts, spec: SparseSpec, patterns: Sequence[Pattern]
+) -> str:
     """Why a layer stays dense; empty when it is masked."""
     shape = tuple(layer.weight.shape)
     if not _matches(name, spec.include):
@@ -101,13 +100,13 @@ def _why_dense(name: str, layer: nn.Conv2d | nn.Linear, spec: SparseSpec, patter
         return f"its {shape[1]} inputs are no multiple of M for {misfits[0]}"
     if spec.layers == "all" or name in spec.include:
         return ""
-    if _matches(name, ENDS):
+    if _matches(name, parts.ends):
         return "input or output layer"
-    if _matches(name, TIME):
+    if _matches(name, parts.time):
         return "time or class embedding"
     if layer.weight.numel() < spec.least:
         return f"fewer than {spec.least} weights"
-    if spec.layers == "paper" and _matches(name, LONG_SKIPS):
+    if spec.layers == "paper" and _matches(name, parts.skips):
         return "long skip, left dense in the paper"
     return ""
 

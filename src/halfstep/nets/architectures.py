@@ -40,6 +40,18 @@ class Slimming:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Convolutions and linear layers of a family that stand apart from the bulk of it, as globs of their names.
+
+    `ends`: the first and the last ones. `time`: the embeddings of time and class. `skips`: those of long skips.
+    """
+
+    ends: tuple[str, ...] = ()
+    time: tuple[str, ...] = ()
+    skips: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a family of denoisers gives; None: it does not.
 
@@ -48,6 +60,7 @@ class Architecture:
     `slim`: narrower versions on the same weights. `free`: its channels of free order, one by one.
     `levels`: the modules whose outputs spectral distillation compares, of the same sizes for the same layout.
     `gated`: the class with the same layout that resamples by wavelets.
+    `parts`: which of its layers stand apart.
     `word`: what a recipe's `model.kind` calls it. `fresh`: the config for (spec, size, channels, classes, timesteps).
     """
 
@@ -57,6 +70,7 @@ class Architecture:
     free: Callable[[Any], Iterator[Free]] | None = None
     levels: Callable[[Any], list[nn.Module]] | None = None
     gated: type[ModelMixin] | None = None
+    parts: Parts = Parts()
     word: str = ""
     fresh: Callable[..., dict[str, Any]] | None = None
 
@@ -72,6 +86,7 @@ ROWS = (
         free=unet.free_channels,
         levels=unet.levels,
         gated=SpectralUNet2DModel,
+        parts=Parts(ends=("conv_in", "conv_out"), time=("time_*", "*.time_emb_proj", "class_embedding*")),
         word="unet",
         fresh=unet.fresh_config,
     ),
@@ -80,11 +95,22 @@ ROWS = (
         own_checks=True,
         slim=Slimming(uvit.narrow_config, uvit.slice_exceptions),
         free=uvit.free_channels,
+        parts=Parts(ends=("patch_embed.*", "decoder_pred", "final_layer"), time=("time_*",), skips=("*.skip_linear",)),
         word="uvit",
         fresh=uvit.fresh_config,
     ),
-    Architecture(SpectralUNet2DModel, own_checks=True, free=unet.free_in_blocks, levels=wavelet.levels),
-    Architecture(ContinuousUNet2DModel, own_checks=True),
+    Architecture(
+        SpectralUNet2DModel,
+        own_checks=True,
+        free=unet.free_in_blocks,
+        levels=wavelet.levels,
+        parts=Parts(
+            ends=("net.conv_in", "net.conv_out"), time=("net.time_*", "*.time_emb_proj", "net.class_embedding*")
+        ),
+    ),
+    Architecture(
+        ContinuousUNet2DModel, own_checks=True, parts=Parts(ends=("stem.*", "head"), time=("*.film", "*.stage.*"))
+    ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in ROWS}
 """Every family of denoisers, by the name of its class."""
