@@ -27,7 +27,7 @@ def test_a_million_pictures_of_a_stage_share_no_noise_with_another_stage_s():
 
 
 def test_up_to_the_largest_seed_no_two_runs_share_noise_and_the_next_one_shares_that_of_seed_zero():
-    """Generators know a seed modulo 2**63, of which that of an image is an odd multiple: equal ones are of equal stages."""
+    """Generators know 63 bits of a seed, and an image's is an odd multiple of its stage's."""
 
     def starts(seed: int) -> list[int]:
         return [image_generators(stage_seed(seed, stage), 0, 1)[0].initial_seed() for stage in Stage]
