@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series
+from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series, draw_all, draw_plan
 from halfstep.app.page import Grid, Report, Table, rich_table, write_report
-from halfstep.app.story import costs_table, plans_table, summary
+from halfstep.app.story import costs_table, plan_chart, plans_table, summary
 from halfstep.core.errors import PlanError, RunError
-from halfstep.core.plan import Correction, Price, Row, Sampler, StepPlan
+from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
 from halfstep.core.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality
 from halfstep.data.pictures import picture_grid
 
@@ -148,6 +148,32 @@ def test_a_summary_names_the_entry_of_a_uniform_plan_and_counts_the_calls_of_the
     assert said(replace(row, share=0.4), plan.with_entries(["r=0", "r=0.1", "r=0"])).startswith("The plan saves 60%")
     corrected = plan.with_corrections([Correction(0.9)] * 3)
     assert said(row, corrected).startswith("The corrections cost nothing; with 50 DDPM calls")
+    guided = plan.with_guides([Guide("r=0", 2.0), None, Guide("r=0", 1.5)])
+    told = "The plan, 'r=0.1' in every row and guided by 'r=0' in 2 of 3, costs what 50 DDPM calls"
+    assert said(row, guided).startswith(told)
+    mixed = plan.with_entries(["r=0", "r=0.1", "r=0"]).with_guides([None, Guide("r=0.1", 2.0), None])
+    assert said(replace(row, share=0.4), mixed).startswith("The plan, guided by 'r=0.1' in 1 of 3 rows, saves 60%")
+
+
+def test_a_chart_of_a_guided_plan_stacks_each_guide_s_call_on_its_row_s():
+    """Oracle: the plan's own prices."""
+    from matplotlib.figure import Figure
+
+    names, prices = ("full", "half", "full", "half"), {"full": Price(8), "half": Price(3), "weak": Price(1)}
+    rows = tuple(Row(float(9 - k), name) for k, name in enumerate(names))
+    plan = StepPlan(rows=rows, sampler=Sampler("DDIMScheduler", {}, 4), reference="full", prices=prices)
+    plan = plan.with_guides([Guide("weak", 2.0), None, Guide("weak", 1.5), Guide("full", 1.5)])
+    axes = Figure().add_subplot()
+    draw_plan(axes, plan_chart(plan), {"full": "#000000", "half": "#111111", "weak": "#222222"})
+    heights = np.zeros(4)
+    for bars in axes.containers:
+        for bar in bars:
+            heights[round(bar.get_x() + bar.get_width() / 2)] += bar.get_height()
+    np.testing.assert_allclose(heights * 8, [9, 3, 9, 11])
+    assert heights.sum() * 8 == pytest.approx(plan.macs)
+    labels = axes.get_legend_handles_labels()[1]
+    assert "full at 100 %: 2 of 7 calls" in labels and "guide weak at 12 %, weight 2: 1 of 7 calls" in labels
+    assert len(labels) == 5 and len(draw_all([plan_chart(plan)])) == 1
 
 
 def quality(metric: str) -> Quality:

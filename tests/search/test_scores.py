@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from halfstep.core.errors import RunError
 from halfstep.core.plan import NONE, Correction, Guide, StepPlan
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import fewer_steps, plan_for
-from halfstep.search.scores import counted, open_scores, read_scores
+from halfstep.search.scores import Stretch, counted, open_scores, read_scores
 
 
 def net(seed: int) -> UNet2DModel:
@@ -109,15 +110,31 @@ def test_a_score_hangs_on_rows_sampler_weights_images_and_seed_and_on_nothing_el
 
 def test_a_score_is_told_with_all_that_a_reader_wants_to_know_of_it(tmp_path):
     plan = PLANS[1].with_corrections([NONE, NONE, Correction(0.9, 0.1), Correction(0.9, 0.1)])
+    plan = plan.with_guides([None, Guide("net1", 2.0), None, None])
     told: list = []
     scores = open_scores(Told(), tmp_path).on(8, 3)
     for _ in range(2):
         scores(plan, "corrections", seen=counted(lambda done, note="": told.append((done, note))))
     (one,) = read_scores(tmp_path)
-    assert one.rows == ((1, "net1", 1.0, 0.0), (1, "net0", 1.0, 0.0), (2, "net0", 0.9, 0.1))
+    corrected = Stretch(2, "net0", Correction(0.9, 0.1))
+    assert one.plan == (Stretch(1, "net1"), Stretch(1, "net0", guide=Guide("net1", 2.0)), corrected)
     assert (one.stage, one.steps, one.corrected, one.images, one.seed) == ("corrections", 4, True, 8, 3)
     assert (one.macs, one.share) == (plan.macs, plan.share) and one.name == "4 steps, corrected"
-    assert told == [(1, f"score {one.score:.3g} at 100%")]  # once
+    assert told == [(1, f"score {one.score:.3g} at 125%")]  # once; a call more than the reference's four
+    line = json.loads((tmp_path / "scores.jsonl").read_text())
+    assert line["format"] == 1 and line["plan"] == [
+        {"rows": 1, "entry": "net1"},
+        {"rows": 1, "entry": "net0", "guide": {"entry": "net1", "weight": 2.0}},
+        {"rows": 2, "entry": "net0", "correction": {"scale": 0.9, "threshold": 0.1}},
+    ]
+
+
+def test_a_line_of_a_later_format_is_refused_and_named(tmp_path):
+    open_scores(Told(), tmp_path).on(8, 3)(PLAN, "fit")
+    file = tmp_path / "scores.jsonl"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(RunError, match="line 1: format"):
+        read_scores(tmp_path)
 
 
 BEFORE = """\

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from halfstep.core.plan import Guide
+
 if TYPE_CHECKING:  # matplotlib loads only when something is drawn
     from matplotlib.axes import Axes
 
@@ -41,12 +43,14 @@ class Pareto:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanChart:
-    """What runs at each row of a plan, noisiest first; `shares`: an entry's MACs over the reference's."""
+    """What runs at each row of a plan, noisiest first; `shares`: an entry's MACs over the reference's; `guides`: of
+    each row, drawn on top of its entry, () where no row has one."""
 
     title: str
     timesteps: tuple[float, ...]
     entries: tuple[str, ...]
     shares: Mapping[str, float]
+    guides: tuple[Guide | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,7 @@ def _draw(figure: Figure, colours: Mapping[str, str]) -> bytes:
         case Pareto():
             _draw_pareto(axes, figure, colours)
         case PlanChart():
-            _draw_plan(axes, figure, colours)
+            draw_plan(axes, figure, colours)
         case Heatmap():
             _draw_heatmap(axes, figure)
         case Curve():
@@ -176,21 +180,32 @@ def _draw_series(axes: Axes, series: Series, colour: str, marker: str, cloud: bo
     axes.errorbar(shares, values, bars, label=series.name, zorder=order, markeredgewidth=0.6, **look)
 
 
-def _draw_plan(axes: Axes, chart: PlanChart, colours: Mapping[str, str]) -> None:
+def draw_plan(axes: Axes, chart: PlanChart, colours: Mapping[str, str]) -> None:
+    """A column for every row; what its guide costs stands on top, hatched."""
     heights = np.array([chart.shares[entry] for entry in chart.entries], dtype=float)
-    dense, top = len(heights) > 60, 1.04 * max([1.0, *heights])
+    guides = chart.guides or (None,) * len(heights)
+    added = np.array([chart.shares[guide.entry] if guide else 0.0 for guide in guides], dtype=float)
+    calls = len(heights) + sum(guide is not None for guide in guides)
+    dense, top = len(heights) > 60, 1.04 * max([1.0, *(heights + added)])
+    width = 1.0 if dense else 0.88
     for name in [name for name in colours if name in chart.entries]:
         at = np.flatnonzero([entry == name for entry in chart.entries])
-        label = f"{name} at {_percent(chart.shares[name])}: {len(at):,} of {len(heights):,} calls"
-        bars = axes.bar(at, heights[at], width=1.0 if dense else 0.88, color=colours[name], linewidth=0, label=label)
+        label = f"{name} at {_percent(chart.shares[name])}: {len(at):,} of {calls:,} calls"
+        bars = axes.bar(at, heights[at], width=width, color=colours[name], linewidth=0, label=label)
         for bar in bars:  # columns that touch show pale seams where their edges are smoothed
             bar.set_antialiased(not dense)
+    for guide in dict.fromkeys(filter(None, guides)):
+        at = np.flatnonzero([one == guide for one in guides])
+        label = f"guide {guide.entry} at {_percent(chart.shares[guide.entry])}, weight {guide.weight:g}: "
+        label += f"{len(at):,} of {calls:,} calls"
+        look = {"color": colours[guide.entry], "edgecolor": "white", "hatch": "///", "linewidth": 0}
+        axes.bar(at, added[at], bottom=heights[at], width=width, label=label, **look)
     _step_ticks(axes, chart.timesteps)
     axes.set(ylim=(0, top), ylabel="MACs of a call, share of the reference")
     axes.yaxis.set_major_formatter(lambda share, _: _percent(share))
     axes.grid(axis="y", color=LINES, linewidth=0.8)
     if len(heights):
-        mean, red = heights.mean(), ROLES["plan"]
+        mean, red = (heights + added).mean(), ROLES["plan"]
         axes.axhline(mean, color="white", linewidth=3.4)  # a white edge, seen on dark columns
         axes.axhline(mean, color=red, linewidth=1.7, linestyle=(0, (5, 2)))
         style = {"color": red, "weight": "bold", "va": "center", "transform": axes.transAxes}

@@ -214,10 +214,21 @@ def summary(record: Comparison, plan: StepPlan) -> str:
     wrong = "".join(f"Warning: {one}. " for one in about.warnings)
     if plan.corrected and row.share == 1:
         return f"{wrong}The corrections cost nothing; with {calls} {change}."
-    what = f"The plan, {plan.entries[0]!r} in every call," if len(set(plan.entries)) == 1 else "The plan"
+    what = f"The plan, {details}," if (details := _details(plan)) else "The plan"
     saved = f"saves {1 - row.share:.0%} of the MACs and {1 - row.wall_share:.0%} of the time of {calls}"
     cost = saved if row.share != 1 else f"costs what {calls} of the reference cost"
     return f"{wrong}{what} {cost}; {change}, so {_judgement(row, about.tolerance)}."
+
+
+def _details(plan: StepPlan) -> str:
+    """What a sentence on a plan tells of its entries: the one of all its rows, and its guides."""
+    guided = [guide.entry for guide in plan.guides if guide]
+    alone = f"{plan.entries[0]!r} in every {'row' if guided else 'call'}" if len(set(plan.entries)) == 1 else ""
+    if not guided:
+        return alone
+    names = " and ".join(map(repr, dict.fromkeys(guided)))
+    led = f"guided by {names} in {len(guided)} of {len(plan.rows)}"
+    return f"{alone} and {led}" if alone else f"{led} rows"
 
 
 def _judgement(row: PlanRow, tolerance: float) -> str:
@@ -266,7 +277,10 @@ def pareto(record: Comparison, searched: Sequence[Scored], images: int = 0) -> P
 def plan_chart(plan: StepPlan) -> PlanChart:
     shares = {name: price.macs / plan.prices[plan.reference].macs for name, price in plan.prices.items()}
     steps = tuple(row.timestep for row in plan.rows)
-    return PlanChart(title="What runs at each step", timesteps=steps, entries=plan.entries, shares=shares)
+    guides = plan.guides if any(plan.guides) else ()
+    return PlanChart(
+        title="What runs at each step", timesteps=steps, entries=plan.entries, shares=shares, guides=guides
+    )
 
 
 def training_curves(out: Path) -> list[Curve]:
@@ -339,7 +353,7 @@ def tell(out: Path) -> Path:
         ),
         figures=(
             pareto(record, searched, run.recipe.search.images),
-            *([plan_chart(plan)] if len(set(plan.entries)) > 1 or not plan.corrected else []),
+            *([plan_chart(plan)] if len(plan.nets) > 1 or not plan.corrected else []),
             *_correction_curves(plan),
             *([_heatmap(table)] if table else []),
             *_grid_curve(out),

@@ -6,12 +6,13 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from halfstep.core import disk
 from halfstep.core.errors import RunError
-from halfstep.core.plan import StepPlan
+from halfstep.core.plan import NONE, Correction, Guide, StepPlan
 from halfstep.core.typed import shown, typed
 from halfstep.core.watch import SILENT, Told, Watch
 from halfstep.measure.judge import Judge
@@ -23,14 +24,32 @@ SEARCHED = ("reference", "fit", "bisect", "frontier", "nsga2")
 "steps" and "penalty"."""
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """So many neighbouring rows of a plan that run one entry, under one correction and one guide."""
+
+    rows: int
+    entry: str
+    correction: Correction = NONE
+    guide: Guide | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"rows": self.rows, "entry": self.entry}
+        if self.correction != NONE:
+            record["correction"] = self.correction._asdict()
+        if self.guide is not None:
+            record["guide"] = self.guide._asdict()
+        return record
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """One measured plan: a line of scores.jsonl.
 
     `stage`: what asked for it. `digest`: of its rows, its sampler and the weights of its entries. `macs`: per image of
     the trajectory; `share`: of the same sampler's with the reference in every row. `score`: the Fréchet distance of
-    `images` pictures of `seed`'s noise as measured, lower is better. `steps`: its sampler's. `rows`: its calls in
-    stretches of equal ones, (calls, entry, scale, threshold).
+    `images` pictures of `seed`'s noise as measured, lower is better. `steps`: its sampler's. `plan`: its rows, in
+    stretches of equal ones.
     """
 
     stage: str
@@ -42,7 +61,8 @@ class Scored:
     seed: int
     steps: int
     corrected: bool
-    rows: tuple[tuple[int, str, float, float], ...]
+    plan: tuple[Stretch, ...]
+    format: Literal[1] = 1
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -53,6 +73,9 @@ class Scored:
     def name(self) -> str:
         """The plan among the best ones of every number of steps."""
         return f"{self.steps} steps, {'corrected' if self.corrected else 'plain'}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"plan": [one.to_json() for one in self.plan]}
 
     def __str__(self) -> str:
         return f"score {self.score:.3g} at {self.share:.0%}"
@@ -90,7 +113,7 @@ class ScoreBook:
 
     def keep(self, one: Scored) -> None:
         """Write a score, and know it from now on."""
-        disk.append_record(self.file, vars(one))
+        disk.append_record(self.file, one.to_json())
         self.known[one.key] = one
 
 
@@ -149,7 +172,7 @@ class Scores:
                 future.cancel()
 
     def _scored(self, stage: str, digest: str, plan: StepPlan, score: float) -> Scored:
-        kinds = itertools.groupby(plan.rows, key=lambda row: (row.entry, *row.correction))
+        kinds = itertools.groupby(plan.rows, key=lambda row: (row.entry, row.correction, row.guide))
         return Scored(
             stage=stage,
             digest=digest,
@@ -160,7 +183,7 @@ class Scores:
             seed=self.seed,
             steps=plan.sampler.steps,
             corrected=plan.corrected,
-            rows=tuple((len(list(rows)), *kind) for kind, rows in kinds),
+            plan=tuple(Stretch(len(list(rows)), *kind) for kind, rows in kinds),
         )
 
 
@@ -232,5 +255,15 @@ def _finals_before(file: Path) -> Iterator[Scored]:
 def _scored_before(
     stage: str, score: float, *, share: float = 0.0, macs: int = 0, steps: int = 0, corrected: bool = False
 ) -> Scored:
-    told = {"stage": stage, "score": score, "share": share, "macs": macs, "steps": steps, "corrected": corrected}
-    return Scored(**told, digest="", images=0, seed=0, rows=())  # type: ignore[arg-type]
+    return Scored(
+        stage=stage,
+        digest="",
+        macs=macs,
+        share=share,
+        score=score,
+        images=0,
+        seed=0,
+        steps=steps,
+        corrected=corrected,
+        plan=(),
+    )
