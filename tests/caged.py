@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from halfstep.engine.device import use_device
+
 CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 20, 3 << 30
 
 
@@ -46,6 +48,7 @@ def caged(items: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
 
 def _tell(items: Sequence[Any], work: Callable[[Any], Any], writer: int) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not live through a fork
+    use_device("cpu")  # nor does CUDA
     warnings.simplefilter("ignore")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))

@@ -18,6 +18,7 @@ from halfstep.app.subject import open_subject
 from halfstep.core.errors import HalfstepError
 from halfstep.core.recipe import Recipe
 from halfstep.engine.bank import Bank
+from halfstep.engine.device import default_device
 from halfstep.engine.entry import Cut, Entry
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.methods.slimmable import supernet_of
@@ -107,7 +108,8 @@ def test_a_dense_model_draws_what_a_pipeline_of_its_reference_draws(folders, tmp
     pipe = StepAwarePipeline(bank, reference_plan(bank, DDPMScheduler().config, tiny().sample))
     for k, image in enumerate(pipe(2, seed=3).images):
         with Image.open(tmp_path / "a" / f"{k:06d}.png") as drawn:
-            assert np.array_equal(np.asarray(drawn), np.asarray(image))
+            apart = np.abs(np.asarray(drawn, dtype=int) - np.asarray(image, dtype=int))
+            assert apart.max() <= (0 if default_device().type == "cpu" else 1)  # the pipeline above runs on the CPU
 
 
 def test_a_pipelines_own_plan_is_left_only_when_that_is_asked_for(folders, tmp_path):

@@ -342,7 +342,7 @@ def _random(seed: int, device: torch.device, drops: bool) -> Iterator[tuple[torc
         choices = torch.Generator().manual_seed(seed)
         yield choices, choices if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
         return
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
         torch.manual_seed(seed)
         here = torch.default_generator
         if device.type == "cuda":
