@@ -44,9 +44,7 @@ def own_random(verb: Callable[P, T]) -> Callable[P, T]:
     def inner(*args: P.args, **kwargs: P.kwargs) -> T:
         import torch  # here: seeds are values, and reading one needs no torch
 
-        used = (
-            torch.cuda.is_initialized()
-        )  # asking a GPU for its state would wake one that a verb on the CPU leaves alone
+        used = torch.cuda.is_initialized()  # to ask a sleeping GPU for its state would wake it
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else ()):
             return verb(*args, **kwargs)
 
