@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import pickle
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from halfstep.core.errors import RunError
 from halfstep.core.plan import NONE, Correction, Guide, StepPlan
+from halfstep.data.images import Images
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import fewer_steps, plan_for
+from halfstep.measure.features import extractor_of, feature_net_for, raw_pixels
+from halfstep.measure.judge import Judge
 from halfstep.search.scores import Stretch, counted, open_scores, read_scores
 
 
-def net(seed: int) -> UNet2DModel:
+def net(seed: int, **more) -> UNet2DModel:
     torch.manual_seed(seed)
     channels = {"in_channels": 1, "out_channels": 1, "block_out_channels": (4,), "norm_num_groups": 2}
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "attention_head_dim": 2}
-    return UNet2DModel(sample_size=8, layers_per_block=1, **channels, **blocks).eval()
+    return UNet2DModel(sample_size=8, layers_per_block=1, **channels, **blocks, **more).eval()
 
 
 def bank_of(*seeds: int) -> Bank:
@@ -86,6 +92,22 @@ def test_what_came_in_before_a_break_is_kept_and_not_measured_again(workers, tmp
     assert found == [judge.true(plan, 8, 3) for plan in PLANS]
     assert len(again.asked) == len(PLANS) - len(kept)
     assert len(kept) == 5 or workers  # side by side, which of them come in first is chance
+
+
+@pytest.mark.slow
+def test_a_class_conditional_judge_measures_in_other_processes(tmp_path):
+    """Oracle: the same judge, here."""
+    bank = Bank({name: net(k, num_class_embeds=3) for k, name in enumerate(("net0", "net1"))}, "net0", "epsilon")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
+    labels = np.arange(12, dtype=np.int64) % 3
+    pictures = Images(name="toy", pixels=pixels, labels=labels, classes=("a", "b", "c"), fingerprint="toy")
+    judge = Judge(bank, pictures, raw_pixels(pictures), cache=None, batch=4)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        found = open_scores(judge, tmp_path / "pool").on(6, 3).many(PLANS[:3], "fit", pool)
+    assert found == pytest.approx(open_scores(judge, tmp_path / "here").on(6, 3).many(PLANS[:3], "fit"), rel=1e-5)
+    own = extractor_of(feature_net_for(pictures).eval())
+    again = pickle.loads(pickle.dumps(own))
+    assert torch.equal(again.fn(pictures.batch(slice(0, 2))), own.fn(pictures.batch(slice(0, 2))))
 
 
 def test_a_score_hangs_on_rows_sampler_weights_images_and_seed_and_on_nothing_else(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from halfstep.core.results import Comparison, Cost
 from halfstep.core.seeds import Stage, own_random, stage_seed
 from halfstep.core.sums import write_sums
 from halfstep.core.watch import SILENT, Watch
-from halfstep.data.classes import listed, numbers_of, write_classes
+from halfstep.data.classes import in_turn, listed, numbers_of, write_classes
 from halfstep.data.pictures import picture, picture_grid, to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
@@ -385,7 +386,7 @@ def sample(
     begun, done = time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:
-        labels = lambda k: asked[k % len(asked)]  # noqa: E731
+        labels = partial(in_turn, asked)
         for images in sample_images(bank, plan, count, seed=recipe.seed, batch=recipe.sample.batch, labels=labels):
             pixels = to_uint8(images)
             shown.append(pixels[: max(0, 64 - done)])

@@ -80,6 +80,11 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(name if len(name) <= 40 else f"{name[:39]}…" for name in islice(names, most)) + more
 
 
+def in_turn(classes: Sequence[int] | np.ndarray, k: int) -> int:
+    """The class of image k, where images have these classes one after another and then again from the first."""
+    return int(classes[k % len(classes)])
+
+
 def spread(labels: np.ndarray) -> np.ndarray:
     """The labels in the order in which every beginning holds the classes as the whole does, as nearly as can be.
 

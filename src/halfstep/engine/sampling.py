@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from halfstep.core.plan import Price, Row, Sampler, StepPlan
 from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.sums import require_whole, write_sums
-from halfstep.data.classes import numbers_of, read_classes, write_classes
+from halfstep.data.classes import in_turn, numbers_of, read_classes, write_classes
 from halfstep.data.latents import decode
 from halfstep.engine.bank import Bank
 from halfstep.engine.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
@@ -254,7 +255,7 @@ def cond_for(bank: Bank, first: int, count: int, labels: Labels | None = None) -
     classes = class_count(bank.config)
     if not classes:
         return {}
-    choose = labels or (lambda k: k % classes)
+    choose = labels or partial(in_turn, range(classes))
     numbers = torch.tensor([choose(k) for k in range(first, first + count)], device=bank.device)
     return cond_of(numbers)
 

@@ -7,9 +7,10 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -71,10 +72,10 @@ class FeatureNet(nn.Module):
         self.record: dict[str, object] = {"data": "untrained", "fingerprint": None, "accuracy": None, "trained": None}
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, S, S] -> [B, n_features]."""
+        """[B, C, S, S], wherever it lies -> [B, n_features]."""
         wanted = (self.config["channels"], self.config["size"], self.config["size"])
         _require_shape(tuple(x.shape[1:]), wanted)
-        return self.to_features(self.body(x).mean((2, 3)))
+        return self.to_features(self.body(x.to(self.device)).mean((2, 3)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, S, S] -> logits [B, n_classes]."""
@@ -298,7 +299,7 @@ def _require_fit(net: FeatureNet, images: Images) -> None:
 
 @dataclass(frozen=True)
 class Extractor:
-    """name: goes into every result.  fn: float32 [B, C, H, W] in [-1, 1] -> [B, n_features]."""
+    """name: goes into every result.  fn: float32 [B, C, H, W] in [-1, 1] -> [B, n_features], which can be pickled."""
 
     name: str
     n_features: int
@@ -330,7 +331,7 @@ def load_features(source: str, *, bundled: Path | None = None, device: str = "cp
 
 def extractor_of(net: FeatureNet) -> Extractor:
     """The extractor of a trained net; its name is that of the weights as they are now."""
-    return Extractor(net.name, net.config["n_features"], lambda x: net.features(x.to(net.device)))
+    return Extractor(net.name, net.config["n_features"], net.features)
 
 
 def raw_pixels(images: Images) -> Extractor:
@@ -342,7 +343,9 @@ def raw_pixels(images: Images) -> Extractor:
     if count > 1024:
         got, expected = f"pictures of {count:,} numbers", "at most 1,024 (32x32 grey, 16x16 in colour)"
         raise ModelError(got=got, expected=expected, where="eval.features=pixels", do="use --set eval.features=own")
-    return Extractor(f"pixels:{images.channels}x{images.size}x{images.size}", count, lambda x: x.flatten(1))
+    return Extractor(
+        f"pixels:{images.channels}x{images.size}x{images.size}", count, partial(torch.flatten, start_dim=1)
+    )
 
 
 def _extra(module: str, purpose: str) -> ModuleType:
@@ -361,6 +364,10 @@ def _resized(x: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
+def _resized_through(net: nn.Module, size: int, x: torch.Tensor) -> torch.Tensor:
+    return net(_resized(x.to(next(net.parameters()).device), size))
+
+
 def _inception(place: str, device: str) -> Extractor:
     if not place:
         do = "convert torchvision's inception_v3 weights to safetensors and name the file"
@@ -375,7 +382,7 @@ def _inception(place: str, device: str) -> Extractor:
     except RuntimeError as error:
         raise _bad_file(Path(place), error, "safetensors of torchvision's inception_v3") from error
     net = net.float().eval().to(device)  # these weights take pixels in [-1, 1] as they are
-    return Extractor(f"inception-{_digest(net)[:8]}", 2048, lambda x: net(_resized(x.to(device), 299)))
+    return Extractor(f"inception-{_digest(net)[:8]}", 2048, partial(_resized_through, net, 299))
 
 
 def _dinov2(place: str, device: str) -> Extractor:
@@ -385,12 +392,12 @@ def _dinov2(place: str, device: str) -> Extractor:
     except (OSError, ValueError, SafetensorError) as error:
         raise _bad_file(Path(place), error, "a DINOv2 model in safetensors") from error
     net = net.float().eval().to(device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return Extractor(f"dinov2-{_digest(net)[:8]}", net.config.hidden_size, partial(_class_token, net))
 
-    def class_token(x: torch.Tensor) -> torch.Tensor:
-        return net((_resized(x.to(device), 224) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
 
-    return Extractor(f"dinov2-{_digest(net)[:8]}", net.config.hidden_size, class_token)
+def _class_token(net: Any, x: torch.Tensor) -> torch.Tensor:
+    mean, std = (x.new_tensor(v).to(net.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return net((_resized(x.to(net.device), 224) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
 
 
 @torch.no_grad()

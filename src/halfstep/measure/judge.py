@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from halfstep.core.recipe import Recipe
 from halfstep.core.results import About, Comparison, Floor, PlanRow, Quality
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT, Watch
-from halfstep.data.classes import spread
+from halfstep.data.classes import in_turn, spread
 from halfstep.data.images import Images
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
@@ -44,7 +45,8 @@ TIMED_BATCH = 64
 class Judge:
     """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
 
-    `class_of`: the class of generated image k, by k alone, in the data's mix of classes; None without classes.
+    `class_of`: the class of generated image k, by k alone, in the data's mix of classes; None without classes. A judge
+    can be pickled, for a pool of processes: each has a bank of its own then.
     """
 
     def __init__(self, bank: Bank, images: Images, extractor: Extractor, *, cache: Path | None, batch: int):
@@ -52,8 +54,7 @@ class Judge:
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
         self.class_of: Labels | None = None
         if class_count(bank.config) and images.labels is not None:
-            classes = spread(images.labels)
-            self.class_of = lambda k: int(classes[k % len(classes)])
+            self.class_of = partial(in_turn, spread(images.labels))
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
         self._floors: dict[int, Floor] = {}
 
