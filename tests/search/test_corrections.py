@@ -33,7 +33,7 @@ def shrunk(tmp_path_factory) -> Path:
 def measured(folder: Path, stage: str) -> dict[tuple, float]:
     """The scores of a stage by the (scale, threshold) of every row."""
     found = [one for one in read_scores(folder) if one.stage == stage]
-    return {tuple((s, t) for calls, _, s, t in one.rows for _ in range(calls)): one.score for one in found}
+    return {tuple(part.correction for part in one.plan for _ in range(part.rows)): one.score for one in found}
 
 
 def test_the_chosen_correction_is_the_best_on_fresh_seeds_and_ends_in_the_pipeline(shrunk):

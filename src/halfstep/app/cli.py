@@ -546,10 +546,14 @@ def main() -> None:
     except HalfstepError as error:
         line(f"error: {error}", to=notes, style="red")
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # which even a question about a path raises; every door asks some
+    except (OSError, ValueError) as error:  # even a question about a path raises these; every door asks some
+        where = getattr(error, "filename", None)
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            told = RunError(got="a name too long for a file", expected="a path", where=where, do="check it")
+        elif "null byte" in str(error):
+            told = RunError(got="a name with a NUL in it", expected="a path", where="an option", do="check it")
+        else:
             raise
-        told = RunError(got="a name too long for a file", expected="a path", where=error.filename, do="check it")
         line(f"error: {told}", to=notes, style="red")
         raise SystemExit(2) from None
 

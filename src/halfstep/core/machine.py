@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
 
 def machine() -> dict[str, object]:
-    """What this machine is, for records: versions, processor, usable cores, torch threads, CUDA device or None."""
+    """What this machine is, for records: versions, processor, usable cores, torch threads, the CUDA device that is run
+    on or None: to ask a GPU for its name wakes it."""
     import torch
 
+    on_gpu = this_process().device.type == "cuda"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
@@ -24,7 +26,7 @@ def machine() -> dict[str, object]:
         "cpu": cpu_name(),
         "cores": usable,
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name() if on_gpu else None,
         "platform": platform.platform(),
     }
 
