@@ -1,11 +1,50 @@
-"""Nets and pictures small enough for a test, shared by the tests of nets, papers and measuring."""
+"""Nets, pictures and recipes small enough for a test: what more than one file of tests builds."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+
+from halfstep.core.recipe import Recipe
 from halfstep.nets.continuous import ContinuousUNet2DModel
+from halfstep.nets.uvit import UViT2DModel
 from halfstep.nets.wavelet import SpectralUNet2DModel
+
+
+def recipes(edits: str) -> Callable[..., Recipe]:
+    """What makes the default recipe under these edits, and under more that it is called with."""
+    return lambda *more: Recipe().edit([*edits.split(), *more])
+
+
+def unet(
+    seed: int = 0,
+    channels: tuple[int, ...] = (8, 16),
+    *,
+    size: int | tuple[int, int] = 8,
+    colours: int = 1,
+    attend: bool = False,
+    **changes,
+) -> UNet2DModel:
+    """A stock U-Net of one layer a level: the same weights for the same seed. `attend`: its last level has attention;
+    `changes`: of its config."""
+    torch.manual_seed(seed)
+    plain = ["DownBlock2D"] * (len(channels) - attend), ["UpBlock2D"] * (len(channels) - attend)
+    small = {
+        "sample_size": size, "in_channels": colours, "out_channels": colours, "block_out_channels": channels,
+        "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
+        "down_block_types": (*plain[0], *["AttnDownBlock2D"] * attend),
+        "up_block_types": (*["AttnUpBlock2D"] * attend, *plain[1]),
+    }  # fmt: skip
+    return UNet2DModel(**(small | changes)).eval()
+
+
+def uvit(seed: int = 0, **config) -> UViT2DModel:
+    torch.manual_seed(seed)
+    small = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    return UViT2DModel(**(small | config)).eval()
 
 
 def wavelet_unet(seed: int = 0, **config) -> SpectralUNet2DModel:
@@ -38,3 +77,8 @@ def pink(count: int = 8, size: int = 32) -> torch.Tensor:
     spectrum = torch.fft.fft2(torch.randn(count, 1, size, size, generator=generator)) / radius
     images = torch.fft.ifft2(spectrum).real
     return images / images.std()
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    """Pictures of noise, in bytes."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from halfstep.app import verbs
 from halfstep.core.errors import HalfstepError, RecipeError
@@ -18,31 +17,12 @@ from halfstep.data.images import Images
 from halfstep.engine.reading import about_images, about_model
 from halfstep.measure.features import FeatureNet
 from halfstep.nets.fit import fit
+from tiny import recipes, unet
 
-EDITS = """
+tiny = recipes("""
 train.steps=2 train.batch=4 train.warmup=0 slim.widths=1,0.5 sample.steps=2 sample.batch=8 spectral.reduction=2
 search.genes=2 eval.images=16
-""".split()  # noqa: SIM905 (a list of strings reads worse)
-
-
-def tiny(*edits: str) -> Recipe:
-    return Recipe().edit([*EDITS, *edits])
-
-
-def net(size: int = 8, **changes) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        **changes,
-    )
+""")
 
 
 def pictures(file: Path, n: int, side: int = 8) -> str:
@@ -52,7 +32,7 @@ def pictures(file: Path, n: int, side: int = 8) -> str:
 
 @pytest.fixture
 def model(tmp_path) -> str:
-    DDPMPipeline(net(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    DDPMPipeline(unet(), DDPMScheduler()).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -87,7 +67,7 @@ def test_a_verb_that_ends_in_a_measurement_asks_first_whether_it_can_be_made(ver
 
 
 def test_pictures_too_small_for_a_feature_network_are_refused_early(tmp_path):
-    DDPMPipeline(net(size=4), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    DDPMPipeline(unet(size=4), DDPMScheduler()).save_pretrained(tmp_path / "model")
     data = pictures(tmp_path / "four.npz", 20, 4)
     with pytest.raises(HalfstepError, match=r"eval\.features=pixels"):
         verbs.optimize(str(tmp_path / "model"), data, tmp_path / "out", tiny(), budget=0.9)
@@ -141,7 +121,7 @@ def test_a_line_says_what_was_read():
         left_out=("3 hidden files",),
         sizes=((20, 16), (300, 200)),
     )
-    model = net(num_class_embeds=3)
+    model = unet(num_class_embeds=3)
     told = about_images(fit(model.config, images, names=("cat", "dog", "eel")))
     for part in ("5 pictures of folder:x", "20x16 to 300x200 made 8x8 grey", "cat: 1, dog: 4", "by name", "3 hidden"):
         assert part in told
@@ -152,4 +132,4 @@ def test_a_line_says_what_was_read():
     long = Images(
         name="y", pixels=np.zeros((1, 1, 8, 8), np.uint8), labels=np.zeros(1, np.int64), classes=many, fingerprint="0"
     )
-    assert len(about_images(fit(net().config, long))) < 600
+    assert len(about_images(fit(unet().config, long))) < 600

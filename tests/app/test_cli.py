@@ -29,26 +29,15 @@ from halfstep.core.recipes import RECIPES, named
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan, sample_images
+from tiny import unet
 
 VERBS = ("demo", "train", "optimize", "search", "sample", "evaluate", "profile", "report", "features", "recipe")
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    net = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
     folder = tmp_path_factory.mktemp("dense") / "model"
-    DDPMPipeline(net, DDPMScheduler()).save_pretrained(folder)
+    DDPMPipeline(unet(), DDPMScheduler()).save_pretrained(folder)
     return folder
 
 

@@ -114,7 +114,9 @@ def good(tmp_path_factory) -> Path:
     build_before(home / "before")
     DDPMPipeline(net(), DDPMScheduler()).save_pretrained(home / "dense")
     with contextlib.suppress(KeyboardInterrupt):
-        verbs.train("digits", home / "half", Common(edits=EDITS).recipe_for("digits", dense=True), watch=Stop(2))
+        verbs.train(
+            "digits", home / "half", Common(edits=EDITS.split()).recipe_for("digits", dense=True), watch=Stop(2)
+        )
     (home / "pictures").mkdir()
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)
@@ -518,7 +520,7 @@ def state_with(step: str | None, cut: bool = False) -> Change:
     return change
 
 
-RESUMED = ["train", "--data", "digits", "--out", "half", *(word for edit in EDITS for word in ("--set", edit))]
+RESUMED = ["train", "--data", "digits", "--out", "half", *(word for edit in EDITS.split() for word in ("--set", edit))]
 STATE = "half/state/train.safetensors"
 DENOISE = ["denoise", "--model", "dense", "--out", "out", "--image"]
 RESUMES: dict[str, tuple[Change, list[str]]] = {

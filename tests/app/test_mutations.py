@@ -27,13 +27,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline
 from PIL import Image
 
 from caged import Hung, caged, limits
@@ -55,34 +56,17 @@ from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.models import load_denoiser, load_vae
 from halfstep.training.train import TrainState
 from mutate import damage
+from tiny import recipes, unet
 
+net = partial(unet, attention_head_dim=8)
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=8 data.size=8 data.channels=1 train.steps=2 train.batch=4
 train.warmup=0 train.save_every=1 train.log_every=1 slim.widths=0.5 sample.steps=4 sample.batch=8 search.images=8
 search.error_images=4 search.fit=2 search.population=4 search.generations=1 search.genes=2 search.finalists=1
 search.final_images=8 eval.images=8 eval.features=digits eval.bootstrap=4 shrink.images=8 shrink.final_images=8
 shrink.parts=1 shrink.scales=0.98,1.02 shrink.thresholds=0.01
-""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
-
-
-def tiny() -> Recipe:
-    return Recipe().edit(EDITS)
-
-
-def net(seed: int = 0, size: int = 8, channels: int = 1, **changes: Any) -> UNet2DModel:
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        **changes,
-    ).eval()
+"""
+tiny = recipes(EDITS)
 
 
 def digest(*parts: Any) -> str:
@@ -172,7 +156,7 @@ def build_vae(folder: Path) -> None:
         norm_num_groups=4,
         sample_size=8,
     )
-    bank = Bank({"full": net(size=4, channels=2)}, "full", "epsilon", vae=vae.eval())
+    bank = Bank({"full": net(size=4, colours=2)}, "full", "epsilon", vae=vae.eval())
     save_pipeline(bank, folder)
 
 
@@ -180,7 +164,7 @@ def build_foreign_vae(folder: Path) -> None:
     build_vae(folder / "ours")
     vae = load_vae(folder / "ours")
     shutil.rmtree(folder / "ours")
-    LDMPipeline(vae, net(size=4, channels=2), DDIMScheduler()).save_pretrained(folder)
+    LDMPipeline(vae, net(size=4, colours=2), DDIMScheduler()).save_pretrained(folder)
 
 
 def save_pipeline(bank: Bank, folder: Path) -> None:

@@ -7,13 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from halfstep.app.cli import app
 from halfstep.core.recipe import SampleSpec
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
+from tiny import unet
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,21 +44,7 @@ def test_every_halfstep_command_parses(command):
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-
-    def net(width: int) -> UNet2DModel:
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(width, width),
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-        )
-
-    bank = Bank({"full": net(16), "w0.50": net(8)}, "full", "epsilon")
+    bank = Bank({"full": unet(0, (16, 16)), "w0.50": unet(1, (8, 8))}, "full", "epsilon")
     plan = reference_plan(bank, DDPMScheduler().config, SampleSpec(steps=3), {"full": 4, "w0.50": 1})
     StepAwarePipeline(bank, plan).save_pretrained("runs/demo/pipeline")
     for block in blocks("python"):

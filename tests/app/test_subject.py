@@ -10,50 +10,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from halfstep.app import verbs
 from halfstep.app.subject import open_subject
 from halfstep.core.errors import HalfstepError
-from halfstep.core.recipe import Recipe
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.entry import Cut, Entry
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.methods.slimmable import supernet_of
+from tiny import recipes, unet
 
-EDITS = """
+tiny = recipes("""
 train.steps=4 train.batch=8 train.warmup=0 train.sample_every=0 slim.widths=1,0.5 sample.steps=3 sample.batch=32
 sample.layout=contiguous eval.features=pixels eval.images=24 eval.bootstrap=10 search.images=24 search.error_images=8
 search.fit=2 search.genes=2 search.population=2 search.generations=1 search.final_images=24 search.finalists=1
-""".split()  # noqa: SIM905
-
-
-def tiny(*edits: str) -> Recipe:
-    return Recipe().edit([*EDITS, *edits])
-
-
-def net() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
+""")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """One net in every form in which people hold one."""
     root = tmp_path_factory.mktemp("held")
-    model, scheduler = net(), DDPMScheduler()
+    model, scheduler = unet(), DDPMScheduler()
     DDPMPipeline(model, scheduler).save_pretrained(root / "stock")
     model.save_pretrained(root / "model")
     scheduler.save_pretrained(root / "model")
@@ -72,7 +53,7 @@ HELD = ("stock", "model", "run", "aware", "aware run")
 @pytest.mark.parametrize("name", HELD)
 def test_whatever_holds_a_net_opens_as_that_net(name, folders):
     subject = open_subject(folders[name], "digits", tiny())
-    weights = net().state_dict()
+    weights = unet().state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in subject.dense.state_dict().items())
     assert subject.process.timesteps == 1000 and subject.recipe.noise == subject.process
     assert (subject.images.size, subject.recipe.data.size, subject.recipe.data.channels) == (8, 8, 1)
@@ -104,7 +85,7 @@ def test_every_verb_takes_every_form(name, folders, tmp_path):
 
 def test_a_dense_model_draws_what_a_pipeline_of_its_reference_draws(folders, tmp_path):
     verbs.sample(str(folders["stock"]), tmp_path / "a", tiny("seed=3", "sample.scheduler=ddim"), count=2)
-    bank = Bank({"full": net()}, "full", "epsilon")
+    bank = Bank({"full": unet()}, "full", "epsilon")
     pipe = StepAwarePipeline(bank, reference_plan(bank, DDPMScheduler().config, tiny().sample))
     for k, image in enumerate(pipe(2, seed=3).images):
         with Image.open(tmp_path / "a" / f"{k:06d}.png") as drawn:

@@ -42,17 +42,15 @@ from halfstep.nets.uvit import UViT2DModel
 from halfstep.search.scores import SEARCHED, read_scores
 from halfstep.training.loop import run_loop
 from halfstep.training.train import Diffusion, TrainState, dense_objective
+from tiny import recipes
 
 EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=40 train.batch=32
 train.save_every=10 train.log_every=5 train.sample_every=20 slim.widths=1,0.5 sample.steps=4 sample.batch=64
 search.images=32 search.final_images=48 search.error_images=32 search.fit=2 search.population=2
 search.generations=1 search.genes=2 eval.images=64 eval.bootstrap=20 eval.feature_steps=20
-""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
-
-
-def tiny(*edits: str) -> Recipe:
-    return Recipe().edit([*EDITS, *edits])
+"""
+tiny = recipes(EDITS)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +272,7 @@ verbs.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[
 
 def test_a_run_killed_in_training_and_in_the_search_ends_like_an_uninterrupted_one(finished, dense, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", SCRIPT, str(dense), str(out), *EDITS]
+    command = [sys.executable, "-c", SCRIPT, str(dense), str(out), *EDITS.split()]
     for sign in (out / "supernet" / "state" / "train.safetensors", out / "scores.jsonl"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begun = time.time()

@@ -29,16 +29,13 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.nets.content import digest_tensors, fingerprint
 from halfstep.nets.models import load_denoiser
+from tiny import recipes
 
 INPUTS = {"verb": "train", "model": "m", "data": "d"}
-TINY = """
+tiny = recipes("""
 model.channels=4,4 model.groups=2 model.head_dim=2 data.size=8 data.channels=1 train.steps=2 train.batch=4
 train.warmup=0 train.sample_every=0 eval.feature_steps=2
-""".split()  # noqa: SIM905 (a list of ten strings reads worse)
-
-
-def tiny() -> Recipe:
-    return Recipe().edit(TINY)
+""")
 
 
 def test_every_name_that_may_change_between_two_calls_is_a_field():

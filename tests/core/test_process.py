@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -23,6 +24,7 @@ from halfstep.measure.restore import restore
 from halfstep.nets.content import fingerprint
 from halfstep.nets.models import load_denoiser
 from halfstep.training.train import Diffusion, stamp
+from tiny import unet
 
 PROCESSES = {
     "plain": DDPMScheduler(),
@@ -44,11 +46,7 @@ PROCESSES = {
 each_process = pytest.mark.parametrize("stock", PROCESSES.values(), ids=PROCESSES)
 
 
-def tiny(seed=0, **changes) -> UNet2DModel:
-    torch.manual_seed(seed)
-    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
-    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    return UNet2DModel(**{**sizes, **blocks, "attention_head_dim": 4, **changes}).eval()
+tiny = partial(unet, channels=(8,))
 
 
 def saved(scheduler) -> dict:

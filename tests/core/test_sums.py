@@ -10,8 +10,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
-import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from typer.testing import CliRunner
 
 from halfstep.app.cli import app
@@ -25,29 +24,15 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.nets.models import load_denoiser
 from halfstep.training.train import TrainState
+from tiny import unet
 
 WEIGHTS = "bank/full/diffusion_pytorch_model.safetensors"
-
-
-def net() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-    ).eval()
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A saved pipeline, as its files."""
-    bank = Bank({"full": net(), "2:4 one-shot": net()}, "full", "epsilon")
+    bank = Bank({"full": unet(0, (8, 8)), "2:4 one-shot": unet(0, (8, 8))}, "full", "epsilon")
     plan = reference_plan(bank, Process(), SampleSpec(scheduler="dpmsolver++", steps=3))
     folder = tmp_path_factory.mktemp("written") / "pipeline"
     StepAwarePipeline(bank, plan).save_pretrained(folder)
@@ -132,7 +117,7 @@ def test_a_pipeline_of_before_is_believed_with_a_word(folder):
 
 
 def test_stock_pipelines_are_checked_where_they_have_sums_and_silent_where_not(tmp_path):
-    DDPMPipeline(net(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    DDPMPipeline(unet(0, (8, 8)), DDPMScheduler()).save_pretrained(tmp_path / "stock")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_denoiser(tmp_path / "stock")
@@ -182,7 +167,7 @@ def test_a_failed_save_leaves_the_old_sums(folder, monkeypatch):
 
 
 def test_training_states_carry_their_own_digest(tmp_path):
-    state = TrainState.new(net(), TrainSpec())
+    state = TrainState.new(unet(0, (8, 8)), TrainSpec())
     file = tmp_path / "run" / "state" / "dense.safetensors"
     state.save(file, "stamp")
     assert [(one.file, one.state) for one in verify(tmp_path / "run")] == [("state/dense.safetensors", "whole")]

@@ -30,27 +30,15 @@ from halfstep.nets.fresh import new_model
 from halfstep.nets.models import load_classes
 from halfstep.search.damage import error_table
 from halfstep.search.space import Space
+from tiny import recipes, unet
 
-EDITS = """
+tiny = recipes("""
 model.channels=4,8 model.groups=2 model.head_dim=4 model.attention=false,false data.size=8 data.channels=1 train.steps=2
 train.batch=4 train.warmup=0 train.sample_every=0 sample.steps=2 sample.batch=8
-""".split()  # noqa: SIM905 (a list of strings reads worse)
+""")
 
 
-def net(**changes) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=2,
-        attention_head_dim=4,
-        **changes,
-    ).eval()
+net = partial(unet, channels=(4, 8), norm_num_groups=2)
 
 
 def conditional(count: int = 3) -> UNet2DModel:
@@ -168,7 +156,7 @@ def test_a_conditioning_that_is_no_class_number_is_refused(kind):
 
 @pytest.mark.parametrize("edit", ["model.kind=unet", "model.kind=uvit model.layers=2 model.patch=2", "continuous"])
 def test_a_fresh_conditional_net_needs_labels(edit):
-    recipe = Recipe().edit([*EDITS, "model.class_conditional=true", *(edit.split() if "=" in edit else [])])
+    recipe = tiny("model.class_conditional=true", *(edit.split() if "=" in edit else []))
     make = (lambda i: new_model(recipe.model, i, 1000)) if "=" in edit else (lambda i: continuous_net(recipe, i))
     with pytest.raises(DataError, match="without labels"):
         make(images(None, ()))
@@ -195,7 +183,7 @@ def test_other_names_than_the_model_has_classes_are_refused(tmp_path, names):
 
 def test_the_names_go_from_training_through_compression(tmp_path):
     data = in_folders(tmp_path / "data", "bright", "round")
-    recipe = Recipe().edit([*EDITS, "model.class_conditional=true"])
+    recipe = tiny("model.class_conditional=true")
     dense = verbs.train(data, tmp_path / "dense", recipe)
     assert load_classes(dense, {"num_class_embeds": 2}) == ("bright", "round")
     assert DDPMPipeline.from_pretrained(dense).unet.config.num_class_embeds == 2
@@ -215,7 +203,7 @@ def test_the_names_go_from_training_through_compression(tmp_path):
 
 def test_unlabelled_images_for_a_conditional_net_leave_no_folder(tmp_path):
     np.savez(tmp_path / "x.npz", images=images(None, ()).pixels[:, 0])
-    recipe = Recipe().edit(EDITS)
+    recipe = tiny()
     with pytest.raises(DataError, match="without labels"):
         verbs.train(f"npz:{tmp_path / 'x.npz'}", tmp_path / "run", recipe.edit(["model.class_conditional=true"]))
     assert not (tmp_path / "run").exists()

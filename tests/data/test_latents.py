@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from halfstep.app import looking, verbs
 from halfstep.core.errors import HalfstepError
 from halfstep.core.plan import Price
-from halfstep.core.recipe import Recipe
 from halfstep.core.sums import write_sums
 from halfstep.data.images import load_images
 from halfstep.data.latents import decode, encode_images, factor
@@ -37,13 +36,14 @@ from halfstep.nets.fresh import new_model
 from halfstep.nets.models import load_denoiser, load_vae
 from halfstep.search.damage import error_table
 from halfstep.search.space import Space
+from tiny import recipes
 
-EDITS = """
+tiny = recipes("""
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
 train.save_every=4 train.log_every=4 train.sample_every=8 slim.widths=1,0.5 sample.steps=4 sample.batch=64
 search.images=32 search.final_images=32 search.error_images=32 search.fit=2 search.population=2
 search.generations=1 search.genes=2 eval.images=64 eval.bootstrap=20 eval.feature_steps=20 spectral.reduction=2
-""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
+""")
 
 
 def tiny_vae(**more) -> AutoencoderKL:
@@ -79,7 +79,7 @@ def vae_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dense(vae_folder, tmp_path_factory) -> Path:
-    recipe = Recipe().edit([*EDITS, f"model.vae={vae_folder}"])
+    recipe = tiny(f"model.vae={vae_folder}")
     return verbs.train("digits", tmp_path_factory.mktemp("runs") / "dense", recipe)
 
 
@@ -108,7 +108,7 @@ def test_decoding_undoes_the_scaling():
 
 def test_a_latent_denoiser_is_a_stock_ldm_pipeline_and_samples_as_one(vae_folder, tmp_path):
     vae = tiny_vae(shift_factor=None)  # diffusers' LDMPipeline knows no shift
-    dense = new_model(Recipe().edit(EDITS).model, encode_images(vae, load_images("digits")), 1000).eval()
+    dense = new_model(tiny().model, encode_images(vae, load_images("digits")), 1000).eval()
     scheduler = DDIMScheduler(clip_sample=False)
     LDMPipeline(vae, dense, scheduler).save_pretrained(tmp_path / "ldm")
     stock = LDMPipeline.from_pretrained(tmp_path / "ldm")
@@ -117,7 +117,7 @@ def test_a_latent_denoiser_is_a_stock_ldm_pipeline_and_samples_as_one(vae_folder
     wanted = stock(batch_size=2, generator=generator, num_inference_steps=4, eta=0.0, output_type="np").images
     net, noise = load_denoiser(tmp_path / "ldm")
     bank = Bank({"full": net}, "full", "epsilon", vae=load_vae(tmp_path / "ldm"))
-    plan = reference_plan(bank, noise, Recipe().edit(EDITS).sample)
+    plan = reference_plan(bank, noise, tiny().sample)
     pipe = StepAwarePipeline(bank, plan)
     pipe.set_progress_bar_config(disable=True)
     found = pipe(batch_size=2, generator=torch.Generator().manual_seed(3), output_type="np").images
@@ -127,7 +127,7 @@ def test_a_latent_denoiser_is_a_stock_ldm_pipeline_and_samples_as_one(vae_folder
 @torch.no_grad()
 def test_a_latent_plan_tells_what_decoding_costs_and_a_pixel_plan_costs_nothing_beside_its_calls(tmp_path):
     """Oracle: torch's own counter over a real decoding, its attention run as plain products."""
-    vae, spec = tiny_vae(), Recipe().edit(EDITS)
+    vae, spec = tiny_vae(), tiny()
     dense = new_model(spec.model, encode_images(vae, load_images("digits")), 1000).eval()
     noise = DDIMScheduler(clip_sample=False).config
     bank, pixels = Bank({"full": dense}, "full", "epsilon", vae=vae), Bank({"full": dense}, "full", "epsilon")
@@ -162,10 +162,10 @@ def test_the_error_table_of_latents_is_that_of_their_decoded_images():
     vae, nets = tiny_vae(), []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        nets.append(new_model(Recipe().edit(EDITS).model, encode_images(vae, load_images("digits")), 1000).eval())
+        nets.append(new_model(tiny().model, encode_images(vae, load_images("digits")), 1000).eval())
     bank = Bank(dict(zip(("full", "other"), nets, strict=True)), "full", "epsilon", vae=vae)
     noise = DDIMScheduler(clip_sample=False).config
-    plan = reference_plan(bank, noise, Recipe().edit(EDITS).sample, {"full": 2, "other": 1})
+    plan = reference_plan(bank, noise, tiny().sample, {"full": 2, "other": 1})
     space = Space.of(plan, bank.names, 2)
     judge = Judge(bank, load_images("digits"), load_features("digits"), cache=None, batch=3)
     *_, (_, _, table) = error_table(bank, plan, space, judge.moved, images=5, seed=4, batch=3)
@@ -179,7 +179,7 @@ def test_the_error_table_of_latents_is_that_of_their_decoded_images():
 
 
 def test_optimize_goes_all_the_way_on_latents_and_its_pipeline_decodes(dense, tmp_path):
-    verbs.optimize(str(dense), "digits", tmp_path / "half", Recipe().edit(EDITS), budget=0.6)
+    verbs.optimize(str(dense), "digits", tmp_path / "half", tiny(), budget=0.6)
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "half" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, output_type="pt").images
@@ -192,7 +192,7 @@ def test_optimize_goes_all_the_way_on_latents_and_its_pipeline_decodes(dense, tm
 @pytest.mark.parametrize("method", ["sparse", "spectral"])
 def test_every_method_works_on_latents(dense, tmp_path, method):
     edits = ["sparse.least=1"] if method == "sparse" else []
-    bank = verbs.make(method, str(dense), "digits", tmp_path / "o", Recipe().edit([*EDITS, *edits])).bank
+    bank = verbs.make(method, str(dense), "digits", tmp_path / "o", tiny(*edits)).bank
     assert bank.vae is not None and bank.config["in_channels"] == 2
 
 
@@ -222,7 +222,7 @@ def test_a_vae_that_does_not_fit_is_refused_before_a_file_is_written(dense, tmp_
     foreign.register_modules(vqvae=tiny_vae(**change))
     foreign.save_pretrained(tmp_path / "foreign")
     with pytest.raises(HalfstepError, match=told):
-        verbs.make("slimmable", str(tmp_path / "foreign"), "digits", tmp_path / "o", Recipe().edit(EDITS))
+        verbs.make("slimmable", str(tmp_path / "foreign"), "digits", tmp_path / "o", tiny())
     assert not (tmp_path / "o").exists() or not (tmp_path / "o" / "pipeline").exists()
 
 
@@ -232,4 +232,4 @@ def test_a_vq_model_and_flips_are_refused(dense, tmp_path):
     with pytest.raises(HalfstepError, match="VQModel"):
         load_vae(tmp_path)
     with pytest.raises(HalfstepError, match="flips"):
-        verbs.train("digits", tmp_path / "o", Recipe().edit([*EDITS, "data.flip=true"]), model=str(dense))
+        verbs.train("digits", tmp_path / "o", tiny("data.flip=true"), model=str(dense))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +31,9 @@ from halfstep.nets.denoiser import copy_of
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.models import load_denoiser
 from halfstep.nets.slices import cut_all
+from tiny import unet
 
-
-def net(seed=0, size=8, channels=1, width=16, **changes) -> UNet2DModel:
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(width, width),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        **changes,
-    ).eval()
+net = partial(unet, channels=(16, 16))
 
 
 def slim_bank() -> Bank:
@@ -123,7 +111,7 @@ def test_an_entry_with_its_own_weights_is_a_stock_diffusers_folder(tmp_path):
     ("other", "kind", "word"),
     [
         (net(size=16), "epsilon", "sample_size"),
-        (net(channels=3), "epsilon", "in_channels"),
+        (net(colours=3), "epsilon", "in_channels"),
         (net(num_class_embeds=10), "epsilon", "num_class_embeds"),
         (net(class_embed_type="timestep"), "epsilon", "class_embed_type"),
         (net(2), "v_prediction", "prediction type"),
@@ -139,13 +127,13 @@ def test_entries_that_cannot_stand_in_are_refused(other, kind, word):
 
 
 def test_an_entry_with_other_output_channels_is_refused():
-    other = UNet2DModel(**{**net().config, "out_channels": 2})
+    other = net(out_channels=2)
     with pytest.raises(ModelError, match="out_channels"):
         slim_bank().with_entry("other", other, "epsilon")
 
 
 def test_a_loaded_bank_of_oblong_images_takes_a_new_entry(tmp_path):
-    oblong = [UNet2DModel(**{**net(seed).config, "sample_size": (8, 16)}) for seed in (0, 1)]
+    oblong = [net(seed, size=(8, 16)) for seed in (0, 1)]
     Bank({"full": oblong[0]}, "full", "epsilon").save_pretrained(tmp_path / "bank")
     assert "twin" in Bank.from_pretrained(tmp_path / "bank").with_entry("twin", oblong[1], "epsilon")
 
@@ -687,7 +675,7 @@ def test_entries_are_read_only():
 
 
 def test_a_vae_and_classes_make_another_bank():
-    bank, vae = Bank({"full": net(channels=2, num_class_embeds=2)}, "full", "epsilon"), AutoencoderKL()
+    bank, vae = Bank({"full": net(colours=2, num_class_embeds=2)}, "full", "epsilon"), AutoencoderKL()
     more = bank.with_vae(vae, ["cat", "dog"])
     assert more.vae is vae and more.classes == ("cat", "dog") and more["full"] is bank["full"]
     assert bank.vae is None and bank.classes == ()
@@ -696,7 +684,7 @@ def test_a_vae_and_classes_make_another_bank():
 # --- any bank ---------------------------------------------------------------------------------------------------------
 
 WIDTHS = (1.0, 0.5)
-SUPERNETS = {seed: Supernet(net(seed, width=8), WIDTHS) for seed in (1, 2)}
+SUPERNETS = {seed: Supernet(net(seed, channels=(8, 8)), WIDTHS) for seed in (1, 2)}
 
 
 @st.composite

@@ -1,6 +1,7 @@
 """Costs: every number against a hand count or a known allocation. Speed itself is never asserted."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,21 +16,12 @@ from halfstep.core.results import Cost
 from halfstep.engine import profiling
 from halfstep.engine.profiling import Inputs
 from halfstep.nets.denoiser import Memo, predictor
+from tiny import unet
 
 MIB = 2**20
 
 
-def tiny(**changes):
-    config = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DModel(**{**config, **changes})
+tiny = partial(unet, colours=3, attend=True, attention_head_dim=8)
 
 
 def ddpm_cifar10():

@@ -34,22 +34,11 @@ from halfstep.engine.sampling import (
     trajectory,
 )
 from halfstep.nets.denoiser import corrected
+from tiny import unet
 
 
 def net(seed: int, width: int, **changes) -> UNet2DModel:
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(width, width),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        **changes,
-    ).eval()
+    return unet(seed, (width, width), **changes)
 
 
 def bank_of(prediction="epsilon", **changes) -> Bank:
@@ -436,7 +425,7 @@ def test_output_types():
     from PIL import Image
 
     for channels, mode in ((1, "L"), (3, "RGB")):
-        model = UNet2DModel(**{**net(0, 16).config, "in_channels": channels, "out_channels": channels}).eval()
+        model = net(0, 16, colours=channels)
         bank = Bank({"full": model}, "full", "epsilon")
         pipe = pipeline(bank, reference_plan(bank, DDPMScheduler().config, SampleSpec(steps=3), {"full": 1}))
         tensor = pipe(2, output_type="pt").images
@@ -454,7 +443,7 @@ def test_output_types():
 
 
 def test_oblong_images_are_oblong():
-    bank = Bank({"full": UNet2DModel(**{**net(0, 16).config, "sample_size": (8, 16)}).eval()}, "full", "epsilon")
+    bank = Bank({"full": net(0, 16, size=(8, 16))}, "full", "epsilon")
     plan = reference_plan(bank, DDPMScheduler().config, SampleSpec(steps=2), {"full": 1})
     assert next(sample_images(bank, plan, 2, seed=0)).shape == (2, 1, 8, 16)
     assert pipeline(bank, plan)(1, generator=torch.Generator()).images[0].size == (16, 8)

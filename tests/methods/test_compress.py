@@ -12,23 +12,19 @@ from PIL import Image
 
 from halfstep.app import looking, verbs
 from halfstep.core.errors import HalfstepError
-from halfstep.core.recipe import Recipe
 from halfstep.data.images import load_images
 from halfstep.engine.sampling import StepAwarePipeline
 from halfstep.methods.continuous import continuous_net
 from halfstep.nets.continuous import ContinuousUNet2DModel
 from halfstep.nets.models import load_denoiser
+from tiny import recipes
 
-EDITS = """
+tiny = recipes("""
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
 train.save_every=4 train.log_every=4 train.sample_every=8 sample.steps=3 sample.batch=64 shrink.images=32
 shrink.final_images=32 shrink.scales=0.9 shrink.thresholds=0.1 regular.grid=0.1 continuous.base=4
 continuous.head_dim=4 continuous.steps=1,2 eval.images=64 eval.bootstrap=20 eval.features=digits
-""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
-
-
-def tiny(*edits: str) -> Recipe:
-    return Recipe().edit([*EDITS, *edits])
+""")
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import doctest
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 
 import pytest
 import pywt
 import torch
-from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -35,19 +35,12 @@ from halfstep.methods.regularized import (
 )
 from halfstep.nets.denoiser import clean_and_noise, corrected, soft
 from halfstep.training.train import Batch, Diffusion, dense_objective
+from tiny import unet
 
+wide = partial(unet, channels=(16, 32), norm_num_groups=8, attention_head_dim=8)
 PENALTIES = ("out_l1", "out_l1_sq", "score_l1", "scale", "param_l1")
 TYPES = ("epsilon", "v_prediction", "sample")
 SEVEN = torch.tensor([[1.5, -0.7, 0.3, 0.06, -0.04, 0.0, -2.2]], dtype=torch.float64)
-
-
-def unet(seed: int = 0) -> UNet2DModel:
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-    )  # fmt: skip
 
 
 def pictures(n: int = 4) -> torch.Tensor:
@@ -88,7 +81,7 @@ def test_without_weight_it_is_the_plain_objective_bit_for_bit_and_no_penalty_is_
     diffusion, batch, found = Diffusion(Process(prediction=kind)), Batch(pictures(), {}), []
     levels = diffusion.scheduler.alphas_cumprod
     for regular in (False, True):
-        model, spec = unet(), RegularSpec(penalty=name, r=0.0)
+        model, spec = wide(), RegularSpec(penalty=name, r=0.0)
         objective = regular_objective(model, diffusion.draw, spec, levels, kind) if regular else None
         torch.manual_seed(3)
         losses = list((objective or dense_objective(model, diffusion))(batch))
@@ -100,7 +93,7 @@ def test_without_weight_it_is_the_plain_objective_bit_for_bit_and_no_penalty_is_
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_loss_is_the_plain_one_and_r_times_the_size_of_the_predicted_noise(kind):
-    model, diffusion = unet(), Diffusion(Process(prediction=kind))
+    model, diffusion = wide(), Diffusion(Process(prediction=kind))
     levels = diffusion.scheduler.alphas_cumprod
     torch.manual_seed(3)
     (loss,) = regular_objective(model, diffusion.draw, RegularSpec(r=0.3), levels, kind)(Batch(pictures(), {}))
@@ -127,7 +120,7 @@ def test_the_target_of_every_prediction_type_stands_for_the_same_parts(kind):
 
 @pytest.mark.parametrize(("name", "basis", "center"), list(product(PENALTIES, ("pixel", "wavelet"), (False, True))))
 def test_every_variant_has_finite_gradients_at_every_timestep(name, basis, center):
-    model, spec = unet(), RegularSpec(penalty=name, basis=basis, center=center)
+    model, spec = wide(), RegularSpec(penalty=name, basis=basis, center=center)
     levels = Diffusion(Process()).scheduler.alphas_cumprod
 
     def draw(clean, generator):

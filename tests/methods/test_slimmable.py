@@ -28,6 +28,7 @@ from halfstep.nets.denoiser import Memo, cond_of
 from halfstep.nets.slices import cut
 from halfstep.nets.unet import narrow_config
 from halfstep.training.train import Batch, Diffusion
+from tiny import unet
 
 UNET = ARCHITECTURES["UNet2DModel"]
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -102,19 +103,7 @@ def widths_of(name: str) -> tuple[float, ...]:
 
 
 def make(seed: int = 0, **changes) -> UNet2DModel:
-    torch.manual_seed(seed)
-    config = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
-    model = UNet2DModel(**{**config, **changes}).eval()
+    model = unet(seed, (16, 32), attend=True, **({"attention_head_dim": 8} | changes))
     for name, p in model.named_parameters():  # norms and biases must not be trivial
         if p.ndim == 1 and p.requires_grad and "time_proj" not in name:
             p.data += 0.2 * torch.randn_like(p)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 
 from halfstep.core.errors import ModelError
 from halfstep.core.process import Process
@@ -28,24 +28,13 @@ from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.masks import Pattern, groups_of, keep_mask
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.training.train import Batch, Diffusion, TrainState
+from tiny import unet, uvit
 
 TWO_FOUR = Pattern(2, 4)
 ALL = SparseSpec(least=1)
 
 
-def unet(seed: int = 0) -> UNet2DModel:
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8, attention_head_dim=8,
-    ).eval()  # fmt: skip
-
-
-def uvit(seed: int = 0, **config) -> UViT2DModel:
-    torch.manual_seed(seed)
-    small = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    return UViT2DModel(**(small | config)).eval()
+wide = partial(unet, channels=(16, 32), attend=True, norm_num_groups=8, attention_head_dim=8)
 
 
 def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +42,7 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 1, 8, 8), torch.tensor([3, 700])[:batch]
 
 
-@pytest.fixture(params=[unet, uvit])
+@pytest.fixture(params=[wide, uvit])
 def model(request):
     return request.param()
 
@@ -87,13 +76,13 @@ def test_baked_weights_follow_the_pattern_compute_the_same_and_do_not_change_whe
 
 
 def test_every_layer_gets_a_decision_with_a_reason():
-    decided = {choice.layer: choice.why for choice in choose(unet(), replace(ALL, least=300), [TWO_FOUR])}
+    decided = {choice.layer: choice.why for choice in choose(wide(), replace(ALL, least=300), [TWO_FOUR])}
     assert decided["conv_in"] == "its 1 inputs are no multiple of M for 2:4"
     assert decided["conv_out"] == "input or output layer"
     assert decided["time_embedding.linear_1"] == "time or class embedding"
     assert decided["down_blocks.1.resnets.0.conv1"] == "masked"
     assert decided["down_blocks.1.resnets.0.time_emb_proj"] == "time or class embedding"
-    everything = choose(unet(), SparseSpec(layers="all"), [TWO_FOUR])
+    everything = choose(wide(), SparseSpec(layers="all"), [TWO_FOUR])
     assert [c.layer for c in everything if not c.masked] == ["conv_in"]
 
 
@@ -122,7 +111,7 @@ def _layer_macs(model, name: str) -> int:
 )
 def test_filters_that_leave_nothing_are_refused(spec, patterns, text):
     with pytest.raises(ModelError, match=text):
-        Masked(unet(), patterns, spec)
+        Masked(wide(), patterns, spec)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -147,14 +136,14 @@ def test_the_gradient_is_that_of_the_masked_weights_and_the_pull(model, decay):
 
 
 def test_the_pull_survives_loss_scaling():
-    net = sparsify(unet(), "2:4", ALL)
+    net = sparsify(wide(), "2:4", ALL)
     weight = dict(net.model.named_parameters())[net.names[0]]
     (2**16 * 2e-4 * net.pull(TWO_FOUR)).backward()
     assert torch.allclose(weight.grad / 2**16, 2e-4 * weight.detach() * ~keep_mask(weight, TWO_FOUR), rtol=1e-5)
 
 
 def test_the_decoupled_pull_acts_after_the_step():
-    net = sparsify(unet(), "2:4", ALL)
+    net = sparsify(wide(), "2:4", ALL)
     spec = replace(ALL, decay=0.5, decoupled=True)
     optimizer = torch.optim.SGD(net.model.parameters(), lr=0.1)
     optimizer.register_step_post_hook(decoupled_pull(net, spec, lambda: TWO_FOUR))
@@ -168,7 +157,7 @@ def test_the_decoupled_pull_acts_after_the_step():
 
 
 def test_the_teacher_is_dense_gets_no_gradient_and_counts_by_its_weight():
-    model, teacher, diffusion = unet(), unet(7).eval(), Diffusion(Process())
+    model, teacher, diffusion = wide(), wide(7).eval(), Diffusion(Process())
     net, batch = sparsify(model, "2:4", ALL), Batch(torch.zeros(2, 1, 8, 8), {})
 
     def losses(eta, given):
@@ -219,9 +208,9 @@ def test_the_moving_average_starts_again_with_every_pattern():
 
 
 def test_the_average_is_masked_by_its_own_weights():
-    net = sparsify(unet(), "2:4", ALL)
+    net = sparsify(wide(), "2:4", ALL)
     name = net.names[0]
-    a, b = net.model.state_dict()[name].clone(), unet(1).state_dict()[name]
+    a, b = net.model.state_dict()[name].clone(), wide(1).state_dict()[name]
     state = TrainState.new(net.model, TrainSpec())
     shadow = dict(zip([n for n, _ in net.model.named_parameters()], state.ema.shadow_params, strict=True))
     shadow[name].copy_((a + b) / 2)
@@ -243,7 +232,7 @@ def test_a_switchable_training_draws_every_pattern_and_leaves_the_pull_out():
 
 
 def test_frozen_masks_never_change():
-    model = unet()
+    model = wide()
     spec = replace(ALL, frozen=True)
     net = Frozen(model, TWO_FOUR, spec)
     masks = copy.deepcopy(net.masks)
@@ -266,11 +255,7 @@ def test_frozen_masks_never_change():
 @pytest.mark.parametrize("pattern", [TWO_FOUR, Pattern(1, 4), Pattern(2, 8)])
 def test_permuting_keeps_the_dense_function_and_more_magnitude(pattern):
     torch.manual_seed(0)
-    nets = (uvit(), UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(64, 64), layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
-        attention_head_dim=32,
-    ).eval())  # fmt: skip
+    nets = (uvit(), unet(0, (64, 64), attention_head_dim=32))
     for model in nets:
         net = Masked(model, [pattern], ALL)
         x, t = inputs()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -33,19 +33,10 @@ from halfstep.nets.channels import between
 from halfstep.nets.denoiser import copy_of
 from halfstep.nets.models import build_model
 from halfstep.nets.slices import cut_all
-from halfstep.nets.uvit import UViT2DModel
-from tiny import ode_unet, wavelet_unet
+from tiny import ode_unet, unet, uvit, wavelet_unet
 
+plain_unet = partial(unet, channels=(16, 32), attend=True, norm_num_groups=8, attention_head_dim=8)
 SOURCE = Path(__file__).parents[2] / "src" / "halfstep"
-
-
-def plain_unet(**config) -> UNet2DModel:
-    return UNet2DModel(**(dict(wavelet_unet().net.config) | config))
-
-
-def uvit() -> UViT2DModel:
-    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    return UViT2DModel(**sizes)
 
 
 def small(name: str):

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -16,22 +17,9 @@ from safetensors.torch import load_file, save_file
 from halfstep.core.errors import ModelError
 from halfstep.nets.models import INDEX, WEIGHTS, build_model, load_denoiser, load_model, load_vae
 from halfstep.nets.weights import MAX_HEADER, open_weights
+from tiny import unet
 
-
-def net(**changes) -> UNet2DModel:
-    torch.manual_seed(0)
-    plain = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 8),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-    }
-    return UNet2DModel(**plain | changes).eval()
+net = partial(unet, channels=(8, 8), attend=True)
 
 
 def rewrite(folder, edit):

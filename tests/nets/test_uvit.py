@@ -14,12 +14,11 @@ from halfstep.methods.slimmable import Supernet, sandwich_objective, sort_channe
 from halfstep.nets.denoiser import Memo, cond_of
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.training.train import Batch, Diffusion
+from tiny import uvit
 
 
 def make(seed: int = 0, **config) -> UViT2DModel:
-    torch.manual_seed(seed)
-    small = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    model = UViT2DModel(**(small | config)).eval()
+    model = uvit(seed, **config)
     for name, value in model.named_parameters():  # biases and norms start at 0 and 1, which hides mistakes
         if value.dim() == 1:
             torch.nn.init.normal_(value, mean=float(".norm" in name), std=0.2)

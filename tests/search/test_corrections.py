@@ -16,17 +16,18 @@ from halfstep.core.recipe import Recipe
 from halfstep.engine.sampling import StepAwarePipeline
 from halfstep.search.corrections import climb
 from halfstep.search.scores import read_scores
+from tiny import recipes
 
-EDITS = """
+tiny = recipes("""
 sample.steps=4 sample.scheduler=ddpm sample.batch=128 shrink.images=96 shrink.final_images=128 shrink.parts=2
 shrink.scales=0.8,0.9,1.1 shrink.thresholds=0.1 eval.images=128 eval.bootstrap=20 eval.features=digits
-""".split()  # noqa: SIM905 (a list of thirty strings reads worse)
+""")
 
 
 @pytest.fixture(scope="module")
 def shrunk(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "shrunk"
-    verbs.shrink("digits", "digits", out, Recipe().edit(EDITS))
+    verbs.shrink("digits", "digits", out, tiny())
     return out
 
 
@@ -80,14 +81,14 @@ def test_shrinking_helps_five_ancestral_steps_as_the_paper_s_controls_do(shrunk)
 
 def test_a_finished_run_measures_nothing_again(shrunk):
     before = (shrunk / "scores.jsonl").read_bytes()
-    verbs.shrink("digits", "digits", shrunk, Recipe().edit(EDITS))
+    verbs.shrink("digits", "digits", shrunk, tiny())
     assert (shrunk / "scores.jsonl").read_bytes() == before
 
 
 def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_corrected(shrunk, tmp_path):
-    page = verbs.shrink(str(shrunk), "digits", tmp_path / "o", Recipe().edit([*EDITS, "sample.steps=9"]))
+    page = verbs.shrink(str(shrunk), "digits", tmp_path / "o", tiny("sample.steps=9"))
     assert page.is_file() and len(StepPlan.load(tmp_path / "o" / "plan.json").rows) == 4
-    verbs.shrink(str(shrunk), "digits", tmp_path / "p", Recipe().edit([*EDITS, "shrink.rounds=0"]), steps=2)
+    verbs.shrink(str(shrunk), "digits", tmp_path / "p", tiny("shrink.rounds=0"), steps=2)
     assert len(StepPlan.load(tmp_path / "p" / "plan.json").rows) == 2
 
 
@@ -95,7 +96,7 @@ def test_a_model_that_predicts_the_clean_sample_is_corrected_too(tmp_path):
     edits = ["model.channels=8,16", "model.groups=4", "model.head_dim=4", "train.steps=2", "sample.steps=2"]
     more = ["data.size=8", "data.channels=1", "noise.prediction=sample", "train.batch=8"]
     dense = verbs.train("digits", tmp_path / "dense", Recipe().edit([*edits, *more]))
-    verbs.shrink(str(dense), "digits", tmp_path / "o", Recipe().edit(EDITS))
+    verbs.shrink(str(dense), "digits", tmp_path / "o", tiny())
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline")
     assert pipe.bank.prediction_type == "sample"
     assert len(measured(tmp_path / "o", "corrections")) > 3

@@ -5,33 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 
 from halfstep.core.recipe import SampleSpec
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import reference_plan, sample_images
 from halfstep.search.damage import ErrorTable, error_table
 from halfstep.search.space import Space
-
-
-def tiny(seed: int, channels: int) -> UNet2DModel:
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(channels, channels),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
+from tiny import unet
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpmsolver++", "heun"])
 def test_error_table_equals_sampling_every_swapped_plan_from_the_start(scheduler):
-    bank = Bank({"full": tiny(0, 8), "small": tiny(1, 4)}, "full", "epsilon")
+    bank = Bank({"full": unet(0, (8, 8)), "small": unet(1, (4, 4))}, "full", "epsilon")
     plan = reference_plan(
         bank, DDPMScheduler().config, SampleSpec(scheduler=scheduler, steps=6), {"full": 2, "small": 1}
     )

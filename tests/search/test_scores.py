@@ -7,12 +7,13 @@ import multiprocessing
 import pickle
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 
 from halfstep.core.errors import RunError
 from halfstep.core.plan import NONE, Correction, Guide, StepPlan
@@ -22,13 +23,9 @@ from halfstep.engine.sampling import fewer_steps, plan_for
 from halfstep.measure.features import extractor_of, feature_net_for, raw_pixels
 from halfstep.measure.judge import Judge
 from halfstep.search.scores import Stretch, counted, open_scores, read_scores
+from tiny import unet
 
-
-def net(seed: int, **more) -> UNet2DModel:
-    torch.manual_seed(seed)
-    channels = {"in_channels": 1, "out_channels": 1, "block_out_channels": (4,), "norm_num_groups": 2}
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "attention_head_dim": 2}
-    return UNet2DModel(sample_size=8, layers_per_block=1, **channels, **blocks, **more).eval()
+net = partial(unet, channels=(4,), norm_num_groups=2, attention_head_dim=2)
 
 
 def bank_of(*seeds: int) -> Bank:

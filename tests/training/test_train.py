@@ -44,28 +44,16 @@ from halfstep.training.train import (
     stamp,
     train,
 )
+from tiny import unet
 
 SPEC = TrainSpec(steps=4, batch=8, lr=1e-3, warmup=2, ema_decay=0.9, precision="no", log_every=1)
 KILLED = replace(SPEC, steps=90, log_every=3)
 TWO = replace(SPEC, steps=3, lr=0.05, warmup=0, schedule="constant", clip_norm=0.0)
 
 
-def tiny(*, dropout: float = 0.0, classes: int | None = None) -> UNet2DModel:
+def tiny(**changes) -> UNet2DModel:
     """The same 40k parameters every time."""
-    torch.manual_seed(5)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        dropout=dropout,
-        num_class_embeds=classes,
-    )
+    return unet(5, attention_head_dim=8, **changes)
 
 
 def run(state: TrainState, images: Images, spec: TrainSpec, objective: Objective, **more: object) -> list[TrainRecord]:
@@ -75,7 +63,7 @@ def run(state: TrainState, images: Images, spec: TrainSpec, objective: Objective
 def train_to_be_killed(file: Path) -> TrainState:
     """Resume from `file` or start, save at every record, tell the steps on stdout."""
     torch.set_num_threads(1)
-    model = tiny(dropout=0.2, classes=10)
+    model = tiny(dropout=0.2, num_class_embeds=10)
     state, images = TrainState.new(model, KILLED), load_images("digits")
     if file.is_file():
         state.load(file, "killed")
@@ -163,7 +151,7 @@ def test_a_training_killed_twice_ends_bit_for_bit_as_the_uninterrupted_one(tmp_p
             child.send_signal(signal.SIGKILL)
             child.communicate()
         assert child.returncode == -signal.SIGKILL, "the training was over before it was killed"
-        left = TrainState.new(tiny(dropout=0.2, classes=10), KILLED)
+        left = TrainState.new(tiny(dropout=0.2, num_class_embeds=10), KILLED)
         left.load(file, "killed")
         assert last < after <= left.step < KILLED.steps
         last = left.step
@@ -313,7 +301,7 @@ def alphas_cumprod(noise: Process) -> torch.Tensor:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_dense_loss_is_the_hand_written_one(digits: Images, prediction: str, schedule: str):
     noise = Process(prediction=prediction, beta_schedule=schedule, timesteps=200, beta_end=0.05)
-    model, clean, seen = tiny(classes=10), digits.batch(slice(0, 64)), {}
+    model, clean, seen = tiny(num_class_embeds=10), digits.batch(slice(0, 64)), {}
 
     def spy(_: torch.nn.Module, args: tuple, named: dict, output: object) -> None:
         seen.update(noisy=args[0], timestep=args[1], labels=named["class_labels"], prediction=output[0])
@@ -340,7 +328,7 @@ def test_timesteps_are_drawn_evenly_from_the_first_to_the_last():
 
 def test_labels_reach_only_models_that_take_them(digits: Images):
     for classes in (None, 10):
-        seen, state = [], TrainState.new(tiny(classes=classes), SPEC)
+        seen, state = [], TrainState.new(tiny(num_class_embeds=classes), SPEC)
 
         def objective(batch: Batch, state: TrainState = state, seen: list = seen) -> Iterator[torch.Tensor]:
             seen.append(batch)
