@@ -30,8 +30,7 @@ from halfstep.engine.sampling import reference_plan
 from halfstep.measure.features import extract
 from halfstep.measure.quality import frechet_distance
 from halfstep.search.damage import ErrorTable, error_table
-from halfstep.search.evolve import random_plans
-from halfstep.search.space import Space
+from halfstep.search.space import Space, random_plans
 
 SIZES = (16, 32, 64, 128, 256)
 """Images that a table may be made of; each size is tried on up to eight disjoint parts."""

@@ -40,8 +40,8 @@ from halfstep.measure.judge import Judge, measure_plans
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.models import load_denoiser
 from halfstep.search.driver import search_plan
-from halfstep.search.evolve import random_plans
 from halfstep.search.scores import open_scores
+from halfstep.search.space import random_plans
 
 DATA = "idx:/usr/share/datasets/fashion-mnist"
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))

@@ -107,12 +107,12 @@ def test_the_final_round_measures_the_best_plans_again_and_chooses_the_best_of_t
     scored = read_scores(finished)
     searched, finals = ([one for one in scored if one.stage in kinds] for kinds in (SEARCHED, ("final",)))
     fitting = sorted((one for one in searched if one.share <= 0.5), key=lambda one: one.score)
-    uniform = max((one for one in finals if len(one.rows) == 1), key=lambda one: one.share)
+    uniform = max((one for one in finals if len(one.plan) == 1), key=lambda one: one.share)
     assert {one.digest for one in finals} == {one.digest for one in [*fitting[:3], uniform]}
     assert not {one.seed for one in finals} & {one.seed for one in searched}
     pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
     best = min(finals, key=lambda one: one.score)
-    assert pipe.plan.entries == tuple(entry for calls, entry, *_ in best.rows for _ in range(calls))
+    assert pipe.plan.entries == tuple(one.entry for one in best.plan for _ in range(one.rows))
 
 
 def test_entries_and_plans_are_timed_on_one_device_at_one_batch_in_one_layout_and_the_records_say_so(finished):

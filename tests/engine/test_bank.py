@@ -23,6 +23,7 @@ from halfstep.core.sums import require_whole
 from halfstep.engine import entry as entry_module
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import EAGER, Cut, Entry, Own, Runtime, Twin
+from halfstep.engine.layouts import fastest_layouts
 from halfstep.engine.sampling import StepAwarePipeline
 from halfstep.methods.slimmable import Supernet, width_name
 from halfstep.methods.sparse import sparsify
@@ -513,7 +514,7 @@ def test_layouts_change_strides_and_not_results():
     bank = slim_bank()
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     before = {name: bank[name](x, t).sample for name in bank}
-    layouts = bank.fastest_layouts(batch=2, repeats=1)
+    layouts = fastest_layouts(bank, batch=2, repeats=1)
     assert layouts.keys() == set(bank) and set(layouts.values()) <= {"contiguous", "channels_last"}
     bank.set_layouts({"full": "channels_last", "w0.50": "channels_last"})
     assert not bank["full"].mid_block.resnets[0].conv1.weight.is_contiguous()
@@ -527,7 +528,7 @@ def test_layouts_change_strides_and_not_results():
 def test_entries_in_one_memory_have_one_layout_together():
     net = ContinuousUNet2DModel(sample_size=8, in_channels=1, out_channels=1, levels=1, base_channels=4)
     bank = Bank({f"ode@{n}": with_solver(net, n) for n in (1, 2)} | {"other": copy_of(net)}, "ode@1", "epsilon")
-    found = bank.fastest_layouts(batch=2, repeats=1)
+    found = fastest_layouts(bank, batch=2, repeats=1)
     assert list(found) == list(bank) and found["ode@1"] == found["ode@2"]
     bank.set_layouts({"ode@2": "channels_last"})
     assert bank.layouts() == {"ode@1": "channels_last", "ode@2": "channels_last", "other": "contiguous"}

@@ -12,11 +12,12 @@ import torch
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.watch import Watch
 from halfstep.data.images import load_images
-from halfstep.engine.bank import Bank, load_denoiser
+from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import reference_plan
 from halfstep.measure import sanity
 from halfstep.measure.features import load_features
 from halfstep.measure.judge import Judge, measure_plans
+from halfstep.nets.models import load_denoiser
 
 
 @pytest.fixture(scope="module")

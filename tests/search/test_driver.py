@@ -15,8 +15,9 @@ from halfstep.core.errors import PlanError
 from halfstep.core.plan import Price, Row, Sampler, StepPlan
 from halfstep.core.recipe import Recipe, SearchSpec
 from halfstep.core.seeds import Stage, stage_seed
+from halfstep.search.controls import controls_of
 from halfstep.search.damage import ErrorTable
-from halfstep.search.driver import Found, Search, baselines, search_plan
+from halfstep.search.driver import Found, Search, search_plan
 from halfstep.search.frontier import frontier
 from halfstep.search.scores import open_scores, read_scores
 from halfstep.search.space import Space
@@ -86,9 +87,9 @@ def search_of(judge: Additive, tmp_path, seed: int = 0, **changes) -> Search:
     return Search.of(open_scores(judge, tmp_path), PLAN, replace(recipe(final_images=64, **changes), seed=seed))
 
 
-def genes_of(rows) -> tuple[int, ...]:
-    """Of a record's rows: every gene is two of them."""
-    every = [list(ENTRIES).index(entry) for calls, entry, *_ in rows for _ in range(calls)]
+def genes_of(line: dict) -> tuple[int, ...]:
+    """Of a line of scores.jsonl: every gene is two rows."""
+    every = [list(ENTRIES).index(one["entry"]) for one in line["plan"] for _ in range(one["rows"])]
     return tuple(every[::2])
 
 
@@ -158,7 +159,7 @@ def test_a_search_that_was_cut_ends_the_same_and_measures_nothing_twice(tmp_path
         lines = lines or (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
     assert ends[0] == ends[1] and list(ends[0].measured) == list(ends[1].measured)
     assert (tmp_path / "cut" / "scores.jsonl").read_bytes() == b"".join(lines)
-    assert [genes_of(json.loads(line)["rows"]) for line in lines[9:]] == judge.asked
+    assert [genes_of(json.loads(line)) for line in lines[9:]] == judge.asked
 
 
 def test_the_final_round_of_a_budget_takes_the_best_on_fresh_seeds_not_the_luckiest(tmp_path):
@@ -169,7 +170,7 @@ def test_the_final_round_of_a_budget_takes_the_best_on_fresh_seeds_not_the_lucki
     fitting = sorted((g for g in search.measured if SPACE.cost(g) <= macs), key=search.measured.get)[:3]
     candidates = {*fitting, SPACE.uniform_within(macs)[0]}
     finals = [one for one in read_scores(tmp_path) if one.stage == "final"]
-    assert {genes_of(one.rows) for one in finals} == candidates and {one.seed for one in finals} == {FINALS}
+    assert {genes_of(one.to_json()) for one in finals} == candidates and {one.seed for one in finals} == {FINALS}
     assert chosen == min(candidates, key=lambda g: judge.score(PLAN.with_entries(SPACE.expand(g)), 64, FINALS))
 
 
@@ -205,7 +206,7 @@ def found_of(genes, plan: StepPlan = PLAN) -> Found:
 @pytest.mark.parametrize("genes", [(0, 1, 2, 3, 3), (2, 2, 2, 2, 0), (3, 3, 3, 3, 2), (0, 0, 0, 1, 1)])
 def test_controls_cost_about_what_the_plan_costs(genes):
     found = found_of(genes)
-    controls = baselines(PLAN, found)
+    controls = controls_of(PLAN, found)
     uniform = [one for name, one in controls.items() if name.startswith("uniform")]
     steps = [one for name, one in controls.items() if name.endswith("of the reference")]
     dearest = max((e for e in ENTRIES if 10 * ENTRIES[e] <= found.plan.macs), key=ENTRIES.__getitem__)
@@ -219,7 +220,7 @@ def test_controls_cost_about_what_the_plan_costs(genes):
 @pytest.mark.parametrize("genes", [(0,) * GENES, (1,) * GENES, (3,) * GENES])
 def test_no_control_is_the_plan_itself_or_the_reference(genes):
     found = found_of(genes)
-    for control in baselines(PLAN, found).values():
+    for control in controls_of(PLAN, found).values():
         assert control.rows not in (PLAN.rows, found.plan.rows)
 
 

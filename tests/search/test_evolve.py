@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from halfstep.core.recipe import SearchSpec
-from halfstep.search.evolve import Goal, evolve, random_plans, reset_mutation
+from halfstep.search.evolve import Goal, evolve, reset_mutation
 from halfstep.search.frontier import best_within, frontier
+from halfstep.search.space import random_plans
 from toy import TRADE, toy, toy_f, toy_score, toy_scores
 
 PAPER = SearchSpec(population=50, generations=10, objective="scalar", init="uniform")

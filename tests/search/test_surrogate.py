@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from halfstep.search.evolve import random_plans
+from halfstep.search.space import random_plans
 from halfstep.search.surrogate import fit_costs, promising
 from toy import DAMAGE, toy, toy_score
 

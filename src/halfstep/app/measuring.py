@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from halfstep.app.story import tell
 from halfstep.app.subject import open_subject
@@ -16,19 +14,18 @@ from halfstep.core import disk
 from halfstep.core.errors import DataError, HalfstepError, RunError
 from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
-from halfstep.core.machine import machine
 from halfstep.core.recipe import Recipe
 from halfstep.core.seeds import own_random
-from halfstep.core.typed import typed
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import save_arrays
 from halfstep.data.images import Images, load_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
-from halfstep.engine.profiling import Layout
+from halfstep.engine.layouts import settle_layouts
+from halfstep.engine.profiling import TIMED_BATCH
 from halfstep.engine.subject import Subject
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
-from halfstep.measure.judge import TIMED_BATCH, Judge, Measured, extractor_for
+from halfstep.measure.judge import Judge, Measured, extractor_for
 from halfstep.measure.quality import NEIGHBOURS
 
 
@@ -109,47 +106,9 @@ def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
     if recipe.eval.features == "own":
         features_of(subject, out / "features", watch)
     bank.to(default_device())
-    _settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
+    settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
     extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
     return Judge(bank, subject.images, extractor, cache=out / "state", batch=recipe.sample.batch)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layouts:
-    """state/layouts.json: the memory layout of every entry, and the setting in which the faster one was found."""
-
-    entries: dict[str, Layout]
-    device: str
-    batch: int
-    threads: int
-    cpu: str
-
-
-def _settle_layouts(bank: Bank, file: Path, asked: str) -> None:
-    """Put every entry into the layout asked for. "auto" is its fastest; what was measured once holds for the run, whose
-    last digits hang on it."""
-    if asked != "auto":
-        bank.set_layouts(dict.fromkeys(bank, asked))
-        return
-    known: Mapping[str, str] = {}
-    if file.exists():
-        do = "delete it to choose them anew"
-        read = typed(
-            disk.read_json(file, what="layouts", do=do), Layouts | dict[str, Layout], "", file, error=RunError, do=do
-        )
-        known = read.entries if isinstance(read, Layouts) else read  # those of before 2026-11-26 are the entries alone
-    if not set(bank) <= set(known):
-        known = bank.fastest_layouts(TIMED_BATCH)
-        about = machine()
-        found = Layouts(
-            entries=known,  # type: ignore[arg-type]
-            device=str(bank.device),
-            batch=TIMED_BATCH,
-            threads=torch.get_num_threads(),
-            cpu=str(about["cpu"]),
-        )
-        disk.write_json(file, asdict(found))
-    bank.set_layouts({name: known[name] for name in bank})
 
 
 def write_costs(bank: Bank, out: Path) -> None:

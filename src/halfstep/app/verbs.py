@@ -43,8 +43,9 @@ from halfstep.methods import continuous, regularized, slimmable, sparse, spectra
 from halfstep.nets.denoiser import class_count, copy_of
 from halfstep.nets.fit import fit
 from halfstep.nets.fresh import new_model
+from halfstep.search.controls import controls_of
 from halfstep.search.corrections import corrected_plans, shrink_plan
-from halfstep.search.driver import Found, baselines, require_goal, search_steps
+from halfstep.search.driver import Found, require_goal, search_steps
 from halfstep.search.scores import ScoreBook, counted, open_scores
 from halfstep.training.job import Draft, trained
 from halfstep.training.loop import preview_of, run_loop
@@ -263,7 +264,7 @@ def optimize(
     book = open_scores(judge, out, watch)
     found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
     verdict = measure_plans(
-        judge, {"reference": plan, "plan": found.plan} | baselines(plan, found), recipe, watch=watch
+        judge, {"reference": plan, "plan": found.plan} | controls_of(plan, found), recipe, watch=watch
     )
     StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)

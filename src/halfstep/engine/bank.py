@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -20,11 +18,11 @@ from halfstep.core.plan import Price
 from halfstep.core.results import Cost
 from halfstep.core.sums import require_whole
 from halfstep.core.typed import Bounds, shown
-from halfstep.engine.entry import LAYOUTS, Entry, read_entry, read_entry_of_before, require_sources
-from halfstep.engine.profiling import call_times, count_macs, decode_macs, latency
+from halfstep.engine.entry import LAYOUTS, Entry, read_entry, require_sources
+from halfstep.engine.format1 import read_entry_of_before
+from halfstep.engine.profiling import Layout, count_macs, decode_macs, latency
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import class_count, eager
-from halfstep.nets.models import load_denoiser as load_denoiser  # scripts of before import it from here
 from halfstep.nets.weights import require_safetensors
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
@@ -121,28 +119,12 @@ class Bank(torch.nn.Module):
     def device(self) -> torch.device:
         return next(self.models.parameters()).device
 
-    def fastest_layouts(self, batch: int, repeats: int = 5) -> dict[str, str]:
-        """Which memory layout each entry runs faster in here, "contiguous" or "channels_last", timed in turns.
-
-        It differs between processors and between widths: up to a third of an entry's time. Entries that share their
-        weights in memory share the layout too: the one in which they are faster together.
-        """
-        found: dict[str, str] = {}
-        for names in self._in_one_memory():
-            total = dict.fromkeys(LAYOUTS, 0.0)
-            for name in names:
-                both = {layout: copy.deepcopy(self[name]).to(memory_format=kind) for layout, kind in LAYOUTS.items()}
-                for layout, times in call_times(both, batch=batch, repeats=repeats).items():
-                    total[layout] += median(times)
-            found |= dict.fromkeys(names, min(total, key=lambda layout: total[layout]))
-        return {name: found[name] for name in self}
-
-    def set_layouts(self, layouts: Mapping[str, str]) -> None:
-        """Put entries into memory layouts, as `fastest_layouts` names them; results stay the same but for rounding.
+    def set_layouts(self, layouts: Mapping[str, Layout]) -> None:
+        """Put entries into memory layouts; results stay the same but for rounding (see `layouts.py`).
 
         Raises ModelError for two layouts of entries that share their weights in memory, and for an unknown layout.
         """
-        for names in self._in_one_memory():
+        for names in self.in_one_memory():
             asked = {name: layouts[name] for name in names if name in layouts}
             if len(set(asked.values())) > 1 or not set(asked.values()) <= set(LAYOUTS):
                 raise ModelError(
@@ -155,11 +137,11 @@ class Bank(torch.nn.Module):
                 self._entries[name] = self._entries[name].put(layout)
             self._entries |= {name: self._entries[name].seen() for name in names}
 
-    def layouts(self) -> dict[str, str]:
+    def layouts(self) -> dict[str, Layout]:
         """The memory layout that every entry's convolutions are in."""
         return {name: entry.runtime.layout for name, entry in self._entries.items()}
 
-    def _in_one_memory(self) -> list[list[str]]:
+    def in_one_memory(self) -> list[list[str]]:
         """The names, those together whose parameters are the same tensors: whatever is done to one is done to all."""
         groups: list[tuple[set[int], list[str]]] = []
         for name in self:

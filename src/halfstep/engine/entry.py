@@ -25,7 +25,10 @@ from halfstep.nets.models import WEIGHTS, empty_model, filled_model, load_model,
 from halfstep.nets.slices import Pieces, cut_all, require_inside, slices_to_json
 from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUTS: Mapping[Layout, torch.memory_format] = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
 _PACKED = "packed.safetensors"
 _DO = "save the bank again"
 Tensors = Mapping[str, torch.Tensor]
@@ -161,7 +164,7 @@ class Entry:
         """A bare model is an entry with weights of its own that runs as it is."""
         return given if isinstance(given, Entry) else cls(given, runtime=Runtime(layout_of(given)))
 
-    def put(self, layout: str) -> Entry:
+    def put(self, layout: Layout) -> Entry:
         """The entry in a memory layout, into which its model is moved. A model without convolutions has but one."""
         self.model.to(memory_format=LAYOUTS[layout])
         return self.seen()
@@ -204,8 +207,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class _Mask:
-    """What entry.json says of a mask, and mask.json said."""
+class Mask:
+    """What entry.json says of a mask."""
 
     pattern: str
     names: tuple[str, ...]
@@ -216,16 +219,8 @@ class _Record:
     """What entry.json says."""
 
     weights: dict[str, Any]
-    masking: _Mask | None = None
+    masking: Mask | None = None
     format: Annotated[int, Bounds(1, 1)] = 1
-
-
-@dataclass(frozen=True)
-class _Link:
-    """What slices.json said, of what has no weights of its own."""
-
-    of: str
-    slices: StoredSlices | None
 
 
 @dataclass(frozen=True)
@@ -262,24 +257,11 @@ def read_entry(folder: Path) -> Stored:
         )
     fields = {name: value for name, value in record.weights.items() if name != "kind"}
     weights = build(_KINDS[kind], fields, "weights.", file, error=ModelError, do=_DO)
-    return Stored(folder, weights, _masking(record.masking, file), file, file)
+    return Stored(folder, weights, masking_of(record.masking, file), file, file)
 
 
-def read_entry_of_before(folder: Path) -> Stored:
-    """What an entry's folder in a bank of format 1 says: slices.json is of a cut (of a twin, where there are no
-    slices), mask.json of a mask; without them weights are its own and dense. Raises ModelError."""
-    of, over = folder / "slices.json", folder / "mask.json"
-    weights: Weights = Own()
-    mask = None
-    if of.exists():
-        link = read_record(of, _Link, what="slices", do=_DO, error=ModelError)
-        weights = Twin(link.of) if link.slices is None else Cut(link.of, link.slices)
-    if over.exists():
-        mask = read_record(over, _Mask, what="a mask", do=_DO, error=ModelError)
-    return Stored(folder, weights, _masking(mask, over), of, over)
-
-
-def _masking(mask: _Mask | None, file: Path) -> Masking | None:
+def masking_of(mask: Mask | None, file: Path) -> Masking | None:
+    """The mask that a file tells of. Raises ModelError."""
     try:
         return Masking(Pattern.parse(mask.pattern), mask.names) if mask else None
     except RecipeError as error:  # which speaks of a recipe

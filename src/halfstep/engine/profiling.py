@@ -32,6 +32,9 @@ from halfstep.nets.denoiser import Cond, Memo, cond_of, cond_to, eager, predicto
 Layout = Literal["contiguous", "channels_last"]
 """How the weights of convolutions lie in memory."""
 
+TIMED_BATCH = 64
+"""Images per call in everything that a run times: the choice of layouts, entries' costs and whole trajectories."""
+
 
 class Inputs(NamedTuple):
     """What one call of a denoiser takes, but for its memo: sample [B,C,H,W], timestep [B], condition."""

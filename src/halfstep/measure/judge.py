@@ -20,7 +20,7 @@ from halfstep.data.classes import in_turn, spread
 from halfstep.data.images import Images
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
-from halfstep.engine.profiling import interleave
+from halfstep.engine.profiling import TIMED_BATCH, interleave
 from halfstep.engine.sampling import Labels, cond_for, denoise, image_generators, sample_images, start_noise, to_images
 from halfstep.measure import sanity
 from halfstep.measure.features import Extractor, load_features, raw_pixels
@@ -37,9 +37,6 @@ from halfstep.measure.quality import (
 )
 from halfstep.nets.denoiser import class_count
 from halfstep.nets.fit import fit
-
-TIMED_BATCH = 64
-"""Images per call in everything that is timed: the choice of layouts, the entries' costs and whole trajectories."""
 
 
 class Judge:

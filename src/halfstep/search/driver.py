@@ -21,10 +21,10 @@ from halfstep.engine.sampling import fewer_steps
 from halfstep.measure.judge import Judge
 from halfstep.search.corrections import shrink_plan
 from halfstep.search.damage import ErrorTable, error_table
-from halfstep.search.evolve import Goal, evolve, random_plans
+from halfstep.search.evolve import Goal, evolve
 from halfstep.search.frontier import Point, best_within, frontier
 from halfstep.search.scores import ScoreBook, Scores, Seen, counted, unseen
-from halfstep.search.space import Genes, Space
+from halfstep.search.space import Genes, Space, random_plans
 from halfstep.search.surrogate import fit_costs, promising
 
 
@@ -336,18 +336,3 @@ class Search:
                     return genes
             told(len(candidates), "")
         return candidates[int(np.argmin(scores))]
-
-
-def baselines(plan: StepPlan, found: Found) -> dict[str, StepPlan]:
-    """The controls at equal MACs: one width everywhere, a random plan, and fewer steps of the reference `plan`. One
-    that is the reference or the found plan itself is left out: it would stand beside itself."""
-    space, macs, base, known = found.space, found.plan.macs, found.base, (plan.rows, found.plan.rows)
-    plans = {f"uniform {space.entries[genes[0]]}": genes for genes in space.uniform_within(macs)[:1]}
-    controls = {name: base.with_entries(space.expand(genes)) for name, genes in plans.items()}
-    for genes in random_plans(space, macs, 2, seed=11, slack=0.05):
-        one = base.with_entries(space.expand(genes))
-        if one.rows not in known:
-            controls.setdefault("random plan", one)
-    steps = max(1, round(plan.sampler.steps * macs / plan.macs))
-    controls[f"{steps} steps of the reference"] = fewer_steps(plan, steps)
-    return {name: one for name, one in controls.items() if one.rows not in known}

@@ -1,4 +1,4 @@
-"""NSGA-II over plans (pymoo), with DDSM's operators and initial population as options, and random plans as the control.
+"""NSGA-II over plans (pymoo), with DDSM's operators and initial population as options.
 
 Source: DDSM (arXiv 2310.03337) and its released code, whose mutation never acts (see `reset_mutation`).
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from halfstep.core.recipe import SearchSpec
-from halfstep.search.space import Genes, Space
+from halfstep.search.space import Genes, Space, cheapened
 
 Scoring = Callable[[Sequence[Genes]], Sequence[float]]
 """The scores of several plans, lower is better."""
@@ -142,37 +142,8 @@ def _initial(space: Space, goal: Goal, spec: SearchSpec, seeds: Sequence[Genes],
         else:
             genes = list(draw.integers(entries, size=count))
             if budget is not None:
-                genes = _cheapen(space, genes, budget, draw)
+                genes = cheapened(space, genes, budget, draw)
         candidate = tuple(int(g) for g in genes)
         if candidate not in chosen and (budget is None or space.cost(candidate) <= budget):
             chosen.append(candidate)
     return np.array(chosen[: spec.population], dtype=int)
-
-
-def _cheapen(space: Space, genes: list[int], budget: int, draw: np.random.Generator) -> list[int]:
-    """Make random genes cheaper, one notch at a time, until the plan keeps the budget."""
-    order = np.argsort(space.macs, kind="stable")
-    rank = {int(e): i for i, e in enumerate(order)}
-    while space.cost(genes) > budget:
-        able = [k for k, g in enumerate(genes) if rank[int(g)] > 0]
-        if not able:
-            break
-        k = able[int(draw.integers(len(able)))]
-        genes[k] = int(order[rank[int(genes[k])] - 1])
-    return genes
-
-
-def random_plans(space: Space, macs: int, count: int, seed: int, slack: float = 0.02) -> list[Genes]:
-    """Different random plans of between `macs` minus a slack (share of the full MACs) and `macs`: the control."""
-    draw = np.random.default_rng(seed)
-    found: list[Genes] = []
-    misses = 0
-    while len(found) < count and misses < 2000:
-        misses += 1
-        genes = tuple(
-            int(g) for g in _cheapen(space, list(draw.integers(len(space.entries), size=len(space.rows))), macs, draw)
-        )
-        if macs - slack * space.full_macs <= space.cost(genes) <= macs and genes not in found:
-            found.append(genes)
-            misses = 0
-    return found

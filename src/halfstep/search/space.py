@@ -1,4 +1,4 @@
-"""Space: what a search may choose, an entry for every stretch of a plan's rows.
+"""Space: what a search may choose, an entry for every stretch of a plan's rows, and random choices in it.
 
 Rows are grouped into genes, stretches of neighbouring rows that share an entry: few genes search better than many.
 Source: DDSM (arXiv 2310.03337), whose own vector has a gene for every timestep.
@@ -74,3 +74,33 @@ class Space:
                 do="raise the budget or add narrower widths",
             )
         return int(budget * self.full_macs + 0.5)
+
+
+def cheapened(space: Space, genes: list[int], budget: int, draw: np.random.Generator) -> list[int]:
+    """Genes made cheaper in place, one of them by one notch at a time, until the plan keeps the budget."""
+    order = np.argsort(space.macs, kind="stable")
+    rank = {int(e): i for i, e in enumerate(order)}
+    while space.cost(genes) > budget:
+        able = [k for k, g in enumerate(genes) if rank[int(g)] > 0]
+        if not able:
+            break
+        k = able[int(draw.integers(len(able)))]
+        genes[k] = int(order[rank[int(genes[k])] - 1])
+    return genes
+
+
+def random_plans(space: Space, macs: int, count: int, seed: int, slack: float = 0.02) -> list[Genes]:
+    """Different random plans of between `macs` minus a slack (share of the full MACs) and `macs`; fewer
+    than `count` where there are no more."""
+    draw = np.random.default_rng(seed)
+    found: list[Genes] = []
+    misses = 0
+    while len(found) < count and misses < 2000:
+        misses += 1
+        genes = tuple(
+            int(g) for g in cheapened(space, list(draw.integers(len(space.entries), size=len(space.rows))), macs, draw)
+        )
+        if macs - slack * space.full_macs <= space.cost(genes) <= macs and genes not in found:
+            found.append(genes)
+            misses = 0
+    return found
