@@ -161,3 +161,13 @@ def test_denoising_helps_with_the_bundled_model_on_its_own_kind_of_picture(tmp_p
     Image.fromarray(np.tile(picture, (2, 1))).save(tmp_path / "digits.png")  # at least 11 pixels high, for SSIM
     found = looking.denoise(["digits"], [tmp_path / "digits.png"], tmp_path / "o", looking.Noise(level=0.2))
     assert found[0].psnr_db > found[0].noisy_psnr_db + 2  # tiles overlap, so that most see two halves of digits
+
+
+def test_a_changed_measurement_of_the_widths_is_made_again_without_training(dense, tmp_path):
+    recipe = tiny("slim.widths=1,0.5", "train.steps=2", "eval.features=pixels", "eval.images=24")
+    page = verbs.compress("slimmable", str(dense), "digits", tmp_path / "o", recipe)
+    log = (tmp_path / "o" / "log.jsonl").read_bytes()
+    assert verbs.compress("slimmable", str(dense), "digits", tmp_path / "o", recipe.edit(["eval.images=30"])) == page
+    record = json.loads((tmp_path / "o" / "quality.json").read_text())
+    assert record["about"]["n"] == 30 and list(record["plans"]) == ["reference", "plan", "w1.00"]
+    assert (tmp_path / "o" / "log.jsonl").read_bytes() == log
