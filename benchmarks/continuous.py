@@ -36,7 +36,7 @@ from rich.console import Console
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
 from halfstep.app import story, verbs
 from halfstep.app.figures import Curve
-from halfstep.app.measuring import judge_for
+from halfstep.app.measurement import judge_for
 from halfstep.app.page import Report, Table, rich_table, write_report
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch

@@ -19,7 +19,7 @@ import numpy as np
 from fashion import show_table
 from halfstep.app import verbs
 from halfstep.app.cli import RichWatch
-from halfstep.app.measuring import judge_for
+from halfstep.app.measurement import judge_for
 from halfstep.app.page import Table
 from halfstep.app.subject import open_subject
 from halfstep.core.plan import StepPlan

@@ -24,7 +24,7 @@ import torch
 
 from fashion import DATA, MODELS, file_name, loss_table, show_table
 from halfstep.app import story, verbs
-from halfstep.app.measuring import judge_for
+from halfstep.app.measurement import judge_for
 from halfstep.app.page import Grid, Report, Table, write_report
 from halfstep.app.subject import open_model, open_subject
 from halfstep.app.terminal import RichWatch

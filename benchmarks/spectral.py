@@ -23,7 +23,7 @@ from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
 from halfstep.app import story, verbs
-from halfstep.app.measuring import judge_for
+from halfstep.app.measurement import judge_for
 from halfstep.app.page import Grid, Report, Table, rich_table, write_report
 from halfstep.app.subject import open_model, open_subject
 from halfstep.app.terminal import RichWatch

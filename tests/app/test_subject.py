@@ -50,6 +50,14 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 HELD = ("stock", "model", "run", "aware", "aware run")
 
 
+def test_what_was_not_opened_is_refused_by_name_where_it_is_wanted(folders):
+    with pytest.raises(HalfstepError, match="--model: got no model"):
+        verbs.search("", "digits", folders["model"].parent / "out", tiny(), budget=0.5)
+    with pytest.raises(HalfstepError, match="--data: got no images"):
+        open_subject(folders["model"], None, tiny()).images  # noqa: B018 (it raises)
+    assert not (folders["model"].parent / "out").exists()
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_whatever_holds_a_net_opens_as_that_net(name, folders):
     subject = open_subject(folders[name], "digits", tiny())

@@ -22,8 +22,8 @@ from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from halfstep.app import looking, verbs
-from halfstep.app.measuring import judge_for, write_costs
+from halfstep.app import inspection, verbs
+from halfstep.app.measurement import judge_for, write_costs
 from halfstep.app.subject import open_subject
 from halfstep.core.errors import DivergedError, HalfstepError
 from halfstep.core.folder import open_run
@@ -263,7 +263,7 @@ def test_a_training_that_diverges_keeps_its_last_good_state_and_goes_on_from_it_
 SCRIPT = """
 import sys
 from pathlib import Path
-from halfstep.app import looking, verbs
+from halfstep.app import inspection, verbs
 from halfstep.core.errors import HalfstepError
 from halfstep.core.recipe import Recipe, RunRecord
 verbs.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[3:]), budget=0.5)
@@ -375,7 +375,7 @@ def test_compress_spectral_trains_a_student_that_the_search_mixes_with_its_teach
     found = verbs.search(str(tmp_path / "slim"), "digits", tmp_path / "mix", tiny(*edits), budget=0.6)
     assert found.plan.share <= 0.6
     slim = str(tmp_path / "slim")
-    looking.spectrum([slim, slim], "digits", tmp_path / "spectra", timesteps=(100,), images=16)
+    inspection.spectrum([slim, slim], "digits", tmp_path / "spectra", timesteps=(100,), images=16)
     drawn = json.loads((tmp_path / "spectra" / "spectrum.json").read_text())["timesteps"]["100"]
     assert list(drawn) == [f"{slim} full", f"{slim} spectral"]  # each net once
 
@@ -387,7 +387,7 @@ def test_a_reduction_that_no_student_reaches_is_refused_before_a_file_is_written
 
 
 def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path):
-    page = looking.spectrum([str(dense), "digits"], "digits", tmp_path / "s", timesteps=(20, 400), images=32)
+    page = inspection.spectrum([str(dense), "digits"], "digits", tmp_path / "s", timesteps=(20, 400), images=32)
     record = json.loads((tmp_path / "s" / "spectrum.json").read_text())["timesteps"]
     assert list(record) == ["20", "400"] and list(record["20"]) == [str(dense), "digits"]
     bundled = record["20"]["digits"]
@@ -403,7 +403,7 @@ def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path)
     assert len(pictures) == 2 and all(len(set(one.convert("L").tobytes())) > 20 for one in pictures)
     assert page.read_text().count("<img") == 2 and all(name in page.read_text() for name in ("digits", str(dense)))
     with pytest.raises(HalfstepError, match="--timestep"):
-        looking.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))
+        inspection.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))
 
 
 @pytest.mark.parametrize("verb", ["train", "spectral", "continuous", "slimmable, sample", "profile"])

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from halfstep.app import looking, verbs
-from halfstep.app.measuring import features
+from halfstep.app import inspection, verbs
+from halfstep.app.inspection import Noise
+from halfstep.app.measurement import features
 from halfstep.core import lock
 from halfstep.core.errors import HalfstepError, RunError
 from halfstep.core.folder import IGNORED, MEASURED, open_run
@@ -138,8 +139,8 @@ def calls(pipeline: Path, out: Path) -> dict:
         "train": lambda: verbs.train("digits", out, tiny()),
         "features": lambda: features("digits", out, tiny()),
         "sample": lambda: verbs.sample(str(pipeline), out, Recipe(), count=1),
-        "spectrum": lambda: looking.spectrum(["digits"], "digits", out, timesteps=(20,), images=4),
-        "denoise": lambda: looking.denoise(["digits"], [out / "a.png"], out, looking.Noise(level=0.1, there=True)),
+        "spectrum": lambda: inspection.spectrum(["digits"], "digits", out, timesteps=(20,), images=4),
+        "denoise": lambda: inspection.denoise(["digits"], [out / "a.png"], out, Noise(level=0.1, there=True)),
     }
 
 
@@ -213,21 +214,21 @@ def test_replaced_pictures_and_retrained_models_are_noticed_by_every_verb(pictur
     data = f"folder:{pictures}"
     dense = verbs.train(data, tmp_path / "dense", tiny())
     features(data, tmp_path / "features", tiny())
-    looking.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
+    inspection.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
     net = dense / "unet" / "diffusion_pytorch_model.safetensors"
     kept = net.read_bytes()
     verbs.train(data, tmp_path / "other", tiny().edit(["seed=1"]))
     shutil.copy(tmp_path / "other" / "pipeline" / "unet" / net.name, net)
     write_sums(dense)
     with pytest.raises(RunError, match="another model behind"):
-        looking.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
+        inspection.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
     net.write_bytes(kept)
     write_sums(dense)
     Image.new("L", (8, 8)).save(pictures / "0.png")
     for again in (
         lambda: verbs.train(data, tmp_path / "dense", tiny()),
         lambda: features(data, tmp_path / "features", tiny()),
-        lambda: looking.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4),
+        lambda: inspection.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4),
     ):
         with pytest.raises(RunError, match="another data behind"):
             again()
@@ -407,7 +408,7 @@ def test_a_picture_too_small_to_be_measured_is_refused_before_a_folder_is_made(t
     file = tmp_path / "small.png"
     Image.fromarray(np.full((8, 8), 90, np.uint8)).save(file)
     with pytest.raises(HalfstepError, match=r"at least 11 pixels.*--noisy"):
-        looking.denoise(["digits"], [file], tmp_path / "out", looking.Noise(level=0.1))
+        inspection.denoise(["digits"], [file], tmp_path / "out", Noise(level=0.1))
     assert not (tmp_path / "out").exists()
-    assert looking.denoise(["digits"], [file], tmp_path / "out", looking.Noise(level=0.1, there=True)) == []
+    assert inspection.denoise(["digits"], [file], tmp_path / "out", Noise(level=0.1, there=True)) == []
     assert (tmp_path / "out" / "report.html").is_file()

@@ -63,7 +63,6 @@ def test_price_is_the_sum_of_the_steps_and_json_round_trips(plan):
     assert plan.macs == plan.price.macs == total and plan.whole.macs == total + plan.fixed.macs
     assert plan.price.us == (None if None in times else sum(times))
     assert plan.whole.us == (None if None in (*times, plan.fixed.us) else sum(times) + plan.fixed.us)
-    assert plan.mean_macs == total / len(plan.rows)
     assert plan.share == pytest.approx(total / plan.uniform().macs)
     again = StepPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan and hash(again) == hash(plan) and again.digest == plan.digest

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from halfstep.app import looking, verbs
+from halfstep.app import inspection, verbs
 from halfstep.core.errors import DataError, ModelError, PlanError
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.data.classes import listed, numbers_of, read_classes, spread
@@ -259,7 +259,7 @@ def test_denoise_restores_as_the_class_asked_for_and_refuses_to_guess(tmp_path):
     clean = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 12, 12), dtype=np.uint8)).float() / 255
     Image.fromarray((clean[0] * 255).round().byte().numpy()).save(tmp_path / "x.png")
     call = partial(
-        looking.denoise, [str(tmp_path / "p")], [tmp_path / "x.png"], tmp_path / "out", looking.Noise(level=0.1)
+        inspection.denoise, [str(tmp_path / "p")], [tmp_path / "x.png"], tmp_path / "out", inspection.Noise(level=0.1)
     )
     with pytest.raises(PlanError, match="cat, dog, eel"):
         call()

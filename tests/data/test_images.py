@@ -24,7 +24,7 @@ from PIL import Image
 
 from halfstep.core.errors import DataError
 from halfstep.core.watch import SILENT, Watch
-from halfstep.data import images as data
+from halfstep.data import images as images_module
 from halfstep.data import sources
 from halfstep.data.images import Images, load_images
 
@@ -398,7 +398,7 @@ def test_subset_is_distinct_and_repeatable() -> None:
 def test_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class_folder(tmp_path / "pets")
     first = load_images(f"folder:{tmp_path / 'pets'}")
-    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(images_module, "_build", lambda *_: pytest.fail("decoded again"))
     again = load_images(f"folder:{tmp_path / 'pets'}")
     assert again.fingerprint == first.fingerprint and np.array_equal(again.pixels, first.pixels)
     assert isinstance(again.pixels, np.memmap)
@@ -439,10 +439,10 @@ def test_a_changed_byte_anywhere_in_the_record_is_noticed(cache: Path) -> None:
     content = file.read_bytes()
     for place in range(0, len(content), 3):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        found = data._open_cache(file.parent, "digits")
+        found = images_module._open_cache(file.parent, "digits")
         assert found is None or (found.left_out, found.sizes, found.classes) == ((), first.sizes, first.classes)
     file.write_text("[" * 10**5)
-    assert data._open_cache(file.parent, "digits") is None
+    assert images_module._open_cache(file.parent, "digits") is None
 
 
 def test_a_killed_decode_leaves_nothing_half(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,12 +454,12 @@ def test_a_killed_decode_leaves_nothing_half(cache: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return pixels(*given)
 
-    pixels = data.decode
-    monkeypatch.setattr(data, "decode", interrupted)
+    pixels = images_module.decode
+    monkeypatch.setattr(images_module, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_images("digits")
     assert not list(cache.iterdir())
-    monkeypatch.setattr(data, "decode", pixels)
+    monkeypatch.setattr(images_module, "decode", pixels)
     assert len(load_images("digits")) == 1500
 
 
@@ -477,16 +477,16 @@ def test_leftovers_of_a_kill_are_ignored_and_swept(cache: Path, tmp_path: Path) 
 
 
 def test_another_process_that_was_faster_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build, write = data._build, data._write
+    build, write = images_module._build, images_module._write
 
     def slow(*given: object) -> None:
         write(*given)
-        monkeypatch.setattr(data, "_write", write)
+        monkeypatch.setattr(images_module, "_write", write)
         build(*racing)
 
     racing = (sources.READERS["digits"]("", "test"), "digits", None, None, cache / "key", SILENT)
-    monkeypatch.setattr(data, "_write", slow)
-    assert len(data._build(*racing)) == 297
+    monkeypatch.setattr(images_module, "_write", slow)
+    assert len(images_module._build(*racing)) == 297
     assert [path.name for path in cache.iterdir()] == ["key"]
 
 
@@ -752,16 +752,16 @@ def test_without_a_home_directory_the_cache_is_a_temporary_folder(
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HALFSTEP_CACHE", "~/kept")
-    assert data.cache_root() == home / "kept"
+    assert images_module.cache_root() == home / "kept"
     monkeypatch.delenv("HALFSTEP_CACHE")
-    assert data.cache_root() == home / ".cache" / "halfstep"
+    assert images_module.cache_root() == home / ".cache" / "halfstep"
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # no account
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert data.cache_root().parent == tmp_path
+    assert images_module.cache_root().parent == tmp_path
     monkeypatch.setenv("HALFSTEP_CACHE", "~/kept")
     with pytest.raises(DataError, match="without ~"):
-        data.cache_root()
+        images_module.cache_root()
 
 
 def test_import_is_light() -> None:

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfstep.app import looking, verbs
+from halfstep.app import inspection, verbs
 from halfstep.core.errors import HalfstepError
 from halfstep.core.plan import Price
 from halfstep.core.sums import write_sums
@@ -201,12 +201,14 @@ def test_spectra_see_the_same_latents_of_the_same_images_for_every_model(dense, 
     shutil.copytree(dense, tmp_path / "copy")
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    page = looking.spectrum([str(dense), str(tmp_path / "copy")], "digits", tmp_path / "s", timesteps=[100], images=64)
+    page = inspection.spectrum(
+        [str(dense), str(tmp_path / "copy")], "digits", tmp_path / "s", timesteps=[100], images=64
+    )
     assert page.is_file() and torch.equal(torch.get_rng_state(), before)
     lines = json.loads((tmp_path / "s" / "spectrum.json").read_text())["timesteps"]["100"]
     assert list(lines) == [str(dense)]
     torch.manual_seed(6)
-    looking.spectrum([str(dense)], "digits", tmp_path / "t", timesteps=[100], images=64)
+    inspection.spectrum([str(dense)], "digits", tmp_path / "t", timesteps=[100], images=64)
     assert json.loads((tmp_path / "t" / "spectrum.json").read_text())["timesteps"]["100"] == lines
 
 

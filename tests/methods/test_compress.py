@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from halfstep.app import looking, verbs
+from halfstep.app import inspection, verbs
 from halfstep.core.errors import HalfstepError
 from halfstep.data.images import load_images
 from halfstep.engine.sampling import StepAwarePipeline
@@ -125,7 +125,7 @@ def photo(tmp_path_factory) -> Path:
 
 
 def test_every_entry_denoises_a_photo_beside_the_classical_methods(ode, photo, tmp_path):
-    found = looking.denoise([str(ode)], [photo], tmp_path / "o", looking.Noise(level=0.1), steps=(1, 2))
+    found = inspection.denoise([str(ode)], [photo], tmp_path / "o", inspection.Noise(level=0.1), steps=(1, 2))
     names = [record.name for record in found]
     assert names[:3] == ["full, 1 step", "full, 2 steps", "continuous@1, 1 step"] and "wavelet" in names
     assert [record.steps for record in found[:2]] == [1, 2]
@@ -138,7 +138,7 @@ def test_every_entry_denoises_a_photo_beside_the_classical_methods(ode, photo, t
 
 
 def test_a_picture_that_is_noisy_already_is_only_restored(dense, photo, tmp_path):
-    assert looking.denoise([str(dense)], [photo], tmp_path / "o", looking.Noise(level=0.1, there=True)) == []
+    assert inspection.denoise([str(dense)], [photo], tmp_path / "o", inspection.Noise(level=0.1, there=True)) == []
     assert [file.name for file in (tmp_path / "o" / "china").iterdir()] == ["full-1-step.png"]
     assert "china: full, 1 step" in (tmp_path / "o" / "report.html").read_text()
 
@@ -146,12 +146,12 @@ def test_a_picture_that_is_noisy_already_is_only_restored(dense, photo, tmp_path
 @pytest.mark.parametrize("noise, name", [(0.0, "china.png"), (5000.0, "china.png"), (0.1, "absent.png")])
 def test_impossible_noise_and_unreadable_pictures_are_refused(noise, name, dense, photo, tmp_path):
     with pytest.raises(HalfstepError):
-        looking.denoise([str(dense)], [photo.parent / name], tmp_path / "o", looking.Noise(level=noise))
+        inspection.denoise([str(dense)], [photo.parent / name], tmp_path / "o", inspection.Noise(level=noise))
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(HalfstepError, match="two pictures 'china'"):
-        looking.denoise([str(dense)], [photo, photo], tmp_path / "o", looking.Noise(level=0.1))
+        inspection.denoise([str(dense)], [photo, photo], tmp_path / "o", inspection.Noise(level=0.1))
     with pytest.raises(HalfstepError, match="cannot be read"):
-        looking.denoise([str(dense)], [tmp_path / "no.png"], tmp_path / "o", looking.Noise(level=0.1))
+        inspection.denoise([str(dense)], [tmp_path / "no.png"], tmp_path / "o", inspection.Noise(level=0.1))
 
 
 def test_denoising_helps_with_the_bundled_model_on_its_own_kind_of_picture(tmp_path):
@@ -159,7 +159,7 @@ def test_denoising_helps_with_the_bundled_model_on_its_own_kind_of_picture(tmp_p
 
     picture = np.concatenate(list(load_digits().images[:6] * (255 / 16)), axis=1).astype(np.uint8)
     Image.fromarray(np.tile(picture, (2, 1))).save(tmp_path / "digits.png")  # at least 11 pixels high, for SSIM
-    found = looking.denoise(["digits"], [tmp_path / "digits.png"], tmp_path / "o", looking.Noise(level=0.2))
+    found = inspection.denoise(["digits"], [tmp_path / "digits.png"], tmp_path / "o", inspection.Noise(level=0.2))
     assert found[0].psnr_db > found[0].noisy_psnr_db + 2  # tiles overlap, so that most see two halves of digits
 
 

@@ -1,4 +1,4 @@
-"""The command line: a thin face over `run`. Errors of the user are one line and exit code 2."""
+"""The command line: a thin face over the verbs. Errors of the user are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -363,10 +363,10 @@ def spectrum(
 
     Example: `halfstep spectrum --model runs/dense --model runs/small --data folder:photos --out runs/spectrum`
     """
-    from halfstep.app import looking
+    from halfstep.app import inspection
 
     asked = timesteps or (20, 100, 300, 600)
-    page = looking.spectrum(models, data, out, timesteps=asked, images=images, watch=RichWatch())
+    page = inspection.spectrum(models, data, out, timesteps=asked, images=images, watch=RichWatch())
     line(f"report: {page}")
 
 
@@ -391,15 +391,15 @@ def denoise(
 
     Example: `halfstep denoise --model runs/ode --noise 0.1 --image photo.png --steps 1 --steps 5 --out runs/denoised`
     """
-    from halfstep.app import looking
+    from halfstep.app import inspection
     from halfstep.app.page import rich_table
     from halfstep.app.story import restored_table
 
-    found = looking.denoise(
+    found = inspection.denoise(
         models,
         images,
         out,
-        looking.Noise(level=noise, there=noisy, seed=common.seed or 0),
+        inspection.Noise(level=noise, there=noisy, seed=common.seed or 0),
         steps=steps or (1,),
         classes=classes or (),
         watch=RichWatch(),
@@ -446,9 +446,9 @@ def features(data: Data, out: Out, common: Common) -> None:
 
     Example: `halfstep features --data folder:photos --out runs/features --set eval.feature_steps=3000`
     """
-    from halfstep.app import measuring as measured
+    from halfstep.app import measurement
 
-    line(f"features: {measured.features(data, out, common.recipe_for(data), watch=RichWatch())}")
+    line(f"features: {measurement.features(data, out, common.recipe_for(data), watch=RichWatch())}")
 
 
 @app.command("recipe")

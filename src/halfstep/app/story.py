@@ -326,11 +326,11 @@ def _correction_curves(plan: StepPlan) -> list[Curve]:
 
 
 def tell(out: Path) -> Path:
-    """Write report.html and samples.png of a finished `halfstep optimize` from what lies in its folder.
+    """Write report.html and samples.png of a finished run that was measured, from what lies in its folder.
 
     Returns the report's path. Raises RunError when a file of the run is missing.
     """
-    out, again = Path(out), "finish the run with halfstep optimize"
+    out, again = Path(out), "repeat the command that began the run, which finishes it"
     record = read_comparison(out / "quality.json", again)
     run = RunRecord.load(out)
     costs = read_costs(out / "cost.json", again)

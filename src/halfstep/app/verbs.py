@@ -1,7 +1,8 @@
 """The verbs as functions: train, compress, optimize, search, shrink, sample, evaluate, profile, report.
 
 Each takes plain values, writes a run folder and can be called again to resume. What is going on is told to a `Watch`.
-All of them take the same models and data (see `opening`). `denoise` and `spectrum` stand in files of their own.
+All of them take the same models and data (see `open_subject`). `denoise` and `spectrum` stand in `inspection.py`,
+`features` in `measurement.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, LDMPipeline
 
-from halfstep.app.measuring import is_measured, judge_for, require_measurable, write_and_tell, write_costs
+from halfstep.app.measurement import is_measured, judge_for, require_measurable, write_and_tell, write_costs
 from halfstep.app.story import tell
 from halfstep.app.subject import open_model, open_subject
 from halfstep.core import disk
@@ -47,7 +48,7 @@ from halfstep.search.controls import controls_of
 from halfstep.search.corrections import corrected_plans, shrink_plan
 from halfstep.search.driver import Found, require_goal, search_steps
 from halfstep.search.scores import ScoreBook, counted, open_scores
-from halfstep.training.job import Draft, trained
+from halfstep.training.draft import Draft, trained
 from halfstep.training.loop import preview_of, run_loop
 from halfstep.training.train import Diffusion, TrainState, dense_objective
 
@@ -257,7 +258,6 @@ def optimize(
     if is_measured(out):
         return tell(out)
     begun = time.time()
-    watch.say("1 profile the dense model")
     bank = trained(draft, subject, recipe, out / "supernet", watch).bank
     judge = judge_for(bank, subject, out, watch)
     write_costs(bank, out)

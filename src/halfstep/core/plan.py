@@ -230,11 +230,6 @@ class StepPlan:
         return self.price.macs
 
     @property
-    def mean_macs(self) -> float:
-        """MACs per image and row."""
-        return self.macs / len(self.rows)
-
-    @property
     def share(self) -> float:
         """MACs as a share of the same plan with the reference in every row, unguided."""
         return self.macs / (self.prices[self.reference].macs * len(self.rows))
@@ -328,7 +323,7 @@ class StepPlan:
         }
 
     def to_content(self) -> dict[str, Any]:
-        """What it is among a run's inputs (`contents_of`): format 1's record, so that runs begun under it resume; a
+        """What it is among a run's inputs (`Subject.content`): format 1's record, so that runs begun under it resume; a
         guided plan, which that format cannot tell, is as `to_json` has it."""
         return self.to_json() if any(self.guides) else _Format1.of(self)
 

@@ -82,7 +82,7 @@ class Images:
 
         Nothing is drawn: `generator` is for what stands in their place (`Latents`).
         """
-        pixels = torch.from_numpy(np.array(self.pixels[_plain(index)]))
+        pixels = torch.from_numpy(np.array(self.pixels[plain(index)]))
         if flip is not None:
             if flip.shape != pixels.shape[:1]:
                 raise ValueError(f"flip has shape {tuple(flip.shape)}, the batch has {len(pixels)} images")
@@ -91,7 +91,7 @@ class Images:
 
     def batch_labels(self, index: torch.Tensor | np.ndarray | slice) -> torch.Tensor | None:
         """int64 [B], or None when the source has no labels."""
-        return None if self.labels is None else torch.from_numpy(np.array(self.labels[_plain(index)]))
+        return None if self.labels is None else torch.from_numpy(np.array(self.labels[plain(index)]))
 
     def subset(self, n: int, seed: int = 0) -> Images:
         """`n` distinct images, chosen by `seed` alone; a larger n holds the smaller one. Raises: DataError."""
@@ -160,7 +160,8 @@ def cache_root() -> Path:
 # ---- what every scheme shares --------------------------------------------------------------------------------------
 
 
-def _plain(index: torch.Tensor | np.ndarray | slice) -> np.ndarray | slice:
+def plain(index: torch.Tensor | np.ndarray | slice) -> np.ndarray | slice:
+    """An index as numpy takes it."""
     return index.detach().cpu().numpy() if isinstance(index, torch.Tensor) else index
 
 

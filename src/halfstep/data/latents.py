@@ -18,7 +18,7 @@ import torch
 from halfstep.core.errors import DataError, ModelError
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import open_array, open_cached, write_cached
-from halfstep.data.images import Images, cache_root
+from halfstep.data.images import Images, cache_root, plain
 
 
 def factor(vae: Any) -> int:
@@ -94,14 +94,12 @@ class Latents:
         """
         if flip is not None:
             raise DataError(got="flips", expected="none on latents", where=self.name, do="set data.flip=false")
-        chosen = index.cpu().numpy() if isinstance(index, torch.Tensor) else index
-        mean, std = torch.from_numpy(np.array(self.moments[chosen])).float().unbind(1)
+        mean, std = torch.from_numpy(np.array(self.moments[plain(index)])).float().unbind(1)
         return (mean + std * torch.randn(std.shape, generator=generator) - self.shift) * self.scaling
 
     def batch_labels(self, index: torch.Tensor | np.ndarray | slice) -> torch.Tensor | None:
         """int64 [B], or None when the images have no labels."""
-        chosen = index.cpu().numpy() if isinstance(index, torch.Tensor) else index
-        return None if self.labels is None else torch.from_numpy(np.array(self.labels[chosen]))
+        return None if self.labels is None else torch.from_numpy(np.array(self.labels[plain(index)]))
 
 
 def encode_images(vae: Any, images: Images, *, batch: int = 64, watch: Watch = SILENT) -> Latents:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from halfstep.core.errors import DataError, ModelError
 from halfstep.core.plan import StepPlan
 from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe
@@ -50,13 +51,16 @@ class Subject:
 
     @property
     def stand_ins(self) -> Bank:
-        """The bank, for verbs that cannot do without a model."""
-        assert self.bank is not None, "opened with a model"
+        """The bank, for verbs that cannot do without a model. Raises ModelError where there is none."""
+        if self.bank is None:
+            raise ModelError(got="no model", expected="one", where="--model", do="name one, or `digits`")
         return self.bank
 
     @property
     def images(self) -> Images:
-        assert self.fitted is not None, "opened with images"
+        """The images that fit the model. Raises DataError where there are none."""
+        if self.fitted is None:
+            raise DataError(got="no images", expected="some", where="--data", do="name them, e.g. folder:DIR")
         return self.fitted.images
 
     def encoded(self, watch: Watch = SILENT) -> Images | Latents:

@@ -30,7 +30,7 @@ from halfstep.engine.subject import Subject
 from halfstep.nets.continuous import ContinuousUNet2DModel, require_steps, with_solver
 from halfstep.nets.denoiser import Draw, Memo, Predict, predictor, require_config
 from halfstep.nets.fresh import new_classes
-from halfstep.training.job import Draft, teacher_of
+from halfstep.training.draft import Draft, teacher_of
 from halfstep.training.train import Diffusion, Objective, TrainState
 
 

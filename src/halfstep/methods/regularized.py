@@ -48,7 +48,7 @@ from halfstep.engine.subject import Subject
 from halfstep.nets.denoiser import Draw, Memo, clean_and_noise, copy_of, predictor, soft
 from halfstep.nets.fresh import new_model
 from halfstep.nets.wavelet import haar
-from halfstep.training.job import Draft
+from halfstep.training.draft import Draft
 from halfstep.training.train import Diffusion, Objective, TrainState
 
 Rule = Literal["posterior", "beta", "beta_over_alpha"]

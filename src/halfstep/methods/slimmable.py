@@ -5,13 +5,13 @@ sandwich rule come from arXiv 1812.08928 and 1903.05134.
 
 Implemented: the supernet (leading slices of every layer, group count held for all widths, time MLP slimmed too) and
 its training (widest + narrowest + random widths between, losses summed, own timesteps and noise each). The search for a
-width per step is in `driver.py`, since it does not care what its entries are.
+width per step is in `search/driver.py`, since it does not care what its entries are.
 
 What differs, and why:
 - Layers are not rewritten. A width is a plain, narrower model of the same class whose parameters are slices of the full
-  one's (`architectures.slices_for`), run by `torch.func.functional_call`: gradients reach the shared weights, stock
+  one's (`nets/architectures.py`), run by `torch.func.functional_call`: gradients reach the shared weights, stock
   diffusers loads what comes out, and a narrow step costs what a narrow model costs. Any `UNet2DModel`
-  config works; `architectures.py` says which other classes have widths.
+  config works; the same file says which other classes have widths.
 - Inputs that are concatenations are sliced segment by segment (`concat="aligned"`): the slim net's skip half uses the
   weights that the full net uses for its skip. The released code takes the leading columns of the whole concatenation,
   which the full net uses for the hidden half; `concat="leading"` does that.
@@ -40,7 +40,7 @@ from halfstep.nets.architectures import architecture_of, narrowed, require, skel
 from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.slices import Slices, cut_all
-from halfstep.training.job import Draft, teacher_of
+from halfstep.training.draft import Draft, teacher_of
 from halfstep.training.train import Diffusion, Objective, TrainState
 
 Through = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]

@@ -38,7 +38,7 @@ from halfstep.engine.subject import Subject
 from halfstep.nets.architectures import Parts, architecture_of, require
 from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, keep_mask, mask_all
-from halfstep.training.job import Draft, teacher_of
+from halfstep.training.draft import Draft, teacher_of
 from halfstep.training.train import Diffusion, Objective, TrainState
 
 STAGES = {"s31": ("31:32", "15:16", "7:8", "3:4", "2:4"), "s7": ("7:8", "6:8", "5:8", "4:8", "2:4")}

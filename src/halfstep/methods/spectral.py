@@ -1,7 +1,7 @@
 """Spectral Diffusion: a slim student of a U-Net, distilled with errors weighted by the spectrum of the clean image.
 
-Paper: Diffusion Probabilistic Model Made Slim, Yang et al., CVPR 2023, arXiv 2211.17106. Its net is in `wavelet.py`,
-its analysis of the optimal linear denoiser in `spectrum.py`.
+Paper: Diffusion Probabilistic Model Made Slim, Yang et al., CVPR 2023, arXiv 2211.17106. Its net is in
+`nets/wavelet.py`, its analysis of the optimal linear denoiser in `measure/spectrum.py`.
 
 Implemented: the distillation loss: noise + 0.1 spatial + 0.1 frequency, where an error at frequency f weighs
 |clean spectrum at f|^alpha with alpha = -1.
@@ -27,7 +27,7 @@ from halfstep.engine.profiling import count_macs
 from halfstep.engine.subject import Subject
 from halfstep.nets.architectures import architecture_of, require
 from halfstep.nets.denoiser import Draw, Memo, cond_of, predictor
-from halfstep.training.job import Draft, teacher_of
+from halfstep.training.draft import Draft, teacher_of
 from halfstep.training.train import Diffusion, Objective, TrainState
 
 
@@ -98,7 +98,8 @@ class Levels:
     """Collects, inside a `with`, what the compared modules of a model put out, in the order in which they run."""
 
     def __init__(self, model: Any):
-        self.model, self.seen = model, []  # type: ignore[var-annotated]
+        self.model = model
+        self.seen: list[torch.Tensor] = []
 
     def __enter__(self) -> Levels:
         keep = lambda _module, _given, out: self.seen.append(out)  # noqa: E731

@@ -90,7 +90,8 @@ def corrected(
 ) -> torch.Tensor:
     """scale * soft(prediction, threshold), for a prediction of the noise; (1, 0) changes nothing.
 
-    A threshold is what an l1 penalty of r = 2 * threshold trains a perfect denoiser to put out (see `regularized.py`).
+    A threshold is what an l1 penalty of r = 2 * threshold trains a perfect denoiser to put out (see
+    `methods/regularized.py`).
     """
     return scale * soft(prediction, threshold)
 

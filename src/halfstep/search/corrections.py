@@ -1,7 +1,7 @@
 """Training-free corrections of few-step sampling: scale and soft-threshold the predicted noise, row by row.
 
 Coarse samplers leave images under-dispersed or over-sharp; shrinking the prediction offsets it, which is most of what
-an l1-regularised training gains (see `regularized.py` and docs/methods/regularized.md). It costs nothing at sampling.
+an l1-regularised training gains (see `methods/regularized.py` and its page in docs). It costs nothing at sampling.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ def corrected_plans(
 
     First one scale for all rows, then one threshold, each by a walk along its grid; from the better of them, every
     stretch in turn tries its neighbours on both grids, `spec.rounds` times. Every measurement is kept in
-    `book`, and known when resumed. A net that predicts v or the clean sample is corrected in its noise
-    too.
+    `book`, and known when resumed. A net that predicts v or the clean sample is corrected in its noise too.
     """
     parts = min(spec.parts, len(plan.rows))
     scales, thresholds = sorted({1.0, *spec.scales}), sorted({0.0, *spec.thresholds})

@@ -20,8 +20,7 @@ from halfstep.data.latents import Latents
 from halfstep.data.pictures import picture_grid, to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import reference_plan, sample_images
-from halfstep.training.train import Logged, Objective, TrainRecord, TrainState, stamp
-from halfstep.training.train import train as train_loop
+from halfstep.training.train import Logged, Objective, TrainRecord, TrainState, stamp, train
 
 
 def run_loop(
@@ -56,7 +55,7 @@ def run_loop(
     def draw() -> None:
         disk.write_png(out / "samples.png", picture_grid(to_uint8(preview(state.average()))))
 
-    records = train_loop(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
+    records = train(state, images, spec, objective, accelerator, seed=recipe.seed, flip=recipe.data.flip)
     with watch.stage(f"train {tag}", spec.steps) as told:
         told(state.step, "")
         if main and _grid_due(state.step, spec):  # a kill between the state and its grid left an older one
