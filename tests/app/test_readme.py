@@ -1,13 +1,16 @@
-"""The README against the code: its commands parse, its Python runs, its files and modules exist."""
+"""The README and the help against the code: their commands parse, the Python runs, files and modules exist."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import DDPMScheduler, UNet2DModel
+from typer.main import get_command
 
 from halfstep.app.cli import app
 from halfstep.core.recipe import SampleSpec
@@ -28,18 +31,37 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("halfstep ")]
 
 
+def helps(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Every verb of the command line, and what its help says."""
+    for name, verb in group.commands.items():
+        if hasattr(verb, "commands"):  # compress METHOD
+            yield from helps(verb, (*path, name))
+        else:
+            yield " ".join((*path, name)), verb.help
+
+
+def require_parses(command: str) -> None:
+    verb, words = get_command(app), shlex.split(command)[1:]
+    while hasattr(verb, "commands"):
+        name, *words = words
+        verb = verb.commands[name]
+    assert verb.make_context(name, words).params  # raises for what the verb does not take; runs nothing
+
+
+HELPS = dict(helps(get_command(app)))
+
+
 @pytest.mark.parametrize("command", commands())
 def test_every_halfstep_command_parses(command):
-    from typer.main import get_command
+    require_parses(command)
 
-    name, *rest = shlex.split(command)[1:]
-    group = get_command(app)
-    verb = group.commands[name]
-    if hasattr(verb, "commands"):  # compress METHOD
-        name, *rest = rest
-        verb = verb.commands[name]
-    context = verb.make_context(name, rest, resilient_parsing=False)
-    assert context.params
+
+@pytest.mark.parametrize("verb", HELPS)
+def test_every_verb_has_an_example_of_itself_that_parses(verb):
+    examples = re.findall(r"`(halfstep [^`]*)`", HELPS[verb].partition("Example: ")[2])
+    assert examples and all(example.startswith(f"halfstep {verb} ") for example in examples)
+    for example in examples:
+        require_parses(example)
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):

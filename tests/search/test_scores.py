@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import shutil
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from halfstep.core.errors import RunError
 from halfstep.core.plan import NONE, Correction, Guide, StepPlan
@@ -125,6 +128,29 @@ def test_a_score_hangs_on_rows_sampler_weights_images_and_seed_and_on_nothing_el
     assert measures(PLANS[1], bank=bank_of(0, 2)) and measures(PLANS[1], bank=bank_of(2, 1))
     open_scores(judge, tmp_path).on(8, 3)(PLAN, "fit")
     assert not measures(PLAN, bank=bank_of(0, 5))  # it names the first net only
+
+
+def test_a_bank_that_was_saved_and_moved_has_the_scores_of_before(tmp_path):
+    open_scores(Told(), tmp_path / "run").on(8, 3)(PLANS[1], "fit")
+    BANK.save_pretrained(tmp_path / "here")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    moved = Told(Bank.from_pretrained(tmp_path / "there"))
+    open_scores(moved, tmp_path / "run").on(8, 3)(PLANS[1], "again")
+    assert not moved.asked
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_the_smallest_change_of_any_weight_is_measured_again(tmp_path_factory, data):
+    run, bank = tmp_path_factory.mktemp("run"), bank_of(0, 1)
+    open_scores(Told(), run).on(8, 3)(PLANS[1], "fit")
+    weights = bank[data.draw(st.sampled_from(sorted(bank)))].state_dict()
+    weight = weights[data.draw(st.sampled_from(sorted(weights)))].view(-1)
+    place = data.draw(st.integers(0, weight.numel() - 1))
+    weight[place] = torch.nextafter(weight[place], torch.tensor(9.0))
+    judge = Told(bank)
+    open_scores(judge, run).on(8, 3)(PLANS[1], "again")
+    assert len(judge.asked) == 1
 
 
 def test_a_score_is_told_with_all_that_a_reader_wants_to_know_of_it(tmp_path):
