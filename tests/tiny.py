@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from diffusers import UNet2DModel
 
@@ -77,8 +76,3 @@ def pink(count: int = 8, size: int = 32) -> torch.Tensor:
     spectrum = torch.fft.fft2(torch.randn(count, 1, size, size, generator=generator)) / radius
     images = torch.fft.ifft2(spectrum).real
     return images / images.std()
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray:
-    """Pictures of noise, in bytes."""
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

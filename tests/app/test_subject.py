@@ -75,9 +75,7 @@ def test_one_net_is_one_content_whatever_folder_it_lies_in(folders):
     assert open_subject(folders["aware"], "digits", tiny()).content["model_content"] not in contents
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("run", "aware") else [pytest.mark.slow]) for n in HELD]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "aware" else [pytest.mark.slow]) for n in HELD])
 def test_every_verb_takes_every_form(name, folders, tmp_path):
     model = str(folders[name])
     assert verbs.sample(model, tmp_path / "pictures", tiny(), count=2).is_file()

@@ -12,31 +12,21 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from halfstep.app import inspection, verbs
-from halfstep.app.inspection import Noise
-from halfstep.app.measurement import features
+from folders import home_in, listing, tiny
 from halfstep.core import lock
 from halfstep.core.errors import HalfstepError, RunError
 from halfstep.core.folder import IGNORED, MEASURED, open_run
-from halfstep.core.recipe import Recipe, RunRecord, SampleSpec, field_names
-from halfstep.core.sums import write_sums
-from halfstep.data.sources import _names
-from halfstep.engine.bank import Bank
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan
-from halfstep.nets.content import digest_tensors, fingerprint
-from halfstep.nets.models import load_denoiser
-from tiny import recipes
+from halfstep.core.recipe import RunRecord, field_names
 
 INPUTS = {"verb": "train", "model": "m", "data": "d"}
-tiny = recipes("""
-model.channels=4,4 model.groups=2 model.head_dim=2 data.size=8 data.channels=1 train.steps=2 train.batch=4
-train.warmup=0 train.sample_every=0 eval.feature_steps=2
-""")
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    return home_in(tmp_path)
 
 
 def test_every_name_that_may_change_between_two_calls_is_a_field():
@@ -87,70 +77,7 @@ def test_the_second_of_two_processes_waits_until_the_first_has_opened_the_folder
     assert told == ["said pictures opened", "opened"]
 
 
-def listing(root: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
-
-
-@pytest.fixture
-def mine(tmp_path: Path) -> Path:
-    """A folder of somebody else's, with names that look like left-overs of ours."""
-    folder = tmp_path / "home"
-    (folder / "deep").mkdir(parents=True)
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    names = (
-        "letter.txt",
-        f".notes.{dead.pid}.tmp",
-        f"deep/.x.{dead.pid}.old",
-        f".y.{dead.pid}.halfstep-tmp",
-        "000000.png",
-    )
-    for name in names:
-        (folder / name).write_text("mine")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Path:
-    """A step-aware pipeline of one entry, two steps."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    net, noise = load_denoiser("digits")
-    bank = Bank({"full": net}, "full", noise["prediction_type"])
-    plan = reference_plan(bank, noise, SampleSpec(steps=2), {"full": 1})
-    StepAwarePipeline(bank, plan).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for k in range(6):
-        pixels = np.random.default_rng(k).integers(0, 255, (8, 8), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{k}.png")
-    return folder
-
-
 # ---- whose folder it is --------------------------------------------------------------------------------------------
-
-
-def calls(pipeline: Path, out: Path) -> dict:
-    return {
-        "train": lambda: verbs.train("digits", out, tiny()),
-        "features": lambda: features("digits", out, tiny()),
-        "sample": lambda: verbs.sample(str(pipeline), out, Recipe(), count=1),
-        "spectrum": lambda: inspection.spectrum(["digits"], "digits", out, timesteps=(20,), images=4),
-        "denoise": lambda: inspection.denoise(["digits"], [out / "a.png"], out, Noise(level=0.1, there=True)),
-    }
-
-
-@pytest.mark.parametrize("verb", ["train", "features", "sample", "spectrum", "denoise"])
-def test_a_folder_of_somebody_else_is_refused_untouched(pipeline: Path, mine: Path, verb: str):
-    Image.new("L", (8, 8)).save(mine / "a.png")
-    before, times = listing(mine), mine.stat().st_mtime_ns
-    with pytest.raises(HalfstepError, match="a folder with other files"):
-        calls(pipeline, mine)[verb]()
-    assert (listing(mine), mine.stat().st_mtime_ns) == (before, times)
 
 
 @pytest.mark.parametrize(
@@ -173,16 +100,6 @@ def test_only_our_own_left_overs_are_cleared_and_only_in_our_own_run(mine: Path,
     open_run(out, tiny(), INPUTS, {})
     gone = set(listing(mine)) - set(listing(out))
     assert len(gone) == 1 and gone.pop().endswith(".halfstep-tmp")
-
-
-def test_images_are_drawn_again_for_the_same_request_and_refused_for_another(pipeline: Path, tmp_path: Path):
-    grid = verbs.sample(str(pipeline), tmp_path / "a", Recipe(), count=2)
-    first = (tmp_path / "a" / "000001.png").read_bytes()
-    grid.unlink()
-    assert verbs.sample(str(pipeline), tmp_path / "a", Recipe().edit(["sample.batch=1"]), count=2).is_file()
-    with pytest.raises(RunError, match="seed differ"):
-        verbs.sample(str(pipeline), tmp_path / "a", Recipe().edit(["seed=1"]), count=2)
-    assert (tmp_path / "a" / "000001.png").read_bytes() == first
 
 
 # ---- what lay behind the names -------------------------------------------------------------------------------------
@@ -208,72 +125,6 @@ def test_a_run_of_before_is_believed_with_a_word_and_knows_its_content_from_then
     assert RunRecord.load(out).inputs["model_content"] == "a"
     with pytest.raises(RunError, match="another model"):
         open_run(out, tiny(), INPUTS, {"model_content": "b"})
-
-
-def test_replaced_pictures_and_retrained_models_are_noticed_by_every_verb(pictures: Path, tmp_path: Path):
-    data = f"folder:{pictures}"
-    dense = verbs.train(data, tmp_path / "dense", tiny())
-    features(data, tmp_path / "features", tiny())
-    inspection.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
-    net = dense / "unet" / "diffusion_pytorch_model.safetensors"
-    kept = net.read_bytes()
-    verbs.train(data, tmp_path / "other", tiny().edit(["seed=1"]))
-    shutil.copy(tmp_path / "other" / "pipeline" / "unet" / net.name, net)
-    write_sums(dense)
-    with pytest.raises(RunError, match="another model behind"):
-        inspection.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4)
-    net.write_bytes(kept)
-    write_sums(dense)
-    Image.new("L", (8, 8)).save(pictures / "0.png")
-    for again in (
-        lambda: verbs.train(data, tmp_path / "dense", tiny()),
-        lambda: features(data, tmp_path / "features", tiny()),
-        lambda: inspection.spectrum([str(dense)], data, tmp_path / "spectrum", timesteps=(20,), images=4),
-    ):
-        with pytest.raises(RunError, match="another data behind"):
-            again()
-
-
-def test_a_run_inside_of_its_own_pictures_is_no_data_and_can_be_repeated(pictures: Path):
-    data, out = f"folder:{pictures}", pictures / "run"
-    first = verbs.train(data, out, tiny())
-    before = RunRecord.load(out)
-    assert verbs.train(data, out, tiny()) == first and RunRecord.load(out) == before
-    (pictures / "pizza").mkdir()
-    (pictures / "pizza" / "recipe.json").write_text('{"oven": 200}')  # somebody's own
-    Image.new("L", (8, 8)).save(pictures / "pizza" / "a.png")
-    assert any("pizza" in str(name) for name in _names(pictures)) and not any("run" in str(n) for n in _names(pictures))
-
-
-def test_a_feature_network_of_before_is_used_for_its_own_data_alone(pictures: Path, tmp_path: Path):
-    out = features(f"folder:{pictures}", tmp_path / "f", tiny())
-    (out / "recipe.json").unlink()
-    assert features(f"folder:{pictures}", out, tiny()) == out
-    with pytest.raises(RunError, match="the feature network of other data"):
-        features("digits", out, tiny())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_a_digest_changes_with_every_bit_name_shape_and_type(dtype: torch.dtype):
-    one = {"a": torch.ones(2, 3).to(dtype), "b": torch.ones(()).to(dtype)}
-    others = [
-        {"a": one["a"].clone(), "b": torch.zeros(()).to(dtype)},
-        {"a": one["a"].reshape(3, 2), "b": one["b"]},
-        {"c": one["a"], "b": one["b"]},
-        {"a": one["a"]},
-        {"a": one["a"].to(torch.float16), "b": one["b"]},
-    ]
-    digests = {digest_tensors(tensors) for tensors in [one, *others]}
-    assert len(digests) == 6 and digest_tensors(dict(reversed(one.items()))) in digests
-    assert digest_tensors(one, "step 1") not in digests
-
-
-def test_a_fingerprint_is_of_weights_and_config_alone():
-    net = torch.nn.Linear(2, 2)
-    twin = torch.nn.Linear(2, 2)
-    twin.load_state_dict(net.state_dict())
-    assert fingerprint(net, {"b": 1, "a": (2,)}) == fingerprint(twin, {"a": [2], "b": 1, "_diffusers_version": "9"})
-    assert fingerprint(net) != fingerprint(torch.nn.Linear(2, 2)) and fingerprint(None, net) != fingerprint(net)
 
 
 # ---- what was asked for --------------------------------------------------------------------------------------------
@@ -402,13 +253,3 @@ def test_a_home_of_hidden_files_is_no_empty_folder_and_what_systems_leave_is(tmp
         open_run(home, None, {"verb": "sample"}, {})
     assert sorted(p.name for p in home.iterdir()) == [".bashrc", ".ssh"]
     assert open_run(empty, None, {"verb": "sample"}, {}) == empty
-
-
-def test_a_picture_too_small_to_be_measured_is_refused_before_a_folder_is_made(tmp_path: Path):
-    file = tmp_path / "small.png"
-    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(file)
-    with pytest.raises(HalfstepError, match=r"at least 11 pixels.*--noisy"):
-        inspection.denoise(["digits"], [file], tmp_path / "out", Noise(level=0.1))
-    assert not (tmp_path / "out").exists()
-    assert inspection.denoise(["digits"], [file], tmp_path / "out", Noise(level=0.1, there=True)) == []
-    assert (tmp_path / "out" / "report.html").is_file()

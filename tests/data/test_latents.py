@@ -189,7 +189,7 @@ def test_optimize_goes_all_the_way_on_latents_and_its_pipeline_decodes(dense, tm
     assert torch.allclose(images, (decode(pipe.bank.vae, latents).clamp(-1, 1) + 1) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["sparse", "spectral"])
+@pytest.mark.parametrize("method", [pytest.param("sparse", marks=pytest.mark.slow), "spectral"])
 def test_every_method_works_on_latents(dense, tmp_path, method):
     edits = ["sparse.least=1"] if method == "sparse" else []
     bank = verbs.make(method, str(dense), "digits", tmp_path / "o", tiny(*edits)).bank

@@ -6,46 +6,30 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
+from banks import FORMATS, WEIGHTS, edit_link, edit_record, in_format, net, slim_bank, weights_of
 from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.recipe import SparseSpec
 from halfstep.core.sums import require_whole
 from halfstep.engine import entry as entry_module
 from halfstep.engine.bank import Bank
-from halfstep.engine.entry import EAGER, Cut, Entry, Own, Runtime, Twin
+from halfstep.engine.entry import Cut, Entry, Own, Twin
 from halfstep.engine.layouts import fastest_layouts
 from halfstep.engine.sampling import StepAwarePipeline
-from halfstep.methods.slimmable import Supernet, width_name
+from halfstep.methods.slimmable import Supernet
 from halfstep.methods.sparse import sparsify
 from halfstep.nets.continuous import ContinuousUNet2DModel, with_solver
 from halfstep.nets.denoiser import copy_of
 from halfstep.nets.masks import Masking, Pattern, mask_all
-from halfstep.nets.models import load_denoiser
 from halfstep.nets.slices import cut_all
-from tiny import unet
-
-net = partial(unet, channels=(16, 16))
-
-
-def slim_bank() -> Bank:
-    supernet = Supernet(net(1), (1.0, 0.5, 0.25))
-    entries = {"full": net(0), "w1.00": Entry(supernet.subnet(1.0))}
-    entries |= {width_name(w): Entry(supernet.subnet(w), Cut("w1.00", s)) for w, s in supernet.slices.items()}
-    return Bank(entries, "full", "epsilon")
-
-
-def weights_of(bank: Bank) -> dict:
-    return {name: entry.weights for name, entry in bank.entries.items()}
 
 
 def test_a_bank_round_trips_bit_exactly_with_shared_weights_stored_once(tmp_path):
@@ -100,12 +84,6 @@ def test_a_bank_is_a_read_only_mapping_of_names(tmp_path):
     assert weights_of(more) == weights_of(bank) | {"twin": Own()}
     more.save_pretrained(tmp_path / "bank")
     assert Bank.from_pretrained(tmp_path / "bank").names == more.names
-
-
-def test_an_entry_with_its_own_weights_is_a_stock_diffusers_folder(tmp_path):
-    slim_bank().save_pretrained(tmp_path / "bank")
-    model = UNet2DModel.from_pretrained(tmp_path / "bank" / "w1.00")
-    assert torch.equal(model.conv_in.weight, net(1).conv_in.weight)
 
 
 @pytest.mark.parametrize(
@@ -194,115 +172,6 @@ def test_unknown_names_are_refused_with_the_known_ones():
         assert "full" in str(error.value) and "w1.00" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_denoiser_comes_from_a_pipeline_a_model_folder_or_a_run(tmp_path):
-    model, scheduler = net(3), DDPMScheduler(prediction_type="v_prediction")
-    DDPMPipeline(model, scheduler).save_pretrained(tmp_path / "run" / "pipeline")
-    model.save_pretrained(tmp_path / "bare")
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
-    for place, kind in (
-        ("run", "v_prediction"),
-        ("run/pipeline", "v_prediction"),
-        ("run/pipeline/unet", "v_prediction"),
-        ("bare", "epsilon"),
-    ):
-        for source in (tmp_path / place, str(tmp_path / place)):
-            loaded, noise = load_denoiser(source)
-            with torch.no_grad():
-                assert torch.equal(loaded(x, t).sample, model(x, t).sample)
-            assert noise["prediction_type"] == kind and not loaded.training
-
-
-def test_half_precision_weights_are_loaded_as_float32(tmp_path):
-    net(3).half().save_pretrained(tmp_path / "half")
-    loaded, _ = load_denoiser(tmp_path / "half")
-    assert loaded.dtype == torch.float32
-    assert torch.equal(loaded.conv_in.weight, net(3).conv_in.weight.half().float())
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def cut_file(folder, keep):
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:keep])
-
-
-def empty(folder):
-    for file in folder.iterdir():
-        file.unlink()
-
-
-def foreign(folder):
-    empty(folder)
-    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).save_pretrained(folder)
-
-
-BROKEN = {
-    "missing": shutil.rmtree,
-    "empty": empty,
-    "foreign class": foreign,
-    "class of no library": lambda f: edit_config(f, _class_name="os.system"),
-    "no class": lambda f: edit_config(f, _class_name=None),
-    "weights without the tail": lambda f: cut_file(f, -1000),
-    "weights without a whole header": lambda f: cut_file(f, 100),
-    "empty weights": lambda f: cut_file(f, 0),
-    "weights of another shape": lambda f: edit_config(f, block_out_channels=[32, 32]),
-    "weights of another depth": lambda f: edit_config(f, layers_per_block=2),
-    "no weights": lambda f: (f / WEIGHTS).unlink(),
-    "pickled weights only": lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"),
-    "config that is no JSON": lambda f: (f / "config.json").write_text("{ not json"),
-    "config that is binary": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
-    "config that is a list": lambda f: (f / "config.json").write_text("[]"),
-    "config that is a folder": lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
-    "no config": lambda f: (f / "config.json").unlink(),
-    "groups that do not divide": lambda f: edit_config(f, norm_num_groups=7),
-    "no groups": lambda f: edit_config(f, norm_num_groups=0),
-    "unknown blocks": lambda f: edit_config(f, down_block_types=["Nope", "Nope"]),
-    "channels that are no list": lambda f: edit_config(f, block_out_channels="wide"),
-}
-
-
-@pytest.mark.parametrize("place", ["model", "pipeline"])
-@pytest.mark.parametrize("how", BROKEN)
-def test_broken_model_folders_are_refused_in_one_line_that_names_them(how, place, tmp_path):
-    whole = tmp_path / "whole"
-    if place == "pipeline":
-        DDPMPipeline(net(), DDPMScheduler()).save_pretrained(whole)
-        inner = whole / "unet"
-        if how == "missing":
-            BROKEN[how](whole)
-        else:
-            BROKEN[how](inner)
-    else:
-        net().save_pretrained(whole)
-        BROKEN[how](whole)
-    with pytest.raises(ModelError) as error:
-        load_denoiser(whole)
-    assert str(whole) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_pickle_is_named_and_never_opened(tmp_path):
-    net().save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / WEIGHTS).unlink()
-    trap = b"cos\nsystem\n(S'touch " + str(tmp_path / "sprung").encode() + b"'\ntR."
-    (tmp_path / "m" / "diffusion_pytorch_model.bin").write_bytes(trap)
-    with pytest.raises(ModelError, match="pickle"):
-        load_denoiser(tmp_path / "m")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_a_file_is_not_a_model_folder(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError) as error:
-        load_denoiser(tmp_path / "model.safetensors")
-    assert str(tmp_path / "model.safetensors") in str(error.value)
-
-
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_failed_save_leaves_the_old_bank_untouched(nth, tmp_path, monkeypatch):
     bank = slim_bank()
@@ -352,105 +221,6 @@ def test_an_entry_that_takes_anothers_place_brings_its_own_weights(tmp_path):
     assert torch.equal(Bank.from_pretrained(tmp_path / "bank")["w0.50"].conv_in.weight, net(9).conv_in.weight)
 
 
-def as_before(bank):
-    """The saved bank as format 1 had it: slices.json and mask.json in the place of entry.json."""
-    edit_record(bank / "bank.json", lambda r: {**r, "format": 1})
-    for file in bank.glob("*/entry.json"):
-        record = json.loads(file.read_text())
-        file.unlink()
-        if record["weights"]["kind"] != "own":
-            link = {"of": record["weights"]["of"], "slices": record["weights"].get("slices")}
-            file.with_name("slices.json").write_text(json.dumps(link))
-        if "masking" in record:
-            file.with_name("mask.json").write_text(json.dumps(record["masking"]))
-
-
-FORMATS = [1, 2]
-
-
-def in_format(number, bank):
-    if number == 1:
-        as_before(bank)
-    return bank
-
-
-def edit_link(edit):
-    """A change of what says that w0.50 follows from the widest."""
-
-    def change(folder):
-        if (folder / "bank.json").read_text().find('"format": 1') > 0:
-            edit_record(folder / "w0.50" / "slices.json", edit)
-        else:
-            edit_record(folder / "w0.50" / "entry.json", lambda r: {**r, "weights": {**edit(r["weights"])}})
-
-    return change
-
-
-def linked(source):
-    """w0.50 follows from another entry than the widest."""
-    return edit_link(lambda r: {**r, "of": source})
-
-
-def with_slices(edit):
-    def change(record):
-        return {**record, "slices": {name: edit(name, dims) for name, dims in record["slices"].items()}}
-
-    return edit_link(change)
-
-
-HARMED_LINKS = {
-    "slices of themselves": linked("w0.50"),
-    "slices of slices": linked("w0.25"),
-    "slices of an unknown entry": linked("nobody"),
-    "slices of a path": linked("../w1.00"),
-    "slices of a number": linked(3),
-    "slices of nothing": edit_link(lambda _: {}),
-    "empty slices": with_slices(lambda _, dims: [[] for _ in dims]),
-    "pieces of no length": with_slices(lambda _, dims: [[[0, 0]] for _ in dims]),
-    "pieces before the start": with_slices(lambda _, dims: [[[-8, 8]] for _ in dims]),
-    "pieces beyond the end": with_slices(lambda _, dims: [[[12, 8]] for _ in dims]),
-    "a piece a million times": with_slices(lambda n, dims: [[[0, 1]] * 10**5] if n == "conv_in.bias" else dims),
-    "one piece twice": with_slices(lambda n, dims: [[[0, 8], [0, 16]]] if n == "conv_in.bias" else dims),
-    "pieces of text": with_slices(lambda _, dims: "all"),
-    "too few dimensions": with_slices(lambda _, dims: dims[:-1]),
-    "a foreign field": edit_link(lambda r: {**r, "script": "x"}),
-    "names that are numbers": lambda f: edit_record(f / "bank.json", lambda r: {**r, "entries": [1, 2, 3]}),
-    "one name as a text": lambda f: edit_record(f / "bank.json", lambda r: {**r, "entries": "full"}),
-    "a format of later": lambda f: edit_record(f / "bank.json", lambda r: {**r, "format": 3}),
-    "an empty record": lambda f: (f / "bank.json").write_text("{}"),
-    "a record nested deep": lambda f: (f / "bank.json").write_text("[" * 100_000),
-}
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("how", HARMED_LINKS)
-def test_what_follows_from_no_stored_weights_is_refused_in_one_line(how, form, tmp_path):
-    slim_bank().save_pretrained(tmp_path / "bank")
-    HARMED_LINKS[how](in_format(form, tmp_path / "bank"))
-    with pytest.raises(ModelError) as error:
-        Bank.from_pretrained(tmp_path / "bank")
-    assert str(tmp_path / "bank") in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("source", ["w0.50", "nobody", "w0.25"])
-def test_a_bank_in_memory_takes_no_such_links_either(source):
-    bank = slim_bank()
-    with pytest.raises(ModelError, match="weights of its own"):
-        bank.with_entry("w0.50", Entry(bank["w0.50"], Twin(source)), "epsilon")
-
-
-def test_a_bank_in_memory_takes_no_weights_of_other_shapes():
-    bank = slim_bank()
-    for link in (Twin("w1.00"), Cut("w1.00", bank.entries["w0.25"].weights.slices)):
-        with pytest.raises(ModelError, match=r"w0\.50.*shape"):
-            bank.with_entry("w0.50", Entry(bank["w0.50"], link), "epsilon")
-
-
-def edit_record(file, edit):
-    record = json.loads(file.read_text())
-    file.write_text(json.dumps(edit(record)))
-
-
 BROKEN_BANKS = {
     "no bank.json": lambda f: (f / "bank.json").unlink(),
     "bank.json cut": lambda f: (f / "bank.json").write_text('{"entries": ["fu'),
@@ -480,36 +250,6 @@ def test_broken_banks_are_refused_in_one_line_that_names_them(how, form, tmp_pat
     assert "bank" in str(error.value) and "\n" not in str(error.value)
 
 
-HARMED_ENTRIES = {
-    "none": lambda f: f.unlink(),
-    "an empty one": lambda f: f.write_text("{}"),
-    "a list": lambda f: f.write_text("[]"),
-    "no kind": lambda f: edit_record(f, lambda r: {**r, "weights": {}}),
-    "an unknown kind": lambda f: edit_record(f, lambda r: {**r, "weights": {"kind": "lora"}}),
-    "a kind that is a list": lambda f: edit_record(f, lambda r: {**r, "weights": {"kind": ["own"]}}),
-    "weights that are a text": lambda f: edit_record(f, lambda r: {**r, "weights": "own"}),
-    "weights of its own, of another": lambda f: edit_record(f, lambda r: {**r, "weights": {"kind": "own", "of": "x"}}),
-    "a twin of nobody": lambda f: edit_record(f, lambda r: {**r, "weights": {"kind": "twin"}}),
-    "a twin with slices": lambda f: edit_record(
-        f, lambda r: {**r, "weights": {"kind": "twin", "of": "w1.00", "slices": {}}}
-    ),
-    "a twin of other shapes": lambda f: edit_record(f, lambda r: {**r, "weights": {"kind": "twin", "of": "full"}}),
-    "a cut without slices": lambda f: edit_record(f, lambda r: {**r, "weights": {"kind": "cut", "of": "w1.00"}}),
-    "a foreign field": lambda f: edit_record(f, lambda r: {**r, "script": "x"}),
-    "a format of later": lambda f: edit_record(f, lambda r: {**r, "format": 2}),
-}
-
-
-@pytest.mark.parametrize("how", HARMED_ENTRIES)
-def test_an_entry_json_that_is_none_is_refused_in_one_line_that_names_it(how, tmp_path):
-    slim_bank().save_pretrained(tmp_path / "bank")
-    file = tmp_path / "bank" / "w0.50" / "entry.json"
-    HARMED_ENTRIES[how](file)
-    with pytest.raises(ModelError) as error:
-        Bank.from_pretrained(tmp_path / "bank")
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
-
-
 def test_layouts_change_strides_and_not_results():
     bank = slim_bank()
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
@@ -536,138 +276,6 @@ def test_entries_in_one_memory_have_one_layout_together():
         bank.set_layouts({"ode@1": "contiguous", "ode@2": "channels_last"})
     with pytest.raises(ModelError, match="channels_first"):
         bank.set_layouts({"other": "channels_first"})
-
-
-# --- masked entries ---------------------------------------------------------------------------------------------------
-
-
-def masked_bank(shared: bool) -> Bank:
-    """The reference, and the same net behind a 2:4 mask: with weights of its own, or sharing the reference's."""
-    net_, spec = net(0), SparseSpec(least=1)
-    sparse = sparsify(net_, "2:4", spec)
-    link, masking = Twin("full") if shared else Own(), Masking(Pattern(2, 4), sparse.names)
-    return Bank({"full": net_, "2:4": Entry(sparse.bake(Pattern(2, 4)), link, masking)}, "full", "epsilon")
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_masked_entries_round_trip_packed_or_as_a_mask_of_another_entry(tmp_path, shared):
-    bank = masked_bank(shared)
-    bank.save_pretrained(tmp_path / "bank")
-    stored = sorted(p.name for p in (tmp_path / "bank").rglob("*.safetensors"))
-    assert stored == ["diffusion_pytorch_model.safetensors"] + ([] if shared else ["packed.safetensors"])
-    assert not [p for p in (tmp_path / "bank").rglob("*") if ":" in p.name]  # a name that Windows refuses
-    again = Bank.from_pretrained(tmp_path / "bank")
-    assert again.names == bank.names and weights_of(again) == weights_of(bank)
-    for name in bank:
-        assert again.entries[name].masking == bank.entries[name].masking
-        for a, b in zip(bank[name].parameters(), again[name].parameters(), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_masked_weights_take_fewer_bytes_and_count_fewer_macs(tmp_path):
-    bank = masked_bank(shared=False).half()
-    bank.save_pretrained(tmp_path / "bank")
-    dense, packed = sorted(p.stat().st_size for p in (tmp_path / "bank").rglob("*.safetensors"))[::-1]
-    masked = sum(bank["2:4"].state_dict()[name].numel() for name in bank.entries["2:4"].masking.names)
-    assert dense - packed == pytest.approx(2 * masked * (1 - 0.5625), abs=8000)  # the header has more names
-    layers = bank.entries["2:4"].masking.layers()
-    macs = {name: price.macs for name, price in bank.prices().items()}
-    inside = sum(_macs_of(bank["2:4"], layer) for layer in layers)
-    assert macs["full"] - macs["2:4"] == inside / 2
-
-
-def _macs_of(model, layer: str) -> int:
-    """MACs of one layer, from the size of what it puts out in a real forward."""
-    seen = []
-    module = model.float().get_submodule(layer)
-    handle = module.register_forward_hook(
-        lambda _m, _i, out: seen.append(out[0].numel() // out.shape[1 if out.dim() == 4 else -1])
-    )
-    model(torch.zeros(1, 1, 8, 8), 1)
-    handle.remove()
-    return seen[0] * module.weight.numel()
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("harm", ["cut", "pattern", "names", "missing", "whole numbers", "not finite", "one more"])
-def test_harmed_packed_entries_are_refused_in_one_line(tmp_path, harm, form):
-    masked_bank(shared=False).save_pretrained(tmp_path / "bank")
-    folder = in_format(form, tmp_path / "bank") / "2of4"
-    file = folder / "packed.safetensors"
-    if harm == "cut":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif harm == "missing":
-        file.unlink()
-    elif harm == "whole numbers":
-        stored = load_file(file)
-        save_file(stored | {"conv_out.bias": stored["conv_out.bias"].int()}, file)
-    elif harm == "not finite":
-        stored = load_file(file)
-        save_file(stored | {"conv_out.bias": stored["conv_out.bias"] * float("nan")}, file)
-    elif harm == "one more":
-        save_file(load_file(file) | {"more": torch.zeros(2)}, file)
-    elif harm == "pattern":
-        edit_mask(tmp_path / "bank", lambda r: {**r, "pattern": "1:4"})
-    else:
-        edit_mask(tmp_path / "bank", lambda r: {**r, "names": ["conv_out.weight"]})
-    with pytest.raises(HalfstepError) as caught:
-        Bank.from_pretrained(tmp_path / "bank")
-    assert "2of4" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def edit_mask(bank, edit):
-    if (bank / "2of4" / "mask.json").exists():
-        edit_record(bank / "2of4" / "mask.json", edit)
-    else:
-        edit_record(bank / "2of4" / "entry.json", lambda r: {**r, "masking": edit(r["masking"])})
-
-
-HARMED_MASKS = {
-    "unknown names": {"pattern": "2:4", "names": ["nothing.weight"]},
-    "a bias": {"pattern": "2:4", "names": ["conv_in.bias"]},
-    "a layer without whole groups": {"pattern": "2:4", "names": ["conv_in.weight"]},
-    "numbers": {"pattern": "2:4", "names": [1, 2]},
-    "a text": {"pattern": "2:4", "names": "mid_block"},
-    "no pattern": {"names": []},
-    "no names": {"pattern": "2:4", "names": []},
-    "no such pattern": {"pattern": "5:4", "names": []},
-    "a pattern of numbers": {"pattern": 2, "names": []},
-}
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("how", HARMED_MASKS)
-def test_a_mask_that_fits_no_weights_is_refused(how, shared, form, tmp_path):
-    """Over unknown names it was no mask: the entry ran dense under the name of a sparse one."""
-    masked_bank(shared).save_pretrained(tmp_path / "bank")
-    edit_mask(in_format(form, tmp_path / "bank"), lambda _: HARMED_MASKS[how])
-    with pytest.raises(ModelError) as error:
-        Bank.from_pretrained(tmp_path / "bank")
-    assert ("mask.json", "entry.json")[form - 1] in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_bank_in_memory_takes_no_such_mask_either():
-    with pytest.raises(ModelError, match=r"nothing\.weight"):
-        Bank({"full": Entry(net(), masking=Masking(Pattern(2, 4), ("nothing.weight",)))}, "full", "epsilon")
-
-
-# --- how an entry runs ------------------------------------------------------------------------------------------------
-
-
-def kernel_of(model) -> torch.Tensor:
-    return model.mid_block.resnets[0].conv1.weight
-
-
-def test_an_entrys_runtime_is_its_memory_layout_and_stays_in_memory(tmp_path):
-    bank = Bank({"a": Entry(net(0), runtime=Runtime("channels_last")), "b": net(1)}, "a", "epsilon")
-    assert not kernel_of(bank["a"]).is_contiguous() and kernel_of(bank["b"]).is_contiguous()
-    bank.set_layouts({"a": "contiguous", "b": "channels_last"})
-    assert [entry.runtime for entry in bank.entries.values()] == [EAGER, Runtime("channels_last")]
-    more = Bank({**bank.entries, "c": bank["b"]}, "a", "epsilon")  # a bare model runs as it is
-    assert more.layouts() == {"a": "contiguous", "b": "channels_last", "c": "channels_last"}
-    bank.save_pretrained(tmp_path / "bank")
-    assert set(Bank.from_pretrained(tmp_path / "bank").layouts().values()) == {"contiguous"}
 
 
 def test_entries_are_read_only():

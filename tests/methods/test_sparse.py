@@ -252,7 +252,9 @@ def test_frozen_masks_never_change():
 # --- permutation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", [TWO_FOUR, Pattern(1, 4), Pattern(2, 8)])
+@pytest.mark.parametrize(
+    "pattern", [TWO_FOUR, *(pytest.param(p, marks=pytest.mark.slow) for p in (Pattern(1, 4), Pattern(2, 8)))]
+)
 def test_permuting_keeps_the_dense_function_and_more_magnitude(pattern):
     torch.manual_seed(0)
     nets = (uvit(), unet(0, (64, 64), attention_head_dim=32))

@@ -418,7 +418,10 @@ def test_the_adjoint_trains_the_whole_network(order):
     assert (found[0] - found[1]).norm() < 1e-3 * found[0].norm()
 
 
-@pytest.mark.parametrize(("config", "counts"), [({}, (2, 1, 4)), *((config, (2,)) for config in KINDS[1:])])
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [({}, (2, 1, 4)), *(pytest.param(config, (2,), marks=pytest.mark.slow) for config in KINDS[1:])],
+)
 def test_it_compiles_as_one_graph(config, counts):
     model, x, timestep = ode_unet(**config, levels=1), torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     torch._dynamo.reset()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 import time
 from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from halfstep.core.errors import ModelError
@@ -257,3 +258,109 @@ def test_a_stock_pipeline_of_dpm_solver_is_read(tmp_path):
 def test_the_bundled_model_loads():
     model, noise = load_denoiser("digits")
     assert model.dtype == torch.float32 and noise["num_train_timesteps"] == 1000
+
+
+def test_a_denoiser_comes_from_a_pipeline_a_model_folder_or_a_run(tmp_path):
+    model, scheduler = net(3), DDPMScheduler(prediction_type="v_prediction")
+    DDPMPipeline(model, scheduler).save_pretrained(tmp_path / "run" / "pipeline")
+    model.save_pretrained(tmp_path / "bare")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    for place, kind in (
+        ("run", "v_prediction"),
+        ("run/pipeline", "v_prediction"),
+        ("run/pipeline/unet", "v_prediction"),
+        ("bare", "epsilon"),
+    ):
+        for source in (tmp_path / place, str(tmp_path / place)):
+            loaded, noise = load_denoiser(source)
+            with torch.no_grad():
+                assert torch.equal(loaded(x, t).sample, model(x, t).sample)
+            assert noise["prediction_type"] == kind and not loaded.training
+
+
+def test_half_precision_weights_are_loaded_as_float32(tmp_path):
+    net(3).half().save_pretrained(tmp_path / "half")
+    loaded, _ = load_denoiser(tmp_path / "half")
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.conv_in.weight, net(3).conv_in.weight.half().float())
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def cut_file(folder, keep):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:keep])
+
+
+def empty(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def foreign(folder):
+    empty(folder)
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).save_pretrained(folder)
+
+
+BROKEN = {
+    "missing": shutil.rmtree,
+    "empty": empty,
+    "foreign class": foreign,
+    "class of no library": lambda f: edit_config(f, _class_name="os.system"),
+    "no class": lambda f: edit_config(f, _class_name=None),
+    "weights without the tail": lambda f: cut_file(f, -1000),
+    "weights without a whole header": lambda f: cut_file(f, 100),
+    "empty weights": lambda f: cut_file(f, 0),
+    "weights of another shape": lambda f: edit_config(f, block_out_channels=[32, 32]),
+    "weights of another depth": lambda f: edit_config(f, layers_per_block=2),
+    "no weights": lambda f: (f / WEIGHTS).unlink(),
+    "pickled weights only": lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"),
+    "config that is no JSON": lambda f: (f / "config.json").write_text("{ not json"),
+    "config that is binary": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
+    "config that is a list": lambda f: (f / "config.json").write_text("[]"),
+    "config that is a folder": lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "groups that do not divide": lambda f: edit_config(f, norm_num_groups=7),
+    "no groups": lambda f: edit_config(f, norm_num_groups=0),
+    "unknown blocks": lambda f: edit_config(f, down_block_types=["Nope", "Nope"]),
+    "channels that are no list": lambda f: edit_config(f, block_out_channels="wide"),
+}
+
+
+@pytest.mark.parametrize("place", ["model", "pipeline"])
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_model_folders_are_refused_in_one_line_that_names_them(how, place, tmp_path):
+    whole = tmp_path / "whole"
+    if place == "pipeline":
+        DDPMPipeline(net(), DDPMScheduler()).save_pretrained(whole)
+        inner = whole / "unet"
+        if how == "missing":
+            BROKEN[how](whole)
+        else:
+            BROKEN[how](inner)
+    else:
+        net().save_pretrained(whole)
+        BROKEN[how](whole)
+    with pytest.raises(ModelError) as error:
+        load_denoiser(whole)
+    assert str(whole) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pickle_is_named_and_never_opened(tmp_path):
+    net().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / WEIGHTS).unlink()
+    trap = b"cos\nsystem\n(S'touch " + str(tmp_path / "sprung").encode() + b"'\ntR."
+    (tmp_path / "m" / "diffusion_pytorch_model.bin").write_bytes(trap)
+    with pytest.raises(ModelError, match="pickle"):
+        load_denoiser(tmp_path / "m")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_file_is_not_a_model_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError) as error:
+        load_denoiser(tmp_path / "model.safetensors")
+    assert str(tmp_path / "model.safetensors") in str(error.value)
