@@ -115,6 +115,41 @@ def test_bad_inputs_are_one_line_and_leave_nothing_behind(dense, tmp_path, monke
         assert not (tmp_path / "o").exists(), name
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--foo", "No such option: --foo; see halfstep --help"),
+        ("12345", "No such command '12345'; see halfstep --help"),
+        ("compress slimable", "Did you mean 'slimmable'?; see halfstep compress --help"),
+        ("train --steps 5", "No such option: --steps"),
+        ("optimize --model digits", "Missing option '--data'; see halfstep optimize --help"),
+        ("sample --model digits --out o --steps 0", "'--steps'"),
+        ("sample --model digits --out o --scheduler foo", "'foo' is not one of 'ddim'"),
+        ("denoise --model digits --image a.png --out o --steps many", "'--steps'"),
+    ],
+)
+def test_words_that_no_verb_takes_are_one_line_too(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *words.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and told in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_is_of_the_verbs_that_write_one(bank, tmp_path, monkeypatch, capsys):
+    drawn, seen = tmp_path / "drawn", tmp_path / "seen"
+    assert run(monkeypatch, capsys, "sample", "--model", bank, "--out", drawn, "--count", 1)[0] == 0
+    assert "got a run of sample, expected one of optimize" in refused(monkeypatch, capsys, "report", drawn)
+    looked = ("spectrum", "--model", bank, "--data", "digits", "--out", seen, "--images", 4, "--timestep", 20)
+    assert run(monkeypatch, capsys, *looked)[0] == 0
+    before = (seen / "report.html").read_bytes()
+    (seen / "report.html").unlink()
+    assert run(monkeypatch, capsys, "report", seen)[0] == 0
+    assert (seen / "report.html").read_bytes() == before
+    assert "got a run of sample, expected an empty folder, or a run of spectrum" in refused(
+        monkeypatch, capsys, *looked[:5], "--out", drawn
+    )
+
+
 def test_an_unknown_field_names_the_nearest(dense, tmp_path, monkeypatch, capsys):
     line = refused(monkeypatch, capsys, *optimize(dense, tmp_path / "o", "--budget", 0.5, "--set", "train.step=3"))
     assert "train.steps" in line

@@ -43,6 +43,8 @@ def test_rate_and_remaining_time_by_hand():
     clock.now += 65
     pace.tell(30)
     assert str(pace) == "3.0 s each, 3:30 min left"
+    clock.now += 300
+    assert str(pace) == "3.0 s each"  # longer than was thought: no "0 s left" for as long as it takes
     pace.tell(100)
     assert "left" not in str(pace)
 

@@ -6,7 +6,8 @@ import errno
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -25,12 +26,34 @@ RESUMED = ("demo", "train", "compress", "optimize", "search", "shrink")
 """The verbs that go on from where they were when the command is repeated; the others begin anew."""
 
 
+UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for words that no option or verb takes; it has no public name of its own."""
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Words that no option or verb takes are an error of one line, where typer would draw a box of five."""
+    try:
+        yield
+    except UsageError as error:
+        if not (told := error.format_message().removesuffix(".").replace("Value error, ", "")):
+            raise  # a command without a word after it, which gets its help
+        command = error.ctx.command_path if error.ctx else "halfstep"
+        line(f"error: {told}; see {command} --help", to=notes, style="red")
+        raise typer.Exit(2) from None
+
+
 class Verbs(typer.core.TyperGroup):
     """The root of the command line; Ctrl-C says how to go on, which typer would swallow."""
 
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        with one_line():
+            return super().make_context(*args, **more)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with one_line():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             do = "; repeat the command to go on from there" if ctx.invoked_subcommand in RESUMED else ""
             line(f"stopped{do}", to=notes, style="yellow")
@@ -432,6 +455,8 @@ def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]) -> None:
     """Write the report of a finished run again (after an update of Halfstep, say).
 
+    A run of optimize, compress, shrink or spectrum.
+
     Example: `halfstep report runs/half`
     """
     from halfstep.app import verbs
@@ -542,7 +567,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: line(f"note: {message}", to=notes, style="yellow")
     accept_any_text()
     try:
-        app()
+        app(prog_name="halfstep")
     except HalfstepError as error:
         line(f"error: {error}", to=notes, style="red")
         raise SystemExit(2) from None

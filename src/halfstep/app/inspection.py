@@ -203,7 +203,7 @@ def _names_of(pictures: Sequence[Path]) -> list[str]:
 
 def _about_pictures(files: Sequence[Path], images: Sequence[torch.Tensor]) -> str:
     sizes = (f"{Path(file).name} {one.shape[2]}x{one.shape[1]}" for file, one in zip(files, images, strict=True))
-    return f"{len(images)} pictures: {listed(sizes)}"
+    return f"{len(images)} picture{'s' * (len(images) > 1)}: {listed(sizes)}"
 
 
 def _methods(

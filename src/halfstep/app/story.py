@@ -187,8 +187,8 @@ def restored_table(records: Sequence[Restored]) -> Table:
     first = records[0]
     note = (
         f"Means over {first.pictures} picture{'s' * (first.pictures > 1)} with noise of {first.sigma:g} "
-        f"(noisy: {first.noisy_psnr_db:.2f} dB), {first.threads} CPU threads; median ms per picture, in turns. "
-        "scikit-image has no BM3D."
+        f"(noisy: {first.noisy_psnr_db:.2f} dB), {first.threads} CPU thread{'s' * (first.threads > 1)}; median ms per "
+        "picture, in turns. scikit-image has no BM3D."
     )
     return Table(title="Denoised", columns=("method", "PSNR dB", "SSIM", "ms"), rows=tuple(rows), note=note)
 

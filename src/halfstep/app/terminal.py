@@ -55,15 +55,16 @@ class Pace:
             self._since, self._before = self._at, done
 
     def __str__(self) -> str:
-        """Rate and remaining time; empty while there is nothing to tell them from."""
+        """Rate and remaining time, the latter until it has passed; empty while there is nothing to tell them from."""
         work, seconds = self.done - self._before, self._at - self._since
         if work <= 0 or seconds <= 0:
             return ""
-        left = max(0.0, (self.total - self.done) * seconds / work - (self.clock() - self._at))
+        left = (self.total - self.done) * seconds / work - (self.clock() - self._at)
         rate = (
             "" if self.total == 1 else f"{work / seconds:.1f}/s" if work > seconds else f"{seconds / work:.1f} s each"
         )
-        return ", ".join(part for part in (rate, f"{duration(left)} left" if self.done < self.total else "") if part)
+        known = self.done < self.total and left > 0  # a unit that takes longer than those before: who knows how long
+        return ", ".join(part for part in (rate, f"{duration(left)} left" if known else "") if part)
 
     def progress(self) -> str:
         """What is done: units, or a share where the whole is one."""

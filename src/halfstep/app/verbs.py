@@ -19,15 +19,15 @@ import torch
 from diffusers import DDPMPipeline, LDMPipeline
 
 from halfstep.app.measurement import is_measured, judge_for, require_measurable, write_and_tell, write_costs
-from halfstep.app.story import tell
+from halfstep.app.story import tell, tell_spectra
 from halfstep.app.subject import open_model, open_subject
 from halfstep.core import disk
-from halfstep.core.errors import ModelError, PlanError
+from halfstep.core.errors import ModelError, PlanError, RunError
 from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
 from halfstep.core.machine import this_process
 from halfstep.core.plan import StepPlan
-from halfstep.core.recipe import Recipe
+from halfstep.core.recipe import Recipe, RunRecord
 from halfstep.core.results import Comparison, Cost
 from halfstep.core.seeds import Stage, own_random, stage_seed
 from halfstep.core.sums import write_sums
@@ -421,6 +421,27 @@ def evaluate(
     return verdict.record
 
 
+TOLD: dict[str, Callable[[Path], Path]] = {
+    "optimize": tell,
+    "compress": tell,
+    "shrink": tell,
+    "spectrum": tell_spectra,
+}
+"""The verbs whose report can be written again from what lies in the folder, and what writes it."""
+
+
 def report(out: Path) -> Path:
-    """Write the report of a finished run again; returns its path."""
-    return tell(Path(out))
+    """Write the report of a finished run again; returns its path. Raises RunError for a folder that is no run's, and
+    for a run of a verb that writes none from its files."""
+    out = Path(out)
+    if not (out / "recipe.json").is_file():
+        raise RunError(got="no recipe.json", expected="the folder of a run", where=out, do="give what a verb wrote")
+    verb = RunRecord.load(out).inputs.get("verb", "optimize")  # the first records named none
+    if verb.split()[0] not in TOLD:
+        raise RunError(
+            got=f"a run of {verb}",
+            expected=f"one of {', '.join(TOLD)}, which write a report of their files",
+            where=out,
+            do=f"look at what it wrote, and at its settings with halfstep recipe {out}",
+        )
+    return TOLD[verb.split()[0]](out)

@@ -26,6 +26,9 @@ IGNORED = {
     "compress spectral": _PLANS,
     "compress continuous": _PLANS,
     "compress regularized": (*_LATER, "regular.grid"),  # one r of the grid
+    "search": ("noise.",),  # these three take the process of the model, whose content the record knows
+    "evaluate": ("noise.",),
+    "shrink": ("noise.",),
 }
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 
@@ -153,10 +156,17 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
     changed = [name for name in _changed(old, asked) if name not in free]
     inputs = {"dtype": "float32"} | old.inputs  # of before 2026-11-27, when there was no choice
     changed += [k for k, v in asked.inputs.items() if k not in CONTENT and inputs.get(k) != v]
+    if "verb" in changed:
+        raise RunError(
+            got=f"a run of {old.inputs.get('verb', 'another verb')}",
+            expected=f"an empty folder, or a run of {asked.inputs['verb']}",
+            where=out,
+            do="choose another --out",
+        )
     steadier = bool(changed) and _may_be_steadier(out, changed)
     if changed and not steadier:
         raise RunError(
-            got=f"a run of another recipe ({', '.join(changed[:4])} differ)",
+            got=f"a run of another recipe ({', '.join(changed[:4])} {'differ' if len(changed) > 1 else 'differs'})",
             expected="the same recipe, to resume",
             where=out,
             do="choose another --out, or repeat the old settings",

@@ -69,7 +69,7 @@ def corrected_plans(
         watch.say(f"warning: {warning}")
     scores = book.on(spec.images, stage_seed(seed, Stage.SEARCH))
     with watch.stage("shrink", total) as told:
-        seen = counted(told)
+        seen = counted(told, total - 1)  # how many there will be is a guess
 
         def score(corrections: Sequence[Correction]) -> float:
             return scores(by_stretch(plan, corrections), "corrections", seen=seen)

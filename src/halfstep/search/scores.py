@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
@@ -89,10 +90,10 @@ def unseen(one: Scored) -> None:
     """Nobody is told."""
 
 
-def counted(told: Told) -> Seen:
-    """Tells a stage of every score, and how many came in."""
+def counted(told: Told, most: float = math.inf) -> Seen:
+    """Tells a stage of every score, and how many came in; never of more than `most`, where the total is a guess."""
     done = itertools.count(1)
-    return lambda one: told(next(done), str(one))
+    return lambda one: told(min(next(done), most), str(one))
 
 
 class ScoreBook:
