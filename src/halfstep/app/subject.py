@@ -64,7 +64,7 @@ def open_model(source: str | Path) -> Opened:
     folder = pipeline_folder(source)
     if _is_step_aware(folder):
         pipe = StepAwarePipeline.from_pretrained(folder)
-        return Opened(pipe.bank, pipe.plan, {**pipe.plan.sampler.config, "_class_name": pipe.plan.sampler.name})
+        return Opened(pipe.bank, pipe.plan, pipe.plan.sampler.scheduler_config)
     dense, config = load_denoiser(source)
     vae = load_vae(source, checked=True)
     if vae is not None:

@@ -33,8 +33,9 @@ IGNORED = {
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 
 _RESULTS = ("quality.json", "pictures.npz", "report.html", "figures")
-_BEFORE = ("search.jsonl", "finals.json*", "shrink*.jsonl")  # of before there was scores.jsonl
-_SEARCHED = ("errors.json", "scores.jsonl", *_BEFORE, "grid.json", "steps-*", "features")
+SCORES_BEFORE = ("search.jsonl", "finals.json*", "shrink*.jsonl")
+"""Where scores stood before there was scores.jsonl."""
+_SEARCHED = ("errors.json", "scores.jsonl", *SCORES_BEFORE, "grid.json", "steps-*", "features")
 MEASURED = {
     "eval.images": _RESULTS,
     "eval.bootstrap": _RESULTS,

@@ -101,6 +101,11 @@ class Sampler:
         object.__setattr__(self, "config", dict(self.config))  # nobody else's to change
 
     @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Its config with the name of its class, as diffusers' scheduler_config.json has it."""
+        return {**self.config, "_class_name": self.name}
+
+    @property
     def short(self) -> str:
         """Its name, as sentences have it: DDIM."""
         return self.name.removesuffix("Scheduler")

@@ -70,15 +70,6 @@ class Quality:
     seed: int
     raw: float | None = None
 
-    @property
-    def lower_is_better(self) -> bool:
-        return self.metric in ("fd", "kid")
-
-    def comparable(self, other: Quality) -> bool:
-        """Whether the two numbers may stand in one table."""
-        mine = (self.metric, self.features, self.reference, self.n)
-        return mine == (other.metric, other.features, other.reference, other.n)
-
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 

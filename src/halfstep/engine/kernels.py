@@ -104,7 +104,7 @@ def use_semi_structured(model: nn.Module, masking: Masking, *, batch: int = 64) 
     found = []
     for name in masking.layers():
         layer = model.get_submodule(name)
-        shape, x = tuple(layer.weight.shape), seen[name]  # type: ignore[union-attr,arg-type]
+        shape, x = tuple(layer.weight.shape), seen[name]  # type: ignore[arg-type]
         rows = x.numel() // x.shape[1 if isinstance(layer, nn.Conv2d) else -1]
         if why := misfit(layer, parameter.dtype):
             found.append(LayerKernel(name, shape, rows, "dense", why))
@@ -165,7 +165,7 @@ def _sparse_twin(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
         return GemmConv2d(torch.sparse.to_sparse_semi_structured(gemm_matrix(layer)), layer)
     twin = nn.Linear(1, 1, bias=False, device="meta")
-    twin.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)  # type: ignore[operator,union-attr,arg-type]
+    twin.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)  # type: ignore[operator]
     twin.bias = layer.bias  # type: ignore[assignment]
     return twin
 

@@ -27,7 +27,7 @@ from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.machine import cpu_name
 from halfstep.core.results import Cost
 from halfstep.data.latents import decode
-from halfstep.nets.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor
+from halfstep.nets.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor, sample_shape
 
 Layout = Literal["contiguous", "channels_last"]
 """How the weights of convolutions lie in memory."""
@@ -63,9 +63,8 @@ def example_inputs(
         raise ModelError(got=f"{size} and {channels}", expected=expected, where=where, do="set them in the config")
     own_device, own_dtype = _home(model)
     device, dtype = device or own_device, dtype or own_dtype
-    height, width = (size, size) if isinstance(size, int) else size
     random = torch.Generator().manual_seed(0)
-    sample = torch.randn(batch, channels, height, width, generator=random).to(device, dtype)
+    sample = torch.randn(sample_shape(config, batch), generator=random).to(device, dtype)
     timestep = torch.ones(batch, dtype=torch.long, device=device)  # not zero: Fourier embeddings take its logarithm
     labels, kind = None, getattr(config, "class_embed_type", None)
     if kind == "identity":
@@ -407,9 +406,7 @@ _COUNTED: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], int]] = WeakK
 def decode_macs(vae: Any, config: Any) -> int:
     """MACs of decoding one sample of a denoiser with this config, counted as `count_macs` counts; each VAE is
     counted once."""
-    side = config["sample_size"]
-    height, width = (side, side) if isinstance(side, int) else side
-    shape, known = (1, config["in_channels"], height, width), _COUNTED.setdefault(vae, {})
+    shape, known = sample_shape(config), _COUNTED.setdefault(vae, {})
     if shape not in known:
         inputs = Inputs(torch.zeros(shape, dtype=vae.dtype), torch.zeros(1), {})
         known[shape] = count_macs(_Decoder(vae), inputs=inputs)

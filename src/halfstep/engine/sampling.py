@@ -35,6 +35,7 @@ from halfstep.nets.denoiser import (
     corrected_as,
     predictor,
     require_same_shape,
+    sample_shape,
 )
 from halfstep.nets.models import load_vae
 from halfstep.nets.weights import require_safetensors
@@ -220,10 +221,7 @@ def _levels(scheduler: Any) -> torch.Tensor:
 def start_noise(bank: Bank, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Unit noise [B,C,H,W], one image per generator, drawn on the generator's own device; `image_generators` are on the
     CPU, so that devices agree."""
-    config = bank.config
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, config["in_channels"], height, width)
+    shape = sample_shape(bank.config)
     noise = [torch.randn(shape, generator=g, device=g.device).to(bank.device) for g in generators]
     return torch.cat(noise).to(bank.dtype)
 
@@ -304,8 +302,9 @@ class StepAwarePipeline(DiffusionPipeline):
     @property
     def process(self) -> Process:
         """The process that the bank was trained under, as the plan's sampler carries it."""
-        config = {**self.plan.sampler.config, "_class_name": self.plan.sampler.name}
-        return Process.of(config, where="the plan's scheduler", latent=self.bank.vae is not None)
+        return Process.of(
+            self.plan.sampler.scheduler_config, where="the plan's scheduler", latent=self.bank.vae is not None
+        )
 
     @torch.no_grad()
     def __call__(
@@ -335,9 +334,7 @@ class StepAwarePipeline(DiffusionPipeline):
                 )
             noise, generators = start_noise(bank, generator), generator
         else:
-            size = bank.config["sample_size"]
-            height, width = (size, size) if isinstance(size, int) else size
-            shape = (batch_size, bank.config["in_channels"], height, width)
+            shape = sample_shape(bank.config, batch_size)
             noise = torch.randn(shape, generator=generator, device=generator.device).to(bank.device, bank.dtype)
             generators = [generator]
         with self.progress_bar(total=len(plan.rows)) as bar:
@@ -363,7 +360,7 @@ class StepAwarePipeline(DiffusionPipeline):
         numbers = numbers_of(each, class_count(self.bank.config), self.bank.classes)
         return cond_of(torch.tensor(numbers, device=self.bank.device))
 
-    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> None:
         """Write the pipeline folder, whole or not at all, with the digests of its files."""
         require_safetensors(safe_serialization, "safe_serialization")
         write_atomic(Path(save_directory), self._write)
@@ -387,7 +384,7 @@ class StepAwarePipeline(DiffusionPipeline):
         write_sums(folder)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,

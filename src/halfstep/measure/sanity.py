@@ -50,8 +50,7 @@ def control_plan(bank: Bank, reference: StepPlan) -> StepPlan | None:
         return None
     spec = SampleSpec(scheduler="ddim", steps=len(reference.rows))
     try:
-        trained = {**reference.sampler.config, "_class_name": reference.sampler.name}
-        return reference_plan(bank, trained, spec, reference.prices)
+        return reference_plan(bank, reference.sampler.scheduler_config, spec, reference.prices)
     except (HalfstepError, ValueError):
         return None
 

@@ -353,7 +353,7 @@ class ContinuousUNet2DModel(ModelMixin, ConfigMixin):
         return found if class_labels is None else found + self.class_embedding(class_labels)
 
     def _run(self, block: nn.Module, z: torch.Tensor, embedding: torch.Tensor | None, steps: int) -> torch.Tensor:
-        solver = self.config.solver  # type: ignore[attr-defined]
+        solver = self.config.solver
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, z, embedding, steps, solver)
         return block(z, embedding, steps, solver)
@@ -411,7 +411,7 @@ def with_solver(model: ContinuousUNet2DModel, steps: int, solver: Solver | None 
 
     `copy_of` it where the weights must not change together. Raises ModelError for steps or solvers that are none.
     """
-    given = {key: value for key, value in model.config.items() if not key.startswith("_")}  # type: ignore[attr-defined]
+    given = {key: value for key, value in model.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         twin = ContinuousUNet2DModel(**given | {"solver_steps": steps, "solver": solver or given["solver"]})
     for name, part in model.named_children():

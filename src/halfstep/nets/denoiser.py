@@ -133,6 +133,13 @@ def copy_of(model: Model) -> Model:
     return copy.train(model.training)
 
 
+def sample_shape(config: Mapping[str, Any], count: int = 1) -> tuple[int, int, int, int]:
+    """[B, C, H, W] of `count` samples that a denoiser with this config takes."""
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return count, config["in_channels"], height, width
+
+
 def class_count(config: Mapping[str, Any]) -> int:
     """How many classes a denoiser with this config is conditional on; 0: none.
 

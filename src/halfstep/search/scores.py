@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from halfstep.core import disk
 from halfstep.core.errors import RunError
+from halfstep.core.folder import SCORES_BEFORE
 from halfstep.core.plan import NONE, Correction, Guide, StepPlan
 from halfstep.core.typed import shown, typed
 from halfstep.core.watch import SILENT, Told, Watch
@@ -194,15 +195,13 @@ def open_scores(judge: Judge, folder: Path, watch: Watch = SILENT, executor: Exe
     Those that a version of before kept under other names do not tell which weights they are of: it is said that they
     are measured again. Raises RunError for a file that is damaged.
     """
-    file = Path(folder) / FILE
-    if not file.exists() and any((folder / name).exists() for name in _BEFORE):
+    folder, file = Path(folder), Path(folder) / FILE
+    if not file.exists() and any(any(folder.glob(pattern)) for pattern in SCORES_BEFORE):
         watch.say(f"{folder}: what was measured before does not tell of which weights it is: measured again")
     return ScoreBook(judge, file, executor)
 
 
 # ------------------------------------------------------------------------------------------------- folders of before
-
-_BEFORE = ("search.jsonl", "finals.jsonl", "finals.json", "shrink.jsonl", "shrink_finals.jsonl")
 
 
 def read_scores(folder: Path) -> list[Scored]:
