@@ -331,7 +331,7 @@ class RunRecord:
     `inputs`: the verb, paths and goal as they were given, and the fingerprints of what lay there, "model_content" and
     "data_content"; runs of before 2026-11-26 have none. `diverged`: the settings under which its training diverged
     before it went on with steadier ones, e.g. [{"train.lr": 30.0}].
-    `read`: what was read, in words (see `reading`).
+    `read`: what was read, in words (see `engine/reading.py`).
     """
 
     inputs: dict[str, str]

@@ -31,7 +31,7 @@ from halfstep.nets.continuous import ContinuousUNet2DModel, require_steps, with_
 from halfstep.nets.denoiser import Draw, Memo, Predict, predictor, require_config
 from halfstep.nets.fresh import new_classes
 from halfstep.training.draft import Draft, teacher_of
-from halfstep.training.train import Diffusion, Objective, TrainState
+from halfstep.training.train import Batch, Diffusion, Objective, TrainState
 
 
 def continuous_objective(
@@ -40,7 +40,7 @@ def continuous_objective(
     spec_steps: Sequence[int],
     teacher: Predict | None = None,
     weight: float = 0.0,
-) -> Callable[[Any], Iterator[torch.Tensor]]:
+) -> Objective:
     """One loss per batch: mean squared error to the target, plus `weight` * that to the teacher's prediction.
 
     L = |s_n(x_t, t) - target|^2 + weight |s_n(x_t, t) - teacher(x_t, t)|^2, s_n solved in n ~ Uniform(spec_steps).
@@ -53,7 +53,7 @@ def continuous_objective(
         require_steps(steps)
     solved = {steps: predictor(partial(model, solver_steps=steps)) for steps in spec_steps}
 
-    def objective(batch: Any) -> Iterator[torch.Tensor]:
+    def objective(batch: Batch) -> Iterator[torch.Tensor]:
         noisy, timestep, target = draw(batch.clean, batch.generator)
         steps = spec_steps[int(torch.randint(len(spec_steps), (), generator=batch.choices))]
         found = solved[steps](noisy, timestep, batch.cond, Memo()).float()

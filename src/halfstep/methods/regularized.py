@@ -35,7 +35,7 @@ What is exact in the toy, 1 - alpha_t = 4 log T / T, KL divergence of the sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -49,7 +49,7 @@ from halfstep.nets.denoiser import Draw, Memo, clean_and_noise, copy_of, predict
 from halfstep.nets.fresh import new_model
 from halfstep.nets.wavelet import haar
 from halfstep.training.draft import Draft
-from halfstep.training.train import Diffusion, Objective, TrainState
+from halfstep.training.train import Batch, Diffusion, Objective, TrainState
 
 Rule = Literal["posterior", "beta", "beta_over_alpha"]
 """The variance of a reverse step: (1 - a_t)(1 - abar_{t-1}) / (1 - abar_t), 1 - a_t, or (1 - a_t) / a_t."""
@@ -107,7 +107,7 @@ def penalty(
 
 def regular_objective(
     model: nn.Module, draw: Draw, spec: RegularSpec, alphas_cumprod: torch.Tensor, prediction_type: str
-) -> Callable[[Any], Iterator[torch.Tensor]]:
+) -> Objective:
     """The plain loss + r * penalty, one loss a step; with r = 0 the plain loss and nothing else.
 
     L = mean (f - target)^2 + r H(f), the paper's (3) with its scale kappa = H inside the network f (see this module's
@@ -117,7 +117,7 @@ def regular_objective(
     """
     predict = predictor(model)
 
-    def objective(batch: Any) -> Iterator[torch.Tensor]:
+    def objective(batch: Batch) -> Iterator[torch.Tensor]:
         noisy, timestep, target = draw(batch.clean, batch.generator)
         found = predict(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)

@@ -41,7 +41,7 @@ from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.slices import Slices, cut_all
 from halfstep.training.draft import Draft, teacher_of
-from halfstep.training.train import Diffusion, Objective, TrainState
+from halfstep.training.train import Batch, Diffusion, Objective, TrainState
 
 Through = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """What is done to a width's weights before they are used, e.g. masking."""
@@ -123,7 +123,7 @@ def sandwich_objective(
     spec: SlimSpec,
     teacher: Predict | None = None,
     through: Sequence[Through | None] = (None,),
-) -> Callable[[Any], Iterator[torch.Tensor]]:
+) -> Objective:
     """The losses of one sandwich step: widest, narrowest, then `spec.sandwich - 2` widths between.
 
     L = L(widest) + L(narrowest) + sum over j of L(w_j), w_j ~ Uniform(between), L(w) = |eps_w(x_t, t) - eps|^2.
@@ -137,7 +137,7 @@ def sandwich_objective(
         teacher = supernet.predict(widest)
     taught = {"none": (), "widest": supernet.widths[1:], "dense": supernet.widths}[spec.distill]
 
-    def objective(batch: Any) -> Iterator[torch.Tensor]:
+    def objective(batch: Batch) -> Iterator[torch.Tensor]:
         widths = [widest] + ([narrowest] if narrowest != widest else [])
         if between:
             widths += [

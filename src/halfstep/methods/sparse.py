@@ -39,7 +39,7 @@ from halfstep.nets.architectures import Parts, architecture_of, require
 from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, keep_mask, mask_all
 from halfstep.training.draft import Draft, teacher_of
-from halfstep.training.train import Diffusion, Objective, TrainState
+from halfstep.training.train import Batch, Diffusion, Objective, TrainState
 
 STAGES = {"s31": ("31:32", "15:16", "7:8", "3:4", "2:4"), "s7": ("7:8", "6:8", "5:8", "4:8", "2:4")}
 """The two growing schedules of the released scripts, from dense to sparse."""
@@ -249,7 +249,7 @@ def sparse_objective(
     steps: int,
     teacher: Predict | None = None,
     on_new_pattern: Callable[[], None] | None = None,
-) -> Callable[[Any], Iterator[torch.Tensor]]:
+) -> Objective:
     """The losses of one step: noise + `spec.teacher` * teacher, then the pull on dropped weights.
 
     L = |s - eps|^2 + eta |s - teacher|^2 + lambda / 2 |(1 - m) W|^2, s run with m W for W: the last term's gradient is
@@ -260,7 +260,7 @@ def sparse_objective(
     """
     choices = patterns_of(spec)
 
-    def objective(batch: Any) -> Iterator[torch.Tensor]:
+    def objective(batch: Batch) -> Iterator[torch.Tensor]:
         if spec.schedule == "switch":
             pattern = choices[int(torch.randint(len(choices), (), generator=batch.choices))]
         else:

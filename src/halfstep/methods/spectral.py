@@ -13,7 +13,7 @@ What differs, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from halfstep.engine.subject import Subject
 from halfstep.nets.architectures import architecture_of, require
 from halfstep.nets.denoiser import Draw, Memo, cond_of, predictor
 from halfstep.training.draft import Draft, teacher_of
-from halfstep.training.train import Diffusion, Objective, TrainState
+from halfstep.training.train import Batch, Diffusion, Objective, TrainState
 
 
 def spectral_weights(clean: torch.Tensor, size: tuple[int, int], alpha: float, most: float = 50.0) -> torch.Tensor:
@@ -117,7 +117,7 @@ def spectral_objective(
     draw: Draw,
     spec: SpectralSpec,
     steps: int,
-) -> Callable[[Any], Iterator[torch.Tensor]]:
+) -> Objective:
     """noise + spatial * sum of squared feature differences + freq * the same by frequency, weighted.
 
     L = |s - eps|^2 + spatial sum_i |F_i - A_i S_i|^2 + freq sum_i L_freq(F_i, A_i S_i): F_i and S_i what teacher and
@@ -128,7 +128,7 @@ def spectral_objective(
     """
     ours, taught = predictor(pupil.model), predictor(teacher)
 
-    def objective(batch: Any) -> Iterator[torch.Tensor]:
+    def objective(batch: Batch) -> Iterator[torch.Tensor]:
         noisy, timestep, target = draw(batch.clean, batch.generator)
         with Levels(pupil.model) as mine:
             found = ours(noisy, timestep, batch.cond, Memo()).float()
