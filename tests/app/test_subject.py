@@ -15,7 +15,7 @@ from PIL import Image
 
 from halfstep.app import verbs
 from halfstep.app.subject import open_subject
-from halfstep.core.errors import HalfstepError
+from halfstep.core.errors import HalfstepError, PlanError
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.entry import Cut, Entry
@@ -87,6 +87,17 @@ def test_every_verb_takes_every_form(name, folders, tmp_path):
     pipe = verbs.make("slimmable", model, "digits", tmp_path / "slim", tiny())
     assert list(pipe.bank) == ["full", "w1.00", "w0.50"]
     assert verbs.train("digits", tmp_path / "more", tiny(), model=model).is_dir()
+
+
+def test_fewer_steps_of_a_dense_model_are_found_for_less_than_all_its_steps_cost(folders, tmp_path):
+    asked = tiny("search.step_counts=2,1")  # of three
+    found = verbs.search(str(folders["stock"]), "digits", tmp_path / "found", asked, budget=0.7)
+    assert found.plan.sampler.steps in (2, 1)
+    with pytest.raises(PlanError, match="at least 1"):
+        verbs.search(str(folders["stock"]), "digits", tmp_path / "none", asked, budget=0.3)
+    with pytest.raises(PlanError, match=r"search\.step_counts"):
+        verbs.search(str(folders["stock"]), "digits", tmp_path / "none", tiny(), budget=0.7)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_dense_model_draws_what_a_pipeline_of_its_reference_draws(folders, tmp_path):

@@ -87,11 +87,14 @@ def search_plan(
 def require_goal(
     plan: StepPlan, entries: Sequence[str], recipe: Recipe, *, budget: float | None, max_loss: float | None
 ) -> None:
-    """Raise PlanError, before anything is trained, for a budget below the cheapest plan, numbers of steps that the
-    sampler does not have, and a tolerated loss together with other numbers of steps or corrections."""
+    """Raise PlanError, before anything is trained, for a budget below the cheapest plan of every number of steps that
+    the recipe names, numbers of steps that the sampler does not have, and a tolerated loss together with other numbers
+    of steps or corrections."""
     spec = recipe.search
+    fewer = [fewer_steps(plan, steps) for steps in spec.step_counts]
     if budget is not None:
-        Space.of(plan, entries, spec.genes).require_budget(budget)
+        if not any(_fits(base, entries, budget * plan.uniform().macs) for base in fewer):
+            Space.of(plan, entries, spec.genes).require_budget(budget)
     elif spec.step_counts or spec.shrink:
         raise PlanError(
             got="--max-loss with search.step_counts or search.shrink",
@@ -99,8 +102,11 @@ def require_goal(
             where="search",
             do="give a budget, or correct the plan that was found with halfstep shrink",
         )
-    for steps in spec.step_counts:
-        fewer_steps(plan, steps)
+
+
+def _fits(base: StepPlan, entries: Sequence[str], macs: float) -> bool:
+    """Whether so many MACs are enough for the cheapest of the entries in every row of a plan's sampler."""
+    return 0 < min(base.uniform(name).macs for name in entries) <= macs * (1 + 1e-9)
 
 
 def search_steps(
@@ -134,8 +140,7 @@ def search_steps(
     for steps, base in bases.items():
         folder = out / f"steps-{steps}"
         share = min(1.0, budget * full / base.macs)
-        cheapest = min(base.prices[name].macs for name in judge.bank) / base.prices[base.reference].macs
-        if share < cheapest and steps != own:  # the plan's own number is refused by the search, with a reason
+        if not _fits(base, judge.bank.names, budget * full):  # not all of them: that was refused
             watch.say(f"{steps} steps are too dear even with the cheapest entry")
             continue
         watch.say(f"{steps} steps")

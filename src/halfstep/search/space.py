@@ -71,7 +71,7 @@ class Space:
                 got=budget,
                 expected=f"at least {cheapest:.3f}, the cheapest entry everywhere",
                 where="budget",
-                do="raise the budget or add narrower widths",
+                do="raise the budget, add narrower widths, or let fewer steps compete: --set search.step_counts=N",
             )
         return int(budget * self.full_macs + 0.5)
 
