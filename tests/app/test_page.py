@@ -243,6 +243,22 @@ def test_a_change_within_the_floor_is_told_without_a_percentage_and_undecided_wi
     assert "0.14" in table.note and "0.08" in table.note and "0.3" in table.note  # the floor, before and after
 
 
+def test_a_reference_alone_is_told_without_what_it_could_be_compared_by():
+    record = Comparison(about=ABOUT, plans={"reference": ROW})
+    for brief in (True, False):
+        table = plans_table(record, brief=brief)
+        assert table.title == "The reference" and table.columns == (
+            "",
+            "FD",
+            "MMACs",
+            "ms",
+            "KID",
+            "precision",
+            "recall",
+        )
+        assert [len(row) for row in table.rows] == [7] and "—" not in table.rows[0] and "paired" not in table.note
+
+
 def test_nothing_is_told_as_held_beside_a_broken_reference_and_the_warning_is_everywhere():
     warnings = ("100% of the reference's pixels are black or white, of the real images' 1%",)
     record = record_of(replace(ABOUT, warnings=warnings), verdict="broken reference")

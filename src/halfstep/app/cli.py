@@ -334,7 +334,7 @@ def sample(
 def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
     """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
 
-    The plan says the sampler and the steps.
+    The plan says the sampler and the steps; for a dense model the recipe does, and it is measured alone.
 
     Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
     """

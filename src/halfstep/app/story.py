@@ -100,14 +100,23 @@ def plans_table(record: Comparison, title: str = "Reference, plan and controls",
         f"{first.features}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
     )
     columns: tuple[str, ...] = ("", "MACs", "time", "FD", "change of FD", f"within {about.tolerance:.0%}")
-    if brief:  # the rest is detail, and lies beyond the edge of a narrow page
+    alone = len(record.plans) == 1  # a dense model, which has no plan: nothing stands beside it
+    if brief and not alone:  # the rest is detail, and lies beyond the edge of a narrow page
         rows = [row[: len(columns)] for row in rows]
     else:
         columns += ("MMACs", "ms", "KID", "precision", "recall")
     names = list(record.plans)
+    if alone:
+        title, note = "The reference", note.replace(", the change is paired", "")
+        columns, rows = tuple(_beside_none(columns)), [tuple(_beside_none(row)) for row in rows]
     return Table(
         title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
     )
+
+
+def _beside_none(cells: Sequence[str]) -> list[str]:
+    """A line of `plans_table` without its shares, change and verdict, which one plan alone has not."""
+    return [cells[0], cells[3], *cells[6:]]
 
 
 def _plan_cells(name: str, row: PlanRow, about: About) -> tuple[str, ...]:

@@ -416,6 +416,7 @@ def evaluate(
     plans = {"reference": subject.reference()}
     if subject.plan is not None:
         plans = {"reference": subject.plan.uniform(), "plan": subject.plan}
+    watch.say(f"measured under {plans['reference'].sampler.name}, {plans['reference'].sampler.steps} steps")
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     disk.write_json(out / "quality.json", verdict.record.to_json())
     return verdict.record
