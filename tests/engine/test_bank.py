@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from banks import FORMATS, WEIGHTS, edit_link, edit_record, in_format, net, slim_bank, weights_of
-from halfstep.core.errors import HalfstepError, ModelError
-from halfstep.core.recipe import SparseSpec
+from halfstep.core.errors import HalfstepError, ModelError, PlanError
+from halfstep.core.process import Process
+from halfstep.core.recipe import SampleSpec, SparseSpec
 from halfstep.core.sums import require_whole
 from halfstep.engine import entry as entry_module
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Cut, Entry, Own, Twin
 from halfstep.engine.layouts import fastest_layouts
-from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.methods.slimmable import Supernet
 from halfstep.methods.sparse import sparsify
 from halfstep.nets.continuous import ContinuousUNet2DModel, with_solver
@@ -384,3 +385,25 @@ def test_a_pipeline_of_format_1_loads_draws_and_is_saved_anew_as_it_was(tmp_path
             pipe.save_pretrained(tmp_path / "anew")
     names = {p.relative_to(tmp_path / "anew" / "bank").as_posix() for p in (tmp_path / "anew" / "bank").rglob("*.json")}
     assert names == {"bank.json"} | {f"{e.replace(':', 'of')}/{f}.json" for e in kinds for f in ("config", "entry")}
+
+
+def test_a_bank_is_told_in_a_line_for_each_entry():
+    bank = slim_bank()
+    told = repr(bank).splitlines()
+    assert [row.split(":")[0].strip() for row in told[1:]] == list(bank.names) and max(map(len, told)) <= 120
+    for name, row in zip(bank, told[1:], strict=True):
+        assert f"{sum(p.numel() for p in bank[name].parameters()):,} parameters" in row
+        assert repr(bank.entries[name]) in row
+    assert "masked 2:4" in repr(Entry(net(), masking=Masking(Pattern(2, 4), ("conv_in.weight",))))
+
+
+def test_a_layout_for_what_is_no_entry_is_refused():
+    with pytest.raises(ModelError, match="w9"):
+        slim_bank().set_layouts({"w9": "contiguous"})
+
+
+def test_no_images_are_refused_by_name():
+    bank = slim_bank()
+    pipe = StepAwarePipeline(bank, reference_plan(bank, Process(), SampleSpec(steps=2)))
+    with pytest.raises(PlanError, match="batch_size: got 0"):
+        pipe(batch_size=0)

@@ -78,6 +78,11 @@ class Bank(torch.nn.Module):
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
         self.eval()
 
+    def __repr__(self) -> str:
+        """A line for each entry, where its models print hundreds."""
+        lines = (f"\n  {name}: {entry!r}" for name, entry in self._entries.items())
+        return f"Bank of {len(self)}, reference {self.reference!r}, predicts {self.prediction_type}:{''.join(lines)}"
+
     @property
     def entries(self) -> Mapping[str, Entry]:
         """Every entry by name, in order."""
@@ -122,8 +127,11 @@ class Bank(torch.nn.Module):
     def set_layouts(self, layouts: Mapping[str, Layout]) -> None:
         """Put entries into memory layouts; results stay the same but for rounding (see `layouts.py`).
 
-        Raises ModelError for two layouts of entries that share their weights in memory, and for an unknown layout.
+        Raises ModelError for two layouts of entries that share their weights in memory, for an unknown layout, and for
+        names that are no entries.
         """
+        for name in layouts:
+            self[name]  # refuses what is no entry
         for names in self.in_one_memory():
             asked = {name: layouts[name] for name in names if name in layouts}
             if len(set(asked.values())) > 1 or not set(asked.values()) <= set(LAYOUTS):

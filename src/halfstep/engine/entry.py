@@ -159,6 +159,15 @@ class Entry:
     masking: Masking | None = None
     runtime: Runtime = EAGER
 
+    def __repr__(self) -> str:
+        """One line, where a model prints hundreds."""
+        count = sum(one.numel() for one in self.model.parameters())
+        own = (
+            "own weights" if self.weights.of is None else f"{type(self.weights).__name__.lower()} of {self.weights.of}"
+        )
+        masked = "" if self.masking is None else f"masked {self.masking.pattern}, "
+        return f"Entry({type(self.model).__name__} of {count:,} parameters, {own}, {masked}{self.runtime.layout})"
+
     @classmethod
     def of(cls, given: Entry | torch.nn.Module) -> Entry:
         """A bare model is an entry with weights of its own that runs as it is."""

@@ -321,6 +321,8 @@ class StepAwarePipeline(DiffusionPipeline):
         (default: the classes in turn). `generator` (one, or one per image) takes the place of `seed`; `plan` replaces
         the pipeline's own. `output_type`: "pil", "np" ([B,H,W,C] in [0, 1]) or "pt" ([B,C,H,W] in [0, 1])."""
         bank, plan = self.bank, plan or self.plan
+        if batch_size < 1:
+            raise PlanError(got=batch_size, expected="1 or more", where="batch_size", do="ask for at least one image")
         cond = cond_for(bank, 0, batch_size) if class_labels is None else self._asked(class_labels, batch_size)
         if generator is None:
             generator = image_generators(seed, 0, batch_size)

@@ -44,6 +44,11 @@ class Subject:
     fitted: Fitted | None
     recipe: Recipe
 
+    def __repr__(self) -> str:
+        """What was read, in words: a model and a recipe print hundreds of lines."""
+        bank = "" if self.bank is None else f": {', '.join(self.bank)}"
+        return f"Subject({self.source!r}, {self.data!r}{bank}; {'; '.join(self.read()) or 'images alone'})"
+
     @property
     def dense(self) -> Any:
         """The denoiser that a training starts from, the bank's reference; None for images alone."""
