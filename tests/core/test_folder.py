@@ -253,3 +253,23 @@ def test_a_home_of_hidden_files_is_no_empty_folder_and_what_systems_leave_is(tmp
         open_run(home, None, {"verb": "sample"}, {})
     assert sorted(p.name for p in home.iterdir()) == [".bashrc", ".ssh"]
     assert open_run(empty, None, {"verb": "sample"}, {}) == empty
+
+
+def test_a_run_that_knew_its_model_otherwise_is_told_as_one_that_may_be_of_before(tmp_path: Path):
+    for verb, told in (("shrink", True), ("search", False)):
+        out, inputs = tmp_path / verb, INPUTS | {"verb": verb}
+        open_run(out, tiny(), inputs, {"model_content": "a"})
+        (out / "scores.jsonl").touch()
+        with pytest.raises(RunError, match="another model behind 'm'") as refused:
+            open_run(out, tiny(), inputs, {"model_content": "b"})
+        assert ("a run of before 2026-11-27" in str(refused.value)) is told
+        with pytest.raises(RunError, match=f"got a run of {verb}, expected an empty folder, or a run of sample"):
+            open_run(out, tiny(), INPUTS | {"verb": "sample"}, {"model_content": "a"})
+
+
+@pytest.mark.parametrize("verb", ["search", "evaluate", "shrink"])
+def test_the_process_that_a_record_names_beside_its_models_content_makes_no_other_run(verb: str, tmp_path: Path):
+    inputs, contents = INPUTS | {"verb": verb}, {"model_content": "a"}
+    open_run(tmp_path / "o", tiny(), inputs, contents)
+    (tmp_path / "o" / "scores.jsonl").touch()
+    open_run(tmp_path / "o", tiny().edit(["noise.set_alpha_to_one=false"]), inputs, contents)

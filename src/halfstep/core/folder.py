@@ -48,6 +48,9 @@ MEASURED = {
 CONTENT = ("model_content", "data_content")
 """Names of the fingerprints among a run's inputs."""
 
+OTHERWISE = ("shrink", "spectrum", "denoise")
+"""Verbs whose runs of before 2026-11-27 took the fingerprint of a model in another way: they cannot be gone on with."""
+
 DIVERGED = Path("state") / "diverged.json"
 """Stands in a run folder whose training ended in a loss that was not finite, until it goes on."""
 
@@ -175,8 +178,10 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
     for name in CONTENT:
         if old.inputs.get(name, asked.inputs.get(name)) != asked.inputs.get(name):
             what = name.removesuffix("_content")
+            before = what == "model" and asked.inputs["verb"] in OTHERWISE
             raise RunError(
-                got=f"another {what} behind {asked.inputs[what]!r} than when this run began",
+                got=f"another {what} behind {asked.inputs[what]!r} than when this run began"
+                + (", or a run of before 2026-11-27, which knew the model otherwise" if before else ""),
                 expected=f"the same {what}, by content",
                 where=out,
                 do=f"choose another --out, or bring the old {what} back",
