@@ -186,6 +186,7 @@ def test_a_huge_tolerated_loss_finds_a_cheap_plan(finished, tmp_path):
     assert record.plans["plan"].share == pytest.approx(found.plan.share)
 
 
+@pytest.mark.slow
 def test_numbers_of_steps_and_corrections_compete_for_one_budget(finished, tmp_path):
     edits = ["search.step_counts=2,6,400", "search.shrink=true", "shrink.images=32", "shrink.final_images=32"]
     recipe = tiny(*edits, "shrink.scales=0.9", "shrink.thresholds=0.1", "shrink.rounds=0")
@@ -270,6 +271,7 @@ verbs.optimize(sys.argv[1], "digits", Path(sys.argv[2]), Recipe().edit(sys.argv[
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_training_and_in_the_search_ends_like_an_uninterrupted_one(finished, dense, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, "-c", SCRIPT, str(dense), str(out), *EDITS.split()]
@@ -345,6 +347,7 @@ def test_widths_and_masks_compose_to_entries_that_share_one_set_of_weights(dense
         assert torch.equal(sparse[name], expected)
 
 
+@pytest.mark.slow
 def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path):
     edits = ["model.kind=uvit", "model.channels=16", "model.layers=2", "model.head_dim=4", "train.steps=6"]
     dense = verbs.train("digits", tmp_path / "dense", tiny(*edits))

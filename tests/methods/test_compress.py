@@ -68,6 +68,7 @@ def test_without_a_teacher_the_most_solver_steps_are_the_reference(tmp_path):
     assert isinstance(bank["continuous@1"], ContinuousUNet2DModel) and bank["continuous@1"].config.order == 2
 
 
+@pytest.mark.slow
 def test_a_training_with_checkpoints_ends_with_the_same_weights(tmp_path):
     found = []
     for checkpoint in ("false", "true"):
@@ -95,6 +96,7 @@ def test_beside_a_teacher_the_continuous_net_has_at_most_a_quarter_of_its_parame
     assert continuous_net(recipe, images).config.base_channels == 16
 
 
+@pytest.mark.slow
 def test_the_grid_keeps_the_best_weight_and_always_shows_the_training_free_controls(tmp_path):
     page = verbs.compress("regularized", None, "digits", tmp_path / "reg", tiny("sample.scheduler=ddpm"))
     grid = json.loads((tmp_path / "reg" / "grid.json").read_text())["scores"]
@@ -163,6 +165,7 @@ def test_denoising_helps_with_the_bundled_model_on_its_own_kind_of_picture(tmp_p
     assert found[0].psnr_db > found[0].noisy_psnr_db + 2  # tiles overlap, so that most see two halves of digits
 
 
+@pytest.mark.slow
 def test_a_changed_measurement_of_the_widths_is_made_again_without_training(dense, tmp_path):
     recipe = tiny("slim.widths=1,0.5", "train.steps=2", "eval.features=pixels", "eval.images=24")
     page = verbs.compress("slimmable", str(dense), "digits", tmp_path / "o", recipe)

@@ -85,6 +85,7 @@ def test_a_finished_run_measures_nothing_again(shrunk):
     assert (shrunk / "scores.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_corrected(shrunk, tmp_path):
     page = verbs.shrink(str(shrunk), "digits", tmp_path / "o", tiny("sample.steps=9"))
     assert page.is_file() and len(StepPlan.load(tmp_path / "o" / "plan.json").rows) == 4
@@ -92,6 +93,7 @@ def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_correcte
     assert len(StepPlan.load(tmp_path / "p" / "plan.json").rows) == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_predicts_the_clean_sample_is_corrected_too(tmp_path):
     edits = ["model.channels=8,16", "model.groups=4", "model.head_dim=4", "train.steps=2", "sample.steps=2"]
     more = ["data.size=8", "data.channels=1", "noise.prediction=sample", "train.batch=8"]

@@ -492,6 +492,7 @@ def test_mirrored_images_are_trained_on_when_asked(digits: Images):
     assert (plain | mirrored).all() and 16 < int(mirrored.sum()) < 48
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one_process_with_the_whole_batch(digits: Images, tmp_path: Path):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
