@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/halfstep demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(if $(SLOW),-m "")
+	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),-m "")
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks

@@ -97,6 +97,7 @@ def test_bad_inputs_are_one_line_and_leave_nothing_behind(dense, tmp_path, monke
         "other size": optimize(dense, tmp_path / "o", *half, "--set", "data.size=16"),
         "other channels": optimize(dense, tmp_path / "o", *half, "--set", "data.channels=3"),
         "no whole groups": optimize(dense, tmp_path / "o", *half, "--set", "slim.widths=1,0.3"),
+        "an empty model": optimize("", tmp_path / "o", *half),
         "no goal": optimize(dense, tmp_path / "o"),
         "two goals": optimize(dense, tmp_path / "o", *half, "--max-loss", 0.1),
         "budget 0": optimize(dense, tmp_path / "o", "--budget", 0),

@@ -161,9 +161,7 @@ def _to_compress(method: str, model: str | None, data: str, recipe: Recipe, watc
             got=f"method {method!r}", expected=f"one of {', '.join(METHODS)}", where="compress", do="name one"
         )
     if not model and method not in ALONE:
-        raise ModelError(
-            got="no model", expected="the dense denoiser", where=f"compress {method}", do="give it as --model"
-        )
+        raise ModelError(got="no model", expected="the dense denoiser", where="--model", do="name a folder, or digits")
     subject = open_subject(model, data, recipe, watch=watch)
     subject.encoded(watch)  # once, with its progress: the draft and the training find it in the cache
     return subject
@@ -247,7 +245,7 @@ def optimize(
     Stages that an earlier call finished are not done again.
     """
     goal, out = goal_text(budget, max_loss), Path(out)
-    subject = open_subject(model, data, recipe, watch=watch)
+    subject = _to_compress("slimmable", model, data, recipe, watch)
     recipe = subject.recipe
     require_measurable(subject.images, recipe)
     draft = slimmable.draft(subject, recipe)
