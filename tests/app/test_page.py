@@ -14,10 +14,10 @@ from PIL import Image
 
 from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series, draw_all, draw_plan
 from halfstep.app.page import Grid, Report, Table, rich_table, write_report
-from halfstep.app.story import costs_table, plan_chart, plans_table, summary
+from halfstep.app.story import _spectra_curve, costs_table, plan_chart, plans_table, summary
 from halfstep.core.errors import PlanError, RunError
 from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
-from halfstep.core.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality
+from halfstep.core.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality, Rings
 from halfstep.data.pictures import picture_grid
 
 
@@ -273,3 +273,14 @@ def test_a_record_of_before_the_correction_is_still_told_and_says_so():
     assert "quality held within the tolerance of 5%" in summary(record, plan_of_one())
     table = plans_table(record)
     assert table.rows[1][5] == "held" and "before distances were corrected" in table.note
+
+
+def test_data_that_models_see_in_two_sizes_have_a_line_each():
+    def rings(n: int, level: float) -> Rings:
+        line = tuple([level] * n)
+        return Rings(frequency=tuple(k / n for k in range(n)), data=line, wiener=line, model=line, error=line)
+
+    models = {"small": rings(4, 1.0), "its twin": rings(4, 1.0), "large": rings(8, 2.0)}
+    curve = _spectra_curve("20", models)
+    assert set(curve.lines) == {"data", "wiener", *models, "data of large", "wiener of large"}
+    assert [len(curve.lines[name]) for name in ("data", "data of large")] == [4, 8]

@@ -406,9 +406,12 @@ def tell_spectra(out: Path) -> Path:
 
 
 def _spectra_curve(timestep: str, models: Mapping[str, Rings]) -> Curve:
+    """The models' spectra; data that one sees otherwise than the first, in another size, have lines of their own."""
     lines: dict[str, tuple[tuple[float, float], ...]] = {}
+    first = next(iter(models.values()))
     for name, rings in models.items():
-        powers = {"data": rings.data, "wiener": rings.wiener, name: rings.model}
+        of = "" if (rings.frequency, rings.data) == (first.frequency, first.data) else f" of {name}"
+        powers = {f"data{of}": rings.data, f"wiener{of}": rings.wiener, name: rings.model}
         lines |= {kind: tuple(zip(rings.frequency, power, strict=True)) for kind, power in powers.items()}
     title = f"Clean estimate at timestep {timestep}"
     return Curve(title=title, xlabel="frequency (cycles per pixel)", ylabel="power", lines=lines)
