@@ -140,7 +140,7 @@ def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
 @app.command()
 @common("edits", "seed", "device")
 def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = 0.5) -> None:
-    """The main job on the bundled digits and model: about 6 minutes on 2 CPU cores.
+    """The main job on the bundled digits and model: 6 to 9 minutes on 2 CPU cores.
 
     Example: `halfstep demo --out runs/demo`
     """
