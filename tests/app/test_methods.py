@@ -27,3 +27,11 @@ def test_an_untrained_draft_has_its_main_entry_and_a_price_for_every_entry(metho
     assert prices[bank.reference].macs == count_macs(subject.dense)
     assert not set(draft.beside(bank)) & set(bank)
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written by a draft
+
+
+@pytest.mark.parametrize("patterns", ["dense", "dense,2:4", "2:4,dense", "2:4"])
+def test_a_supernets_report_is_about_its_last_entry_the_narrowest(patterns, tmp_path):
+    DDPMPipeline(unet(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    subject = open_subject(str(tmp_path / "model"), "digits", tiny(f"slim.patterns={patterns}"))
+    draft = verbs.METHODS["slimmable"](subject, subject.recipe)
+    assert draft.main == list(draft.bank())[-1]

@@ -29,7 +29,7 @@ from halfstep.core.machine import this_process
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe, RunRecord
 from halfstep.core.results import Comparison, Cost
-from halfstep.core.seeds import Stage, own_random, stage_seed
+from halfstep.core.seeds import Stage, own_random, seeded, stage_seed
 from halfstep.core.sums import write_sums
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.classes import in_turn, listed, numbers_of, write_classes
@@ -67,8 +67,8 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     recipe, seen = subject.recipe, subject.encoded(watch)
     net = subject.dense
     if net is None:
-        torch.manual_seed(recipe.seed)
-        net = new_model(recipe.model, seen, recipe.noise.timesteps)
+        with seeded(recipe.seed):
+            net = new_model(recipe.model, seen, recipe.noise.timesteps)
         fit(net.config, subject.images, subject.vae, subject.images.classes)
     inputs = {"verb": "train", "data": data, "model": subject.source}
     open_run(out, recipe, inputs, subject.content, watch, subject.read(net))
@@ -147,9 +147,9 @@ def compress(method: str, model: str | None, data: str, out: Path, recipe: Recip
         bank = bank.with_entry(name, entry, bank.prediction_type)
     judge = judge_for(bank, subject, out, watch)
     write_costs(pipe.bank, out)
-    reference = replace(subject, bank=bank).reference()
+    reference = subject.reference(bank)
     others = {name: reference.uniform(name) for name in bank if name not in (bank.reference, draft.main)}
-    plan = replace(subject, bank=pipe.bank).reference().uniform(draft.main)
+    plan = subject.reference(pipe.bank).uniform(draft.main)
     verdict = measure_plans(judge, {"reference": reference, "plan": plan} | others, subject.recipe, watch=watch)
     plan.save(out / "plan.json")
     return write_and_tell(judge, verdict, out, begun)
@@ -183,7 +183,7 @@ def _regularized(subject: Subject, out: Path, begun: float, watch: Watch) -> Pat
         entries[name] = trained(regularized.draft(subject, one), subject, one, out / name, watch).bank.entries[name]
     plain = regularized.name_of(0.0)
     bank = subject.bank_of(entries, plain)
-    judge, plan = judge_for(bank, subject, out, watch), replace(subject, bank=bank).reference()
+    judge, plan = judge_for(bank, subject, out, watch), subject.reference(bank)
     book = open_scores(judge, out, watch)
     curve = _curve(book, bank, plan, recipe, watch)
     best = min(curve, key=lambda name: curve[name])
@@ -197,7 +197,7 @@ def _regularized(subject: Subject, out: Path, begun: float, watch: Watch) -> Pat
     kept = subject.bank_of({name: bank.entries[name] for name in (plain, best)}, plain)
     write_costs(kept, out)
     plans["plan"].save(out / "plan.json")
-    StepAwarePipeline(kept, replace(subject, bank=kept).reference().uniform(best)).save_pretrained(out / "pipeline")
+    StepAwarePipeline(kept, subject.reference(kept).uniform(best)).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)
 
 
@@ -249,7 +249,7 @@ def optimize(
     recipe = subject.recipe
     require_measurable(subject.images, recipe)
     draft = slimmable.draft(subject, recipe)
-    plan = replace(subject, bank=draft.bank()).reference()
+    plan = subject.reference(draft.bank())
     require_goal(plan, list(plan.prices), recipe, budget=budget, max_loss=max_loss)
     inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": goal}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import ParamSpec, TypeVar
 
@@ -37,15 +38,24 @@ def stage_seed(seed: int, stage: Stage) -> int:
     return STAGES * seed + stage
 
 
+@contextlib.contextmanager
+def seeded(seed: int | None = None) -> Iterator[None]:
+    """torch's global random numbers, from a seed or as they are; at the end the caller's are as they were."""
+    import torch  # here: seeds are values, and reading one needs no torch
+
+    used = torch.cuda.is_initialized()  # to ask a sleeping GPU for its state would wake it
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else ()):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 def own_random(verb: Callable[P, T]) -> Callable[P, T]:
     """A verb that may seed torch's global random numbers: its caller's are as they were when it ends or fails."""
 
     @functools.wraps(verb)
     def inner(*args: P.args, **kwargs: P.kwargs) -> T:
-        import torch  # here: seeds are values, and reading one needs no torch
-
-        used = torch.cuda.is_initialized()  # to ask a sleeping GPU for its state would wake it
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else ()):
+        with seeded():
             return verb(*args, **kwargs)
 
     return inner

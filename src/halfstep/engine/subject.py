@@ -16,6 +16,7 @@ from halfstep.data.images import Images
 from halfstep.data.latents import Latents, encode_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
+from halfstep.engine.entry import Entry
 from halfstep.engine.reading import about_bank, about_images, about_model
 from halfstep.engine.sampling import reference_plan
 from halfstep.nets.content import fingerprint
@@ -77,15 +78,15 @@ class Subject:
         self.vae.cpu()
         return found
 
-    def reference(self) -> StepPlan:
-        """The reference in every row of the recipe's sampler."""
-        return reference_plan(self.stand_ins, self.process, self.recipe.sample)
+    def reference(self, bank: Bank | None = None) -> StepPlan:
+        """The reference, of the model's bank or of another for its samples, in every row of the recipe's sampler."""
+        return reference_plan(self.stand_ins if bank is None else bank, self.process, self.recipe.sample)
 
     def bank_of(self, entries: Mapping[str, Any], reference: str) -> Bank:
         """A bank of other entries for the same samples: with this process's prediction, this VAE, and the names of the
         classes, which are the images' own where the model's folder has none."""
-        bank = Bank(entries, reference, self.process.prediction)
-        return bank.with_vae(self.vae, self.classes_of(bank.config))
+        classes = self.classes_of(Entry.of(entries[reference]).model.config)
+        return Bank(entries, reference, self.process.prediction, self.vae, classes)
 
     def classes_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of the classes of a model with this config that was trained on the images."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from halfstep.core.disk import read_json, write_atomic, write_json
 from halfstep.core.errors import DataError, DivergedError, ModelError
+from halfstep.core.seeds import seeded
 from halfstep.core.typed import nearest, shown
 from halfstep.nets.weights import open_weights
 
@@ -135,8 +136,7 @@ def feature_net_for(images: Images, *, width: int = 32, n_features: int = 64, se
             where=images.name,
             do=f"write --set eval.features=pixels, or --set data.size={SMALLEST} where the model's size is free",
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         n_classes = 4 if _by_rotation(images) else len(images.classes)
         return FeatureNet(
             channels=images.channels, size=images.size, width=width, n_classes=n_classes, n_features=n_features

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from halfstep.core.recipe import Recipe
+from halfstep.core.seeds import seeded
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
 from halfstep.engine.bank import Bank
@@ -75,8 +76,7 @@ def draft(subject: Subject, recipe: Recipe) -> Draft:
     every number of solver steps, which share one set of weights, and "full", the teacher as it came (without one, the
     most solver steps are the reference)."""
     spec, dense = recipe.continuous, subject.dense
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         net = continuous_net(recipe, subject.encoded(), dense)
 
     def bank_of(trained: Any) -> Bank:

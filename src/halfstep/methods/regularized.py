@@ -44,6 +44,7 @@ from torch import nn
 
 from halfstep.core.errors import DataError, HalfstepError
 from halfstep.core.recipe import Recipe, RegularSpec
+from halfstep.core.seeds import seeded
 from halfstep.engine.subject import Subject
 from halfstep.nets.denoiser import Draw, Memo, clean_and_noise, copy_of, predictor, soft
 from halfstep.nets.fresh import new_model
@@ -257,8 +258,7 @@ def net_of(subject: Subject, recipe: Recipe) -> Any:
     coordinates(blank, blank, torch.tensor(0.5), recipe.regular)  # refuses odd sizes for wavelets
     if subject.dense is not None:
         return copy_of(subject.dense)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         return new_model(recipe.model, images, recipe.noise.timesteps)
 
 

@@ -190,10 +190,19 @@ def draft(subject: Subject, recipe: Recipe) -> Draft:
         through = [through_mask(masking) for masking in maskings]
         return sandwich_objective(supernet, Diffusion(recipe.noise).draw, recipe.slim, teacher, through)
 
-    main = list(bank_of(supernet.model))[-1]  # the narrowest
     return Draft(
-        method="slimmable", tag="supernet", net=supernet.model, bank_of=bank_of, objective=objective, main=main
+        method="slimmable",
+        tag="supernet",
+        net=supernet.model,
+        bank_of=bank_of,
+        objective=objective,
+        main=entry_name(supernet.widths[-1], [None, *filter(None, maskings)][-1]),  # the last of `entries_of`
     )
+
+
+def entry_name(width: float, masking: Masking | None = None) -> str:
+    """The bank name of a width, under a mask where there is one: "w0.50+2:4"."""
+    return f"{width_name(width)}+{masking.pattern}" if masking else width_name(width)
 
 
 def entries_of(dense: Any, supernet: Supernet, maskings: Sequence[Masking | None] = (None,)) -> dict[str, Entry]:
@@ -205,7 +214,7 @@ def entries_of(dense: Any, supernet: Supernet, maskings: Sequence[Masking | None
     own = width_name(supernet.own)
     for width in supernet.widths:
         for masking in [None, *filter(None, maskings)]:
-            name = f"{width_name(width)}+{masking.pattern}" if masking else width_name(width)
+            name = entry_name(width, masking)
             if masking is None and None not in maskings and width != supernet.own:
                 continue  # the widest stays as the place of the weights, though it was not trained without a mask
             weights = Own() if name == own else Twin(own) if width == supernet.own else Cut(own, supernet.slices[width])

@@ -22,6 +22,7 @@ from torch import nn
 
 from halfstep.core.errors import ModelError
 from halfstep.core.recipe import Recipe, SpectralSpec
+from halfstep.core.seeds import seeded
 from halfstep.engine.bank import Bank
 from halfstep.engine.profiling import count_macs
 from halfstep.engine.subject import Subject
@@ -176,8 +177,7 @@ def student_configs(teacher: Mapping[str, Any], unit: int = 4) -> list[dict[str,
 def draft(subject: Subject, recipe: Recipe) -> Draft:
     """A slim wavelet-gated student of the dense denoiser, to be distilled. Its bank: "full", the teacher as it came,
     and "spectral". Raises ModelError for a teacher or a reduction that no student is built for."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         student = student_of(subject.dense, recipe.spectral)
         pupil = Pupil(student, subject.dense)
 

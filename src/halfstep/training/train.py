@@ -298,8 +298,9 @@ def train(
         index = order.take((step * world + rank) * spec.batch, spec.batch)
         with _random(_mix(seed, step, rank), device, drops) as (choices, generator):
             flips = torch.rand(spec.batch, generator=choices) < 0.5 if flip else None
-            clean, cond = _examples(images, index, flips, choices, device, labelled)
-            batch = Batch(clean, cond, step, generator, choices)
+            cond = cond_of(images.batch_labels(index) if labelled else None)
+            clean = images.batch(index, flip=flips, generator=choices).to(device, non_blocking=True)
+            batch = Batch(clean, cond_to(cond, device), step, generator, choices)
             for loss in _autocast(objective(batch), device, bf16):
                 accelerator.backward(loss)
                 losses += loss.detach()
@@ -317,19 +318,6 @@ def train(
             losses.zero_()
             norms.zero_()
             since = 0
-
-
-def _examples(
-    images: Images | Latents,
-    index: torch.Tensor,
-    flips: torch.Tensor | None,
-    generator: torch.Generator,
-    device: torch.device,
-    labelled: bool,
-) -> tuple[torch.Tensor, Cond]:
-    """The images of a step and their conditions, on the device."""
-    cond = cond_of(images.batch_labels(index) if labelled else None)
-    return images.batch(index, flip=flips, generator=generator).to(device, non_blocking=True), cond_to(cond, device)
 
 
 @contextlib.contextmanager
