@@ -71,7 +71,7 @@ def trained(size: int, work: Path, watch: RichWatch, skip_small: bool) -> dict[s
 
 def export(size: int, work: Path) -> None:
     """Copy the models trained under `work` to `benchmarks/models` in fp16."""
-    for name in ("dense", "supernet", "small"):
+    for name in ("dense", "supernet", "small") if size != 16 else ("small",):  # benchmarks/bundle.py writes the others
         source, target = work / name / "pipeline", MODELS / f"fashion{size}-{name}"
         if (source / "plan.json").is_file():
             pipe = StepAwarePipeline.from_pretrained(source)

@@ -239,6 +239,8 @@ def test_common_options_are_edits_of_the_recipe():
     assert asked.recipe_for("digits") == named("fashion16").edit(edits)
     assert [Common().recipe_for(data).name for data in ("digits", "folder:x")] == ["digits", "default"]
     assert Common().recipe_for("digits", dense=True) == named("digits-dense")
+    assert Common().recipe_for("fashion") == named("fashion")
+    assert Common().recipe_for("fashion", dense=True) == named("fashion16-dense")
     assert Common().recipe_for("x", sparse_pattern="1:4").sparse.pattern == "1:4"
     assert Common(edits=["sparse.pattern=1:4"]).recipe_for("x", sparse_pattern=None).sparse.pattern == "1:4"
 

@@ -12,15 +12,20 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from halfstep.app import verbs
 from halfstep.app.subject import open_subject
+from halfstep.core.bundled import model_of
 from halfstep.core.errors import HalfstepError, PlanError
+from halfstep.core.recipes import named
+from halfstep.core.sums import compare
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.entry import Cut, Entry
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.methods.slimmable import supernet_of
+from halfstep.nets.models import WEIGHTS
 from tiny import recipes, unet
 
 tiny = recipes("""
@@ -48,6 +53,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 HELD = ("stock", "model", "run", "aware", "aware run")
+
+
+def test_the_bundled_fashion_is_a_bank_whose_reference_is_the_dense_net():
+    subject = open_subject("fashion", "fashion", named("fashion"))
+    full = load_file(model_of("fashion") / "bank" / "full" / WEIGHTS)
+    assert {value.dtype for value in full.values()} == {torch.float16}
+    assert subject.bank.names == ("full", "w0.75", "w0.50", "w0.25") and subject.bank.dtype == torch.float32
+    assert all(torch.equal(value, full[name].float()) for name, value in subject.dense.state_dict().items())
+    assert subject.plan == subject.reference() and len(subject.plan.rows) == 50 and set(subject.plan.nets) == {"full"}
+    assert len(subject.images) == 6000 and {one.state for one in compare(model_of("fashion"))} == {"whole"}
 
 
 def test_what_was_not_opened_is_refused_by_name_where_it_is_wanted(folders):

@@ -115,6 +115,26 @@ def test_digits_are_scikit_learns() -> None:
     assert np.bincount(test.labels, minlength=10).min() > 15  # shuffled: every class is there
 
 
+def test_the_bundled_fashion_has_equally_many_pictures_of_each_class() -> None:
+    for split, count in (("train", 600), ("test", 100)):
+        images = load_images("fashion", split=split)
+        assert (images.size, images.channels, images.classes) == (16, 1, sources.FASHION_CLASSES)
+        assert images.counts == (count,) * 10
+    assert load_images("fashion", size=8).size == 8
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_bundled_fashion_is_a_part_of_the_whole_as_it_is_decoded(split: str) -> None:
+    part, whole = load_images("fashion", split=split), load_images(f"idx:{FASHION}", size=16, split=split)
+
+    def rows(images: Images) -> list[bytes]:
+        return [bytes([label]) + one.tobytes() for one, label in zip(images.pixels, images.labels, strict=True)]
+
+    theirs = iter(rows(whole))
+    assert all(row in theirs for row in rows(part))  # in the order of their source, each once
+
+
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_fashion_mnist_has_its_published_counts() -> None:
     test = load_images(f"idx:{FASHION}", split="test")
@@ -533,11 +553,14 @@ def test_decoding_tells_of_every_picture_however_few(tmp_path: Path) -> None:
 
 def test_bad_arguments(tmp_path: Path) -> None:
     refused("zip:there", "zip:there", "folder:", "npz:")
-    refused("digits:here", "digits:here")
+    refused("digits:here", "digits:here", "did you mean digits?")
+    refused("fashon", "'fashon'", "one of digits, fashion, idx:…", "did you mean fashion?")
+    refused("foldr:x", "did you mean folder:…?")
     refused("folder:", "folder:")
     refused("digits", "0", size=0)
     refused("digits", "2 channels", channels=2)
     refused("digits", "'val'", "train, test", split="val")
+    refused("fashion", "'val'", "train, test", split="val")
     for scheme in ("idx", "folder", "npz", "tar"):
         refused(f"{scheme}:{tmp_path / 'absent'}", "absent", "nothing there")
     refused(f"npz:{tmp_path}", str(tmp_path), "a file")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
+from halfstep.core.bundled import features_of
 from halfstep.core.errors import DataError, HalfstepError, ModelError
 from halfstep.data.images import load_images
 from halfstep.measure.features import (
@@ -516,6 +517,12 @@ def test_changed_or_foreign_files_are_refused_by_name(trained, tmp_path):
     record.write_text(text)
     with pytest.raises(ModelError, match=r"features\.safetensors: got no such file"):
         FeatureNet.load(tmp_path)
+
+
+@pytest.mark.parametrize(("word", "least"), [("digits", 0.9), ("fashion", 0.8)])
+def test_bundled_features_tell_pictures_apart_that_they_have_not_seen(word, least):
+    net, images = FeatureNet.load(features_of(word)), load_images(word, split="test")
+    assert load_features(word).name == net.name and accuracy(net, images) > least
 
 
 @pytest.mark.parametrize("source", ["nothing-here", "file:/nothing/here", "inception", "file:", ""])

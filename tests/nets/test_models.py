@@ -260,6 +260,13 @@ def test_the_bundled_model_loads():
     assert model.dtype == torch.float32 and noise["num_train_timesteps"] == 1000
 
 
+def test_a_slip_in_a_bundled_name_is_answered_with_it_and_a_path_is_not():
+    with pytest.raises(ModelError, match=r"digits, fashion\); did you mean fashion\?"):
+        load_denoiser("fashon")
+    with pytest.raises(ModelError, match="check --model"):
+        load_denoiser("/nowhere/runs/half")
+
+
 def test_a_denoiser_comes_from_a_pipeline_a_model_folder_or_a_run(tmp_path):
     model, scheduler = net(3), DDPMScheduler(prediction_type="v_prediction")
     DDPMPipeline(model, scheduler).save_pretrained(tmp_path / "run" / "pipeline")

@@ -73,10 +73,14 @@ compress_app = typer.Typer(
 )
 app.add_typer(compress_app, name="compress")
 
-Model = Annotated[str, typer.Option("--model", help="A diffusers model or pipeline folder, or `digits` (bundled).")]
+Model = Annotated[
+    str, typer.Option("--model", help="A diffusers model or pipeline folder; bundled: `fashion`, `digits`.")
+]
 Data = Annotated[
     str,
-    typer.Option("--data", help="`digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`."),
+    typer.Option(
+        "--data", help="`fashion`, `digits` (bundled), `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`."
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The run folder: made if absent, resumed if it is this run's.")]
 MaybeModel = Annotated[

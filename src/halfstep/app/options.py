@@ -12,7 +12,7 @@ import typer
 
 from halfstep.core.errors import RecipeError
 from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe
-from halfstep.core.recipes import RECIPES, named
+from halfstep.core.recipes import RECIPES, named, usual
 from halfstep.core.seeds import MAX_SEED
 
 FIELDS = {"steps": "sample.steps", "scheduler": "sample.scheduler", "seed": "seed", "batch": "sample.batch"}
@@ -89,7 +89,7 @@ class Common:
         `fields`: what a verb's own options said, by the recipe's name with _ for its dot, e.g. `sparse_pattern`; None
         says nothing. Raises RecipeError for an option and a `--set` of the same field that say different things.
         """
-        name = self.recipe or ("default" if data != "digits" else "digits-dense" if dense else "digits")
+        name = self.recipe or usual(data, dense=dense)
         given = {f"--{option}": (field, getattr(self, option)) for option, field in FIELDS.items()}
         given |= {f"--{path.split('_')[1]}": (path.replace("_", ".", 1), value) for path, value in fields.items()}
         edits = list(self.edits or [])

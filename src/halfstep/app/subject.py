@@ -24,8 +24,9 @@ from halfstep.nets.models import load_classes, load_denoiser, load_vae, pipeline
 def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, watch: Watch = SILENT) -> Subject:
     """What a verb works on.
 
-    `model`: "digits" (bundled), a stock diffusers pipeline folder, a model folder, a run folder of any verb that wrote
-    a pipeline, or a step-aware pipeline; None: images alone, from which the recipe's model is yet to be trained.
+    `model`: "fashion" or "digits" (bundled), a stock diffusers pipeline folder, a model folder, a run folder of any
+    verb that wrote a pipeline, or a step-aware pipeline; None: images alone, from which the recipe's model is yet to be
+    trained.
     `data`: as `load_images` takes it; None for a verb without images.
     Raises ModelError, RunError or PlanError for a model that is not whole or whose process cannot be carried, DataError
     for images that cannot be read or do not fit it.

@@ -161,7 +161,7 @@ def _to_compress(method: str, model: str | None, data: str, recipe: Recipe, watc
             got=f"method {method!r}", expected=f"one of {', '.join(METHODS)}", where="compress", do="name one"
         )
     if not model and method not in ALONE:
-        raise ModelError(got="no model", expected="the dense denoiser", where="--model", do="name a folder, or digits")
+        raise ModelError(got="no model", expected="the dense denoiser", where="--model", do="name a folder, or fashion")
     subject = open_subject(model, data, recipe, watch=watch)
     subject.encoded(watch)  # once, with its progress: the draft and the training find it in the cache
     return subject

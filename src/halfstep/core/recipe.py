@@ -255,7 +255,8 @@ class EvalSpec:
 
     images: Annotated[Images, "images of a plan; four for each feature or more, or nothing is decided"] = 4096
     features: Annotated[
-        Text, "own (a classifier trained on the data), digits, file:DIR, inception:FILE, dinov2, or pixels (no network)"
+        Text,
+        "own (a classifier trained on the data), fashion, digits, file:DIR, inception:FILE, dinov2, pixels (none)",
     ] = "own"
     feature_steps: Annotated[Count, "training steps of the own classifier"] = 1500
     bootstrap: Annotated[Count, "resamples of an interval"] = 500

@@ -43,6 +43,21 @@ def digits() -> Recipe:
     )
 
 
+def fashion() -> Recipe:
+    """The bundled 16x16 Fashion-MNIST model and its pictures, against 50 DDIM steps of it."""
+    return Recipe(
+        name="fashion",
+        data=DataSpec(size=16, channels=1),
+        train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
+        slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
+        sample=SampleSpec(steps=50, batch=128),
+        search=SearchSpec(
+            images=512, error_images=64, fit=14, population=6, generations=2, genes=10, final_images=2048
+        ),
+        eval=EvalSpec(images=2048, features="fashion"),
+    )
+
+
 def fashion16_dense() -> Recipe:
     """A 1.5 M U-Net on Fashion-MNIST at 16x16, 6,000 steps of 128: clean pictures after about 30 minutes on 2 cores."""
     return Recipe(
@@ -135,6 +150,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "default": default,
     "digits": digits,
     "digits-dense": digits_dense,
+    "fashion": fashion,
     "fashion16": fashion16,
     "fashion16-dense": fashion16_dense,
     "fashion32": fashion32,
@@ -143,6 +159,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion32-spectral": fashion32_spectral,
     "fashion32-uvit-dense": fashion32_uvit_dense,
 }
+
+
+USUAL = {"digits": ("digits", "digits-dense"), "fashion": ("fashion", "fashion16-dense")}
+"""The recipes of bundled images: of all verbs, and of a training from the images alone."""
+
+
+def usual(data: str, *, dense: bool = False) -> str:
+    """The name of the recipe for images where none is named; `dense`: for a training from them alone."""
+    return USUAL.get(data, ("default", "default"))[dense]
 
 
 def named(name: str, *, where: str = "--recipe") -> Recipe:

@@ -82,6 +82,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return match[0] if match else ""
 
 
+def near(name: str, names: Iterable[str]) -> str:
+    """The same where the two are alike, "" where a name is probably no slip for any of them."""
+    match = difflib.get_close_matches(name[:80], list(names), n=1)
+    return match[0] if match else ""
+
+
 @cache
 def hints_of(cls: Any) -> dict[str, Any]:
     """The hints of a dataclass's fields, with their `Annotated`."""

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from halfstep.core.bundled import BUNDLED
 from halfstep.core.disk import read_json
+from halfstep.core.typed import near
 from halfstep.core.watch import SILENT, Told, Watch
 from halfstep.data.arrays import open_array
 from halfstep.data.pictures import decode, is_grey, opened
@@ -116,8 +118,8 @@ def load_images(
 ) -> Images:
     """Images of a source, from the cache if it was decoded before.
 
-    source: `digits`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`. `layout` says which folders are
-        splits and classes; what is left out stands in the answer.
+    source: `digits`, `fashion`, `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`. `layout` says which
+        folders are splits and classes; what is left out stands in the answer.
     size: None keeps the one square size that all images share. Otherwise the largest centred square of each image is
         resampled to size x size: by area (Pillow's BOX) to shrink it, so that nothing aliases, BICUBIC to grow it.
     channels: 1 or 3; None is 1 if every image is grey and 3 otherwise. Transparency is laid on white, 16-bit grey is
@@ -129,9 +131,11 @@ def load_images(
     Raises: DataError, naming the file at fault.
     """
     scheme, _, place = source.partition(":")
-    if scheme not in READERS or (scheme == "digits") != (place == ""):
-        known = "one of digits, " + ", ".join(f"{name}:…" for name in READERS if name != "digits")
-        raise bad("data", f"source {source!r}", known, "name one of these")
+    if scheme not in READERS or (scheme in BUNDLED) != (place == ""):
+        known = "one of " + ", ".join(name if name in BUNDLED else f"{name}:…" for name in READERS)
+        meant = near(scheme, READERS)
+        do = f"did you mean {meant if meant in BUNDLED else f'{meant}:…'}?" if meant else "name one of these"
+        raise bad("data", f"source {source!r}", known, do)
     if size is not None and not (isinstance(size, int) and 1 <= size <= 4096):
         raise bad(source, f"size {size!r}", "1 to 4096 pixels", "give another size")
     if channels not in (None, 1, 3):

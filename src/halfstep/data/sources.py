@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from halfstep.core.bundled import FASHION_IMAGES
 from halfstep.core.errors import DataError
 from halfstep.core.recipe import RunRecord
 from halfstep.data.layout import arrange, is_system, sift
@@ -105,7 +106,7 @@ def _raise(error: OSError) -> None:
 def file_stats(scheme: str, place: str) -> list:
     """What identifies the source's present content: its absolute path and each file's name, size and time."""
     with reading(place, "a path"):
-        path = Path(place).expanduser()
+        path = FASHION_IMAGES if scheme == "fashion" else Path(place).expanduser()
         if scheme == "digits" or (scheme == "hub" and not path.exists()):
             return [place]
         for schemes, right, kind in (("idx", "folder"), path.is_dir, "folder"), (("npz", "tar"), path.is_file, "file"):
@@ -269,6 +270,15 @@ def _channels_last(images: np.ndarray, where: str) -> np.ndarray:
     return images[..., 0] if images.shape[3] == 1 else images
 
 
+FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
+
+def _fashion(place: str, split: str) -> Source:
+    """The bundled pictures of Fashion-MNIST, 16x16, equally many of each class: 6,000 to train and 1,000 to test."""
+    _known_split(split, ("train", "test"), "fashion")
+    return replace(_npz(str(FASHION_IMAGES), split), classes=FASHION_CLASSES)
+
+
 def _folder(place: str, split: str) -> Source:
     """Image files at any depth; folders by the names of splits are splits; the first sub-folder is the class."""
     root = Path(place).expanduser()
@@ -369,5 +379,5 @@ class _Unpacked:
 
 
 READERS: dict[str, Callable[[str, str], Source]] = {
-    "digits": _digits, "idx": _idx, "folder": _folder, "npz": _npz, "tar": _tar,
+    "digits": _digits, "fashion": _fashion, "idx": _idx, "folder": _folder, "npz": _npz, "tar": _tar,
 }  # fmt: skip

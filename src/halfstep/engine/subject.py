@@ -59,7 +59,7 @@ class Subject:
     def stand_ins(self) -> Bank:
         """The bank, for verbs that cannot do without a model. Raises ModelError where there is none."""
         if self.bank is None:
-            raise ModelError(got="no model", expected="one", where="--model", do="name one, or `digits`")
+            raise ModelError(got="no model", expected="one", where="--model", do="name one, or `fashion`")
         return self.bank
 
     @property

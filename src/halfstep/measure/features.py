@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from halfstep.core.bundled import BUNDLED
+from halfstep.core.bundled import features_of as bundled_features
 from halfstep.core.disk import read_json, write_atomic, write_json
 from halfstep.core.errors import DataError, DivergedError, ModelError
 from halfstep.core.seeds import seeded
@@ -28,10 +30,8 @@ from halfstep.nets.weights import open_weights
 if TYPE_CHECKING:
     from halfstep.data.images import Images
 
-KINDS = ("own", "pixels", "digits", "file:", "inception:", "dinov2")
+KINDS = ("own", "pixels", *BUNDLED, "file:", "inception:", "dinov2")
 """How features are named in a recipe; the first two rest on the data at hand."""
-
-BUNDLED = Path(__file__).parents[1] / "assets" / "digits_features"
 
 SMALLEST = 8  # the side of the smallest images that a feature network takes
 
@@ -309,9 +309,9 @@ class Extractor:
 def load_features(source: str, *, bundled: Path | None = None, device: str = "cpu") -> Extractor:
     """A feature network by name.
 
-    source: "digits" (comes with Halfstep; `bundled` is its folder), "file:DIR" or a folder that FeatureNet.save wrote,
-        "inception:FILE" (safetensors of torchvision's inception_v3; needs torchvision), "dinov2" or "dinov2:DIR"
-        (needs transformers; without DIR it may be fetched from the hub).
+    source: "digits" or "fashion" (bundled; `bundled` is another folder for it), "file:DIR" or a folder that
+        FeatureNet.save wrote, "inception:FILE" (safetensors of torchvision's inception_v3; needs torchvision), "dinov2"
+        or "dinov2:DIR" (needs transformers; without DIR it may be fetched from the hub).
     Raises: ModelError.
     """
     kind, _, place = str(source).partition(":")
@@ -319,11 +319,11 @@ def load_features(source: str, *, bundled: Path | None = None, device: str = "cp
         return _inception(place, device)
     if kind == "dinov2":
         return _dinov2(place or "facebook/dinov2-base", device)
-    if kind == "digits" and not place:
-        return extractor_of(FeatureNet.load(bundled or BUNDLED).to(device))
+    if kind in BUNDLED and not place:
+        return extractor_of(FeatureNet.load(bundled or bundled_features(kind)).to(device))
     folder = Path(place if kind == "file" and place else str(source)).expanduser()
     if not folder.is_dir():
-        expected = "own, pixels, digits, file:DIR, inception:FILE or dinov2"
+        expected = f"own, pixels, {', '.join(BUNDLED)}, file:DIR, inception:FILE or dinov2"
         do = f"give the folder that `halfstep features` wrote, or did you mean {nearest(kind, KINDS)}?"
         raise ModelError(got=shown(str(source)), expected=expected, where="eval.features", do=do)
     return extractor_of(FeatureNet.load(folder).to(device))

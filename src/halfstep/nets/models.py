@@ -15,17 +15,17 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
+from halfstep.core.bundled import BUNDLED, model_of
 from halfstep.core.disk import read_json
 from halfstep.core.errors import ModelError
 from halfstep.core.process import Process
 from halfstep.core.sums import require_whole
-from halfstep.core.typed import shown
+from halfstep.core.typed import near, shown
 from halfstep.data.classes import read_classes
 from halfstep.nets.architectures import ARCHITECTURES
 from halfstep.nets.denoiser import Memo, class_count, cond_of, predictor
 from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
-DIGITS_MODEL = Path(__file__).parents[1] / "assets" / "digits_model"
 MODEL_CLASSES: dict[str, type[ModelMixin]] = {name: family.kind for name, family in ARCHITECTURES.items()}
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
 
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             got="no config.json",
             expected="a diffusers model or pipeline folder",
             where=folder,
-            do="give the folder that save_pretrained wrote, or 'digits' for the bundled model",
+            do=f"give the folder that save_pretrained wrote, or a bundled one's name: {', '.join(BUNDLED)}",
         )
     return read_json(file, what="a diffusers config.json", do="save the model again", error=ModelError)
 
@@ -274,12 +274,13 @@ def _nameless(model: ModelMixin) -> ModelMixin:
 
 
 def pipeline_folder(source: str | Path) -> Path:
-    """The folder of "digits" (bundled), of a model or pipeline, or of a run's pipeline. Raises ModelError."""
-    folder = DIGITS_MODEL if source == "digits" else Path(source)
+    """The folder of a bundled model by its word, of a model or pipeline, or of a run's pipeline. Raises ModelError."""
+    folder = model_of(str(source)) if source in BUNDLED else Path(source)
     if not folder.is_dir():
-        raise ModelError(
-            got="no such folder", expected="a diffusers model or pipeline folder", where=folder, do="check --model"
-        )
+        expected = f"a diffusers model or pipeline folder, or a bundled one ({', '.join(BUNDLED)})"
+        meant = near(str(source), BUNDLED)
+        do = f"did you mean {meant}?" if meant else "check --model"
+        raise ModelError(got="no such folder", expected=expected, where=folder, do=do)
     return folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
 
 
@@ -312,10 +313,10 @@ def load_classes(source: str | Path, config: Mapping[str, Any]) -> tuple[str, ..
 def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
     """A denoiser and the config of its noise scheduler.
 
-    `source`: "digits" (bundled), a diffusers pipeline folder (its `unet` and `scheduler`), a run folder of
-    `halfstep train`, or a model folder with a `scheduler_config.json`, or with a folder `scheduler` inside or beside
-    it. Without any of these a warning says that the process of DDPM is assumed. Raises ModelError, also for files that
-    changed since digests of them were written.
+    `source`: "digits" (bundled; `fashion` is a bank: `open_subject` gives its dense net), a diffusers pipeline folder
+    (its `unet` and `scheduler`), a run folder of `halfstep train`, or a model folder with a `scheduler_config.json`, or
+    with a folder `scheduler` inside or beside it. Without any of these a warning says that the process of DDPM is
+    assumed. Raises ModelError, also for files that changed since digests of them were written.
     """
     folder = pipeline_folder(source)
     require_whole(folder)
