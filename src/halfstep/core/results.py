@@ -173,6 +173,58 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How far a plan's pictures are from the converged pictures of the same noise (`measure/fidelity.py`).
+
+    `mse`: mean squared difference of pixels in [-1, 1]. `ssim`: structural similarity, 1 of equal pictures. `features`:
+    mean squared distance in the features of `features_name`; two values with different ones must never be compared.
+    `n`: images, of `seed`. `draws`: ways from each start that were averaged, where a sampler draws noise on its way; 0
+    of a deterministic one. `target`: digest of the converged plan, its weights, the seed and the classes.
+    """
+
+    mse: Interval
+    ssim: Interval
+    features: Interval | None = None
+    features_name: str | None = None
+    n: int
+    seed: int
+    draws: int = 0
+    target: str
+
+    @property
+    def psnr_db(self) -> Interval:
+        """Peak signal-to-noise ratio of all pictures together, in dB, of the range 2; infinite where they are equal."""
+        ends = (self.mse.value, self.mse.high, self.mse.low)
+        value, low, high = (10 * math.log10(4 / end) if end > 0 else math.inf for end in ends)  # 2^2 / mse
+        return Interval(value=value, low=low, high=high)
+
+    def __str__(self) -> str:
+        psnr = self.psnr_db
+        told = f"{psnr.value:.1f} dB [{psnr.low:.1f}, {psnr.high:.1f}], SSIM {self.ssim}"
+        return told if self.features is None else f"{told}, in features {self.features}"
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, object], *, where: object = "fidelity") -> Fidelity:
+        """Rebuild a fidelity. Raises RunError."""
+        return build(cls, record, "", where, error=RunError)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanRow:
     """What `judge.measure_plans` measured of one plan; results of before have no `verdict`."""
 
