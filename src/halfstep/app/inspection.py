@@ -103,7 +103,7 @@ def _spectra_of(
     cond = cond_to(cond_of(found.batch_labels(chosen) if class_count(bank.config) else None), device)
     bank.to(device)
     alphas, bins = subject.process.scheduler().alphas_cumprod, max(4, found.size // 2)
-    for entry, timestep in itertools.product(bank, timesteps):
+    for entry, timestep in itertools.product(bank.computed, timesteps):
         call = predictor(bank[entry])
         rings = spectra(call, clean, timestep, alphas, bank.prediction_type, bins=bins, cond=cond)
         yield entry, timestep, {name: line.tolist() for name, line in rings.items()}
@@ -237,7 +237,7 @@ def _restorers(subject: Subject, classes: Sequence[str | int]) -> Mapping[str, C
     known: dict[str, Any] = {"process": subject.process, "tiles": tiles, "device": bank.device}
     return {
         entry + told: partial(restore_picture, predictor(bank[entry]), cond=cond, **known)
-        for entry in bank
+        for entry in bank.computed
         for told, cond in conds.items()
     }
 

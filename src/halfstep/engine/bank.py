@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -18,11 +19,20 @@ from halfstep.core.plan import Price
 from halfstep.core.results import Cost
 from halfstep.core.sums import require_whole
 from halfstep.core.typed import Bounds, shown
-from halfstep.engine.entry import LAYOUTS, Entry, read_entry, require_sources
+from halfstep.core.watch import SILENT, Watch
+from halfstep.engine.entry import LAYOUTS, Entry, Reuse, read_entry, require_sources, sources_first
 from halfstep.engine.format1 import read_entry_of_before
-from halfstep.engine.profiling import Layout, count_macs, decode_macs, latency
+from halfstep.engine.profiling import (
+    Layout,
+    count_macs,
+    decode_macs,
+    example_inputs,
+    latency,
+    reused_macs,
+)
 from halfstep.nets.content import fingerprint
-from halfstep.nets.denoiser import class_count, eager
+from halfstep.nets.denoiser import Memo, class_count, eager, predictor
+from halfstep.nets.reuse import Order, Place, Reused, require_cut
 from halfstep.nets.weights import require_safetensors
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
@@ -36,9 +46,11 @@ class Bank(torch.nn.Module):
     `entries`: name -> `Entry`, or a diffusers model with weights of its own. `prediction_type`: what all of them
     predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their samples, where they work on latents;
     `classes`: the names of their classes by number, where they are known (the pipeline stores both).
-    `bank[name]` is the model, `bank.entries[name]` the entry.
+    `bank[name]` is the model, `bank.entries[name]` the entry. An entry that reuses another's features (`entry.Reuse`)
+    runs in a trajectory only: `bank[name]` refuses it, for its model alone is its source's; `computed` leaves it out.
     Raises ModelError when an entry's input, output or class conditioning differs from the reference's, when its weights
-    do not follow from the entry that it names, and for names that make no folder of their own (see `check_names`).
+    do not follow from the entry that it names, for a reference that reuses another's features, and for names that make
+    no folder of their own (see `check_names`).
     """
 
     def __init__(
@@ -51,23 +63,27 @@ class Bank(torch.nn.Module):
     ):
         super().__init__()
         check_names(entries, "bank")
-        if reference not in entries:
+        able = [name for name, given in entries.items() if not isinstance(Entry.of(given).weights, Reuse)]
+        if reference not in able:
             raise ModelError(
                 got=f"reference {reference!r}",
-                expected=f"one of {', '.join(entries)}",
+                expected=f"one of {', '.join(able)}",
                 where="bank",
-                do="name an entry",
+                do="name an entry that runs alone",
             )
         self.reference = reference
         self.prediction_type = prediction_type
         self.vae, self.classes = vae, tuple(classes)
         self._entries = {name: Entry.of(given) for name, given in entries.items()}
+        require_sources({name: entry.weights for name, entry in self._entries.items()}, "bank")
+        for name, entry in self._entries.items():
+            if isinstance(entry.weights, Reuse):  # it runs as its source does
+                self._entries[name] = replace(entry, runtime=self._entries[entry.weights.of].runtime)
         # a second home of the models, for `to` and `state_dict`; names may hold dots, which ModuleDict refuses
-        self.models = torch.nn.ModuleList(entry.model for entry in self._entries.values())
+        self.models = torch.nn.ModuleList(dict.fromkeys(entry.model for entry in self._entries.values()))
         for name in self:
             self._check_stands_in(name)
         class_count(self.config)  # refuses a conditioning that no sampler here can give
-        require_sources({name: entry.weights for name, entry in self._entries.items()}, "bank")
         for name, entry in self._entries.items():
             source = None if entry.weights.of is None else self[entry.weights.of]
             entry.require_sound(source, f"bank entry {name!r}")
@@ -92,6 +108,11 @@ class Bank(torch.nn.Module):
     def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The names of the entries that a call alone computes: all but those that reuse another's features."""
+        return tuple(name for name, entry in self._entries.items() if not isinstance(entry.weights, Reuse))
+
     def __getitem__(self, name: str) -> Any:
         if name not in self._entries:
             raise ModelError(
@@ -100,7 +121,15 @@ class Bank(torch.nn.Module):
                 where="bank",
                 do="use the bank's names",
             )
-        return self._entries[name].model
+        entry = self._entries[name]
+        if isinstance(entry.weights, Reuse):
+            raise ModelError(
+                got=f"entry {name!r}, which takes features that {entry.weights.of!r} left in an earlier row",
+                expected=f"one of {', '.join(self.computed)}, which run alone",
+                where="bank",
+                do="run it in a plan",
+            )
+        return entry.model
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -131,7 +160,8 @@ class Bank(torch.nn.Module):
         names that are no entries.
         """
         for name in layouts:
-            self[name]  # refuses what is no entry
+            if name not in self:
+                self[name]  # refuses what is no entry
         for names in self.in_one_memory():
             asked = {name: layouts[name] for name in names if name in layouts}
             if len(set(asked.values())) > 1 or not set(asked.values()) <= set(LAYOUTS):
@@ -153,7 +183,7 @@ class Bank(torch.nn.Module):
         """The names, those together whose parameters are the same tensors: whatever is done to one is done to all."""
         groups: list[tuple[set[int], list[str]]] = []
         for name in self:
-            own = {id(parameter) for parameter in self[name].parameters()}
+            own = {id(parameter) for parameter in self._entries[name].model.parameters()}
             for known, names in groups:
                 if known & own:
                     known |= own
@@ -164,11 +194,23 @@ class Bank(torch.nn.Module):
         return [names for _, names in groups]
 
     def prices(self) -> dict[str, Price]:
-        """What one call of every entry costs per image; masked weights count by their pattern."""
-        if not self._prices:  # a tenth of a second each, and no weight or layout changes them
-            layers = {name: entry.masking.layers() for name, entry in self._entries.items() if entry.masking}
-            self._prices = {name: Price(count_macs(self[name], densities=layers.get(name))) for name in self}
-        return dict(self._prices)
+        """What one call of every entry costs per image; masked weights count by their pattern, and what reuses features
+        by what is left to compute."""
+        for name in self:
+            if name not in self._prices:  # a tenth of a second each, and no weight or layout changes them
+                self._prices[name] = Price(self._macs(name))
+        return {name: self._prices[name] for name in self}
+
+    def _macs(self, name: str) -> int:
+        entry = self._entries[name]
+        if not isinstance(entry.weights, Reuse):
+            return count_macs(entry.model, densities=entry.masking.layers() if entry.masking else None)
+        links = ((other, self._entries[other].weights) for other in self._prices)
+        for other, link in links:  # a forecast costs no more than what it forecasts for
+            if isinstance(link, Reuse) and (link.of, link.cut) == (entry.weights.of, entry.weights.cut):
+                return self._prices[other].macs
+        masking = self._entries[entry.weights.of].masking
+        return reused_macs(entry.model, entry.weights.cut, masking.layers() if masking else None)
 
     def fixed(self) -> Price:
         """What a trajectory costs per image beside its calls: decoding its sample, where the bank works on latents."""
@@ -176,16 +218,29 @@ class Bank(torch.nn.Module):
 
     def fingerprint(self, name: str) -> str:
         """16 hex digits that change with any weight or setting of an entry, or with what it predicts; read once."""
-        key = name, self.dtype
+        key, entry = (name, self.dtype), self._entries.get(name)
         if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint(eager(self[name]), {"prediction_type": self.prediction_type})
+            told: dict[str, Any] = {"prediction_type": self.prediction_type}
+            if entry is not None and isinstance(entry.weights, Reuse):
+                source = self.fingerprint(entry.weights.of)
+                self._fingerprints[key] = fingerprint(source, {**told, **entry.weights.to_json()})
+            else:
+                self._fingerprints[key] = fingerprint(eager(self[name]), told)
         return self._fingerprints[key]
 
     def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
         """What every entry costs here, timed in turns: MACs as `prices`, bytes as stored by `save_pretrained`."""
-        measured = latency({name: self[name] for name in self}, batch=batch, repeats=repeats)
+        measured = latency({name: self.call(name, batch) for name in self}, batch=batch, repeats=repeats)
         prices, stored = self.prices(), {name: entry.stored_bytes / 2**20 for name, entry in self._entries.items()}
         return {name: replace(cost, macs=prices[name].macs, stored_mib=stored[name]) for name, cost in measured.items()}
+
+    def call(self, name: str, batch: int = 1) -> Any:
+        """What one row of an entry calls, as a denoiser that is counted and timed: its model, or for one that reuses
+        features its shallow pass on those of `example_inputs`, for calls of at most `batch` images."""
+        if name not in self or not isinstance(link := self._entries[name].weights, Reuse):
+            return self[name]
+        model = self[link.of]
+        return Reused(model, link.cut, link.order, *example_inputs(model, batch))
 
     def with_vae(self, vae: torch.nn.Module | None, classes: Sequence[str] = ()) -> Bank:
         """The same entries, with what decodes their samples (None: they are pictures) and the names of classes."""
@@ -200,10 +255,34 @@ class Bank(torch.nn.Module):
                 where=f"bank entry {name!r}",
                 do="train it with the reference's prediction type",
             )
-        return Bank({**self._entries, name: entry}, self.reference, prediction_type, self.vae, self.classes)
+        return self._with({name: entry})
+
+    def _with(self, more: Mapping[str, Entry | torch.nn.Module]) -> Bank:
+        """A bank with more entries, or others of these names; of the rest, what is known stays known."""
+        bank = Bank({**self._entries, **more}, self.reference, self.prediction_type, self.vae, self.classes)
+        kept = {name for name, one in self._entries.items() if not {name, one.weights.of} & set(more)}
+        bank._prices = {name: price for name, price in self._prices.items() if name in kept}
+        bank._fingerprints = {key: found for key, found in self._fingerprints.items() if key[0] in kept}
+        return bank
+
+    def with_reuse(self, cuts: Iterable[Place], orders: Iterable[Order] = (0,), watch: Watch = SILENT) -> Bank:
+        """A bank in which every computed entry can be reused at these cuts, e.g. as full~2, with order 1 full~2+; no
+        weights are copied. What a net cannot give is left out, and `watch` is told why."""
+        more: dict[str, Entry] = {}
+        cuts, orders = list(dict.fromkeys(cuts)), list(dict.fromkeys(orders))
+        for name in self.computed:
+            for cut in cuts:
+                try:
+                    require_cut(self[name], cut, f"bank entry {name!r}")
+                except ModelError as error:
+                    watch.say(f"no reuse of {name} at cut {cut}: {error}")
+                    continue
+                links = [Reuse(name, cut, order) for order in orders]
+                more |= {one.name: Entry(self[name], one) for one in links if one.name not in self}
+        return self._with(more)
 
     def _check_stands_in(self, name: str) -> None:
-        mine, theirs = self[name].config, self.config
+        mine, theirs = self._entries[name].model.config, self.config
         for key in ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
             if json.dumps(mine.get(key)) != json.dumps(theirs.get(key)):  # (8, 8) is [8, 8] once loaded
                 raise ModelError(
@@ -212,7 +291,7 @@ class Bank(torch.nn.Module):
                     where=f"bank entry {name!r}",
                     do="only denoisers of the same input and output can share a bank",
                 )
-        kinds = {p.dtype for p in self[name].parameters()}
+        kinds = {p.dtype for p in self._entries[name].model.parameters()}
         if not kinds <= {self.dtype}:
             raise ModelError(
                 got=f"weights in {', '.join(sorted(map(str, kinds)))}",
@@ -264,10 +343,20 @@ class Bank(torch.nn.Module):
         stored = {name: read(folder / _folder(name)) for name in record.entries}
         require_sources({name: one.weights for name, one in stored.items()}, folder)
         entries: dict[str, Entry] = {}
-        for name in sorted(stored, key=lambda n: stored[n].weights.of is not None):  # sources come first
+        for name in sources_first({name: one.weights for name, one in stored.items()}):
             entries[name] = stored[name].restore(entries)
         bank = cls({name: entries[name] for name in stored}, record.reference, record.prediction_type)
         return bank if torch_dtype is None else bank.to(torch_dtype)
+
+
+def calls_of(bank: Bank, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """One call of every entry at `batch` images, on its device, without gradients: what is timed. That of an entry that
+    reuses features takes those of one call of its source, made here."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    for name in bank:
+        model = bank.call(name, batch)
+        found[name] = torch.no_grad()(partial(predictor(model), *example_inputs(model, batch), Memo()))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- the folder

@@ -22,6 +22,7 @@ from halfstep.engine.profiling import Layout, layout_of
 from halfstep.nets.denoiser import eager
 from halfstep.nets.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
 from halfstep.nets.models import WEIGHTS, empty_model, filled_model, load_model, read_config
+from halfstep.nets.reuse import ORDERS, Order, Place, require_cut
 from halfstep.nets.slices import Pieces, cut_all, require_inside, slices_to_json
 from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
@@ -56,6 +57,10 @@ class Own:
 
     kind, of = "own", None
 
+    def may_follow(self, source: Weights) -> bool:
+        """Whether these weights may follow from an entry with the `source`'s."""
+        return False
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
@@ -88,6 +93,9 @@ class Twin:
 
     of: str
     kind = "twin"
+
+    def may_follow(self, source: Weights) -> bool:
+        return source.of is None
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "of": self.of}
@@ -127,20 +135,84 @@ class Cut(Twin):
         return cut_all(weights, self.slices)
 
 
-Weights = Own | Cut | Twin
-_KINDS: dict[str, type[Own | Twin]] = {kind.kind: kind for kind in (Own, Cut, Twin)}
+@dataclass(frozen=True)
+class Reuse:
+    """No weights: entry `of`, computed from a cut on, with features that its earlier rows left (see `nets/reuse.py`).
+
+    `cut`: which, or "out" for its whole prediction; `order`: 0 takes the last features as they are, 1 a straight line
+    through the last two. `of` may be any entry that computes itself: a width, a mask, a twin. The model is `of`'s own.
+    """
+
+    of: str
+    cut: Place
+    order: Order = 0
+    kind = "reuse"
+
+    @property
+    def name(self) -> str:
+        """What such an entry is called: full~2, with order 1 full~2+."""
+        return f"{self.of}~{self.cut}{'+' * self.order}"
+
+    @property
+    def rows_before(self) -> int:
+        """How many rows of its source it needs before it."""
+        return self.order + 1
+
+    def may_follow(self, source: Weights) -> bool:
+        return not isinstance(source, Reuse)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "of": self.of, "cut": self.cut, "order": self.order}
+
+    def require_fits(self, model: Any, source: Any, where: object) -> None:
+        """Raise ModelError unless the model is the source's, and can be cut there."""
+        if eager(model) is not eager(source):
+            got, expected = "a model of its own", f"that of {self.of!r}, whose features it takes"
+            raise ModelError(got=got, expected=expected, where=where, do="make the entry with its source's model")
+        if self.order not in ORDERS:
+            got, expected = f"order {self.order!r}", " or ".join(map(str, ORDERS))
+            raise ModelError(got=got, expected=expected, where=where, do="choose one of them")
+        require_cut(model, self.cut, where)
+
+    def tensors(self, weights: Tensors, masking: Masking | None) -> tuple[str, Tensors]:
+        return WEIGHTS, {}
+
+    def restore(self, stored: Stored, source: Any) -> Any:
+        return source
+
+
+Weights = Own | Cut | Twin | Reuse
+_KINDS: dict[str, type[Weights]] = {kind.kind: kind for kind in (Own, Cut, Twin, Reuse)}
 
 
 def require_sources(weights: Mapping[str, Weights], where: object) -> None:
-    """Raise ModelError unless whatever follows from another entry's weights follows from one that has its own."""
+    """Raise ModelError unless whatever follows from another entry's weights follows from one that has its own, and what
+    reuses features takes those of an entry that computes them."""
     for name, link in weights.items():
-        if link.of is not None and (link.of not in weights or weights[link.of].of is not None):
+        if link.of is not None and not (link.of in weights and link.may_follow(weights[link.of])):
+            if isinstance(link, Reuse):
+                got, expected = f"the features of {shown(link.of)}", "an entry that computes its own"
+                raise ModelError(
+                    got=f"{got} for {shown(name)}", expected=expected, where=where, do="reuse those of one"
+                )
             raise ModelError(
                 got=f"the weights of {shown(link.of)} for {shown(name)}",
                 expected="an entry with weights of its own, for another entry",
                 where=where,
                 do="share the weights of such an entry",
             )
+
+
+def sources_first(weights: Mapping[str, Weights]) -> list[str]:
+    """The names, each after the one that it follows from."""
+    return sorted(weights, key=lambda name: (weights[name].of is not None) + isinstance(weights[name], Reuse))
+
+
+def phrase(weights: Weights, name: str, length: int) -> tuple[str, ...]:
+    """The entries of `length` rows that run entry `name` with these weights as far as they can: those of a reuse entry
+    begin with the rows of its source that it needs, e.g. full, full~2, full~2."""
+    first = (weights.of,) * weights.rows_before if isinstance(weights, Reuse) else ()
+    return (*first, *[name] * length)[:length]
 
 
 # --------------------------------------------------------------------------------------------------------------- entry
@@ -162,9 +234,9 @@ class Entry:
     def __repr__(self) -> str:
         """One line, where a model prints hundreds."""
         count = sum(one.numel() for one in self.model.parameters())
-        own = (
-            "own weights" if self.weights.of is None else f"{type(self.weights).__name__.lower()} of {self.weights.of}"
-        )
+        own = "own weights" if self.weights.of is None else f"{self.weights.kind} of {self.weights.of}"
+        if isinstance(self.weights, Reuse):
+            own += f" at cut {self.weights.cut}, order {self.weights.order}"
         masked = "" if self.masking is None else f"masked {self.masking.pattern}, "
         return f"Entry({type(self.model).__name__} of {count:,} parameters, {own}, {masked}{self.runtime.layout})"
 
@@ -184,6 +256,9 @@ class Entry:
 
     def require_sound(self, source: Any, where: object) -> None:
         """Raise ModelError for a mask that fits no weights, and weights that do not follow from the `source`'s."""
+        if self.masking and isinstance(self.weights, Reuse):
+            got, expected = "a mask", f"none beside that of {self.weights.of!r}, which it takes its features from"
+            raise ModelError(got=got, expected=expected, where=where, do="reuse the features of a masked entry")
         if self.masking:
             self.masking.require_fits(eager(self.model), where)
         self.weights.require_fits(self.model, source, where)
@@ -195,16 +270,17 @@ class Entry:
         return sum(value.nbytes for value in tensors.values())
 
     def write(self, folder: Path) -> None:
-        """Write config.json, entry.json and the tensors of its own, if it has any, into a new folder."""
+        """Write config.json, entry.json and the tensors of its own, if it has any, into a new folder; what reuses
+        features has an entry.json alone."""
         model = eager(self.model)
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         record: dict[str, Any] = {"format": 1, "weights": self.weights.to_json()}
         if self.masking:
             record["masking"] = {"pattern": str(self.masking.pattern), "names": list(self.masking.names)}
         folder.mkdir()
-        (folder / "config.json").write_text(
-            json.dumps({"_class_name": type(model).__name__, **config}, indent=2) + "\n"
-        )
+        if not isinstance(self.weights, Reuse):
+            told = {"_class_name": type(model).__name__, **config}
+            (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
         (folder / "entry.json").write_text(json.dumps(record) + "\n")
         file, tensors = self.weights.tensors(model.state_dict(), self.masking)
         if tensors:

@@ -29,7 +29,7 @@ def fastest_layouts(bank: Bank, batch: int, repeats: int = 5) -> dict[str, Layou
     found: dict[str, Layout] = {}
     for names in bank.in_one_memory():
         total = dict.fromkeys(LAYOUTS, 0.0)
-        for name in names:
+        for name in (name for name in names if name in bank.computed):  # what reuses features is as their source
             both: dict[str, Any] = {
                 layout: copy.deepcopy(bank[name]).to(memory_format=kind) for layout, kind in LAYOUTS.items()
             }
@@ -58,12 +58,12 @@ def settle_layouts(bank: Bank, file: Path, asked: Layout | Literal["auto"]) -> N
         bank.set_layouts(dict.fromkeys(bank, asked))
         return
     known: Mapping[str, Layout] = _read(file) if file.exists() else {}
-    if not set(bank) <= set(known):
+    if not set(bank.computed) <= set(known):
         known = fastest_layouts(bank, TIMED_BATCH)
         threads, device = torch.get_num_threads(), str(bank.device)
         found = Layouts(entries=dict(known), device=device, batch=TIMED_BATCH, threads=threads, cpu=cpu_name())
         disk.write_json(file, asdict(found))
-    bank.set_layouts({name: known[name] for name in bank})
+    bank.set_layouts({name: known[name] for name in bank.computed})
 
 
 def _read(file: Path) -> Mapping[str, Layout]:

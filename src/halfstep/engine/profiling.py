@@ -28,6 +28,7 @@ from halfstep.core.machine import cpu_name
 from halfstep.core.results import Cost
 from halfstep.data.latents import decode
 from halfstep.nets.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor, sample_shape
+from halfstep.nets.reuse import OUT, Place, Reused
 
 Layout = Literal["contiguous", "channels_last"]
 """How the weights of convolutions lie in memory."""
@@ -100,8 +101,20 @@ def count_macs(
     needs real numbers, the model itself runs once, with its eval mode restored. Raises ModelError as `example_inputs`.
     """
     counts, batch = _count(eager(model), inputs)
-    left_out = sum((1 - share) * sum(counts[name].values()) for name, share in (densities or {}).items())
+    left_out = sum((1 - share) * sum(counts.get(name, {}).values()) for name, share in (densities or {}).items())
     return round((sum(counts[""].values()) - left_out) / 2 / batch)
+
+
+def reused_macs(model: nn.Module, cut: Place, densities: Mapping[str, float] | None = None) -> int:
+    """MACs per image of a shallow pass at a cut, counted as `count_macs` counts, on the meta device; 0 at cut "out".
+
+    `densities`: by the model's own paths. Raises ModelError for a cut that the model does not have.
+    """
+    if cut == OUT:
+        return 0
+    twin, inputs = _meta_twin(eager(model)), _inputs_to(example_inputs(model), "meta")
+    inner = {f"model.{name}": share for name, share in (densities or {}).items()}
+    return count_macs(Reused(twin, cut, 0, *inputs), inputs=inputs, densities=inner)
 
 
 def macs_by_kind(model: nn.Module, *, inputs: Inputs | None = None) -> dict[str, int]:

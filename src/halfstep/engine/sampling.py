@@ -25,15 +25,14 @@ from halfstep.core.sums import require_whole, write_sums
 from halfstep.data.classes import in_turn, numbers_of, read_classes, write_classes
 from halfstep.data.latents import decode
 from halfstep.engine.bank import Bank
+from halfstep.engine.networks import Networks, networks_of, require_fed
 from halfstep.engine.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
 from halfstep.nets.denoiser import (
     Cond,
     Memo,
-    Predict,
     class_count,
     cond_of,
     corrected_as,
-    predictor,
     require_same_shape,
     sample_shape,
 )
@@ -148,18 +147,19 @@ def trajectory(
     """One trajectory from noise [B,C,H,W] (unit variance, before the scheduler's scaling) to an image in about [-1, 1].
 
     With `start` and a `scheduler` that was stopped there, a trajectory is continued from row `start`: `sample` is then
-    the scheduler's own. Raises PlanError, before the first step, for a plan that is not the scheduler's.
+    the scheduler's own. Raises PlanError, before the first step, for a plan that is not the scheduler's, and for a row
+    that reuses features which no row from `start` on has left before it.
     """
+    networks = networks_of(bank, plan, start)
     if scheduler is None:
         scheduler = build_scheduler(plan, sample.device)
         sample = sample * scheduler.init_noise_sigma
-    networks = {name: predictor(bank[name]) for name in plan.nets}
     return walk(networks, plan.rows, scheduler, sample, generators, cond, start)
 
 
 @torch.inference_mode()  # around each row, not around what its caller does between two of them
 def walk(
-    networks: Mapping[str, Predict],
+    networks: Networks,
     rows: Sequence[Row],
     scheduler: Any,
     sample: torch.Tensor,
@@ -169,7 +169,7 @@ def walk(
 ) -> Iterator[Step]:
     """The one sampling loop: row after row a call, its guide's, its correction, and the scheduler's step.
 
-    networks: by entry, those of the rows and of their guides.  scheduler: its timesteps are those of the rows; it
+    networks: by row and entry, those of the row and of its guide.  scheduler: its timesteps are those of the rows; it
     stands at row `start`.
     """
     kind, timesteps, cond, memo = scheduler.config.prediction_type, scheduler.timesteps, cond or {}, Memo()
@@ -179,9 +179,9 @@ def walk(
         row, t = rows[i], timesteps[i]
         inputs = scheduler.scale_model_input(sample, t)
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
-        found = used = networks[row.entry](inputs, t, cond, memo)
+        found = used = networks[i][row.entry](inputs, t, cond, memo)
         if row.guide is not None:
-            used = guided(found, networks[row.guide.entry](inputs, t, cond, memo), row.guide.weight)
+            used = guided(found, networks[i][row.guide.entry](inputs, t, cond, memo), row.guide.weight)
         if row.corrected:
             used = corrected_as(kind, used, inputs, levels[i], *row.correction)
         after = scheduler.step(used, t, sample, return_dict=False, **options)[0]
@@ -279,7 +279,7 @@ class StepAwarePipeline(DiffusionPipeline):
 
     `pipe(batch_size=4, seed=0).images` gives PIL images; image k depends on the seed and k alone. `save_pretrained`
     writes `model_index.json`, `scheduler/`, `bank/…` and `plan.json`; weights are safetensors.
-    Raises PlanError when the plan names entries that the bank lacks.
+    Raises PlanError when the plan names entries that the bank lacks, or reuses features before any are left.
     """
 
     def __init__(self, bank: Bank, plan: StepPlan):
@@ -289,6 +289,7 @@ class StepAwarePipeline(DiffusionPipeline):
                 raise PlanError(
                     got=f"entry {name!r}", expected=f"one of {', '.join(bank)}", where="plan", do="use the bank's names"
                 )
+        require_fed(bank, plan)
         scheduler = build_scheduler(plan)
         rehearse(scheduler)
         self.register_modules(bank=bank, scheduler=scheduler)

@@ -97,8 +97,10 @@ class Subject:
         """The fingerprints of the model and of the images, which a run records, by the names of `folder.CONTENT`."""
         found = {} if self.fitted is None else {"data_content": self.images.fingerprint}
         if self.plan is not None:
-            models = [self.stand_ins[name] for name in self.stand_ins]
-            found["model_content"] = fingerprint(*models, self.vae, self.plan.to_content())
+            bank = self.stand_ins
+            reused = [entry.weights.to_json() for name, entry in bank.entries.items() if name not in bank.computed]
+            models = [bank[name] for name in bank.computed]
+            found["model_content"] = fingerprint(*models, self.vae, self.plan.to_content(), *reused)
         elif self.bank is not None:
             found["model_content"] = fingerprint(self.dense, self.process, self.vae, self.classes)
         elif self.vae is not None:

@@ -101,7 +101,7 @@ def restore(
 
     rows = [Row(float(t), "restored") for t in scheduler.timesteps]
     sample = scheduler.alphas_cumprod[-1].sqrt() * noisy
-    return last(walk({"restored": there}, rows, scheduler, sample, cond=cond))
+    return last(walk([{"restored": there}] * len(rows), rows, scheduler, sample, cond=cond))
 
 
 def _respaced(process: Process, levels: torch.Tensor) -> DDIMScheduler:

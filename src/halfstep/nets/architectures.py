@@ -5,7 +5,7 @@ A new family is a net file and a row here. What a family does not give is None i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from halfstep.core.errors import ModelError
 from halfstep.nets import unet, uvit, wavelet
 from halfstep.nets.channels import Free
 from halfstep.nets.continuous import ContinuousUNet2DModel
-from halfstep.nets.denoiser import eager
+from halfstep.nets.denoiser import Cond, eager
 from halfstep.nets.slices import Pieces
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.nets.wavelet import SpectralUNet2DModel
@@ -52,6 +52,23 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """How a family's deep features are taken out of one call and put into a later one (see `reuse.py`).
+
+    `count(model)`: its cuts are 0 … count - 1, a cheaper pass the lower; raises ModelError, which names the part, for
+    a net that is built of others than are known. `tapped(model, sample, timestep, cond, cuts)`: the prediction, bit for
+    bit the plain call's, and the features at the cuts. `shallow(model, sample, timestep, cond, cut, features)`: the
+    prediction with these features in the place of all that is deeper than the cut.
+    """
+
+    count: Callable[[Any], int]
+    tapped: Callable[
+        [Any, torch.Tensor, torch.Tensor, Cond, Collection[int]], tuple[torch.Tensor, dict[int, torch.Tensor]]
+    ]
+    shallow: Callable[[Any, torch.Tensor, torch.Tensor, Cond, int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a family of denoisers gives; None: it does not.
 
@@ -60,6 +77,7 @@ class Architecture:
     `slim`: narrower versions on the same weights. `free`: its channels of free order, one by one.
     `levels`: the modules whose outputs spectral distillation compares, of the same sizes for the same layout.
     `gated`: the class with the same layout that resamples by wavelets.
+    `cuts`: where its deep features can be reused.
     `parts`: which of its layers stand apart.
     `word`: what a recipe's `model.kind` calls it. `fresh`: the config for (spec, size, channels, classes, timesteps).
     """
@@ -70,6 +88,7 @@ class Architecture:
     free: Callable[[Any], Iterator[Free]] | None = None
     levels: Callable[[Any], list[nn.Module]] | None = None
     gated: type[ModelMixin] | None = None
+    cuts: Cuts | None = None
     parts: Parts = Parts()
     word: str = ""
     fresh: Callable[..., dict[str, Any]] | None = None
@@ -86,6 +105,7 @@ ROWS = (
         free=unet.free_channels,
         levels=unet.levels,
         gated=SpectralUNet2DModel,
+        cuts=Cuts(unet.cut_count, unet.tapped, unet.shallow),
         parts=Parts(ends=("conv_in", "conv_out"), time=("time_*", "*.time_emb_proj", "class_embedding*")),
         word="unet",
         fresh=unet.fresh_config,
@@ -95,6 +115,7 @@ ROWS = (
         own_checks=True,
         slim=Slimming(uvit.narrow_config, uvit.slice_exceptions),
         free=uvit.free_channels,
+        cuts=Cuts(uvit.cut_count, uvit.tapped, uvit.shallow),
         parts=Parts(ends=("patch_embed.*", "decoder_pred", "final_layer"), time=("time_*",), skips=("*.skip_linear",)),
         word="uvit",
         fresh=uvit.fresh_config,
@@ -104,6 +125,7 @@ ROWS = (
         own_checks=True,
         free=unet.free_in_blocks,
         levels=wavelet.levels,
+        cuts=Cuts(wavelet.cut_count, wavelet.tapped, wavelet.shallow),
         parts=Parts(
             ends=("net.conv_in", "net.conv_out"), time=("net.time_*", "*.time_emb_proj", "net.class_embedding*")
         ),
@@ -115,12 +137,13 @@ ROWS = (
 ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in ROWS}
 """Every family of denoisers, by the name of its class."""
 
-Ability = Literal["slim", "free", "levels", "gated", "fresh"]
+Ability = Literal["slim", "free", "levels", "gated", "cuts", "fresh"]
 MISSING: Mapping[Ability, str] = {
     "slim": "cannot be slimmed",
     "free": "has no known channels of free order",
     "levels": "has no levels to compare",
     "gated": "has no wavelet-gated student",
+    "cuts": "has no cuts to reuse features at",
     "fresh": "is not made from a recipe's sizes",
 }
 

@@ -16,9 +16,12 @@ Cond = Mapping[str, torch.Tensor]
 """What a prediction is conditional on, by the keyword under which diffusers' networks take it: {}, or "class_labels"
 int64 [B]."""
 
-Memo = dict[str, torch.Tensor]
-"""What the calls of one trajectory leave for the later ones; each trajectory, and each call outside of one, has its
-own."""
+Kept = tuple[tuple[float, torch.Tensor], ...]
+"""Features of the last calls at different timesteps, each with its timestep, the newest last."""
+
+Memo = dict[tuple[str, str], Kept]
+"""What the calls of one trajectory leave for the later ones, by (entry, cut), see `reuse.py`; each trajectory, and each
+call outside of one, has its own."""
 
 Predict = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], torch.Tensor]
 """(sample [B,C,H,W], timestep [B] or of no axes, condition, memo) -> prediction [B,C,H,W]"""

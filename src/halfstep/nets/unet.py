@@ -1,4 +1,4 @@
-"""What Halfstep knows of diffusers' `UNet2DModel`: fresh and narrower configs, free channels, its levels.
+"""What Halfstep knows of diffusers' `UNet2DModel`: fresh and narrower configs, free channels, its levels, its cuts.
 
 A narrow net is a plain `UNet2DModel` (see `methods/slimmable.py`, whose paper asks for it) whose parameters are leading
 slices of the full one's, but for what `slice_exceptions` names.
@@ -7,18 +7,28 @@ slices of the full one's, but for what `slice_exceptions` names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import (
+    AttnDownBlock2D,
+    AttnUpBlock2D,
+    DownBlock2D,
+    ResnetDownsampleBlock2D,
+    ResnetUpsampleBlock2D,
+    UpBlock2D,
+)
 from torch import nn
 
 from halfstep.core.errors import ModelError
 from halfstep.core.recipe import ModelSpec
 from halfstep.nets.channels import Free, between, inside_attention, inside_resnet, outputs
+from halfstep.nets.denoiser import Cond
 from halfstep.nets.slices import Pieces, nearest_frequencies
 
 
@@ -197,3 +207,134 @@ def _inside_time_embedding(model: UNet2DModel) -> Iterator[Free]:
     if model.class_embedding is not None:
         moves.append((model.class_embedding.weight, 1, 1))
     yield Free(score, tuple(moves), tuple(layer.weight for layer in readers))
+
+
+# --------------------------------------------------------------------------------------------------- features to reuse
+# DeepCache (Ma et al., CVPR 2024, arXiv 2312.00858), for any layers_per_block L. The way down leaves the skips
+# s_0 … s_(n-1), n = blocks * (L + 1); the way up joins them in reverse, a ResNet block each. Cut c: the hidden state
+# that meets s_c, before the concatenation; where a block opens with it, after the upsampler of the block before.
+
+_KNOWN_DOWN = (DownBlock2D, AttnDownBlock2D, ResnetDownsampleBlock2D)
+_KNOWN_UP = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D)
+
+Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden state [B, C, h, w], embedding of time and class [B, E]) -> hidden state"""
+
+
+def cut_count(model: UNet2DModel) -> int:
+    """One cut for every skip. Raises ModelError for blocks of other types, which may hand on more than one state (those
+    with a `skip_conv` have a second stream)."""
+    both = ((model.down_blocks, _KNOWN_DOWN), (model.up_blocks, _KNOWN_UP))
+    for block, known in ((block, known) for blocks, known in both for block in blocks):
+        if type(block) not in known:
+            raise ModelError(
+                got=f"a {type(block).__name__}",
+                expected=f"blocks of {', '.join(kind.__name__ for kind in known)}",
+                where="cuts to reuse features at",
+                do='reuse its whole output, cut "out"',
+            )
+    return sum(len(block.resnets) for block in model.up_blocks)
+
+
+def tapped(
+    model: UNet2DModel, sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, cuts: Collection[int]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """The plain call, bit for bit, and the features at the cuts; see `architectures.Cuts`."""
+    x, time = _entered(model, sample, timestep, **cond)
+    skips = []
+    for layer in _down_layers(model):
+        x = layer(x, time.embedding)
+        skips.append(x)
+    if model.mid_block is not None:
+        x = model.mid_block(x, time.embedding)
+    kept = {}
+    for layer in _up_layers(model):
+        if len(skips) - 1 in cuts:
+            kept[len(skips) - 1] = x
+        x = layer(torch.cat([x, skips.pop()], dim=1), time.embedding)
+    return _left(model, x, time), kept
+
+
+def shallow(
+    model: UNet2DModel, sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, cut: int, features: torch.Tensor
+) -> torch.Tensor:
+    """The layers down to s_cut, and those that join s_cut … s_0; the embedding of time is this call's own."""
+    x, time = _entered(model, sample, timestep, **cond)
+    skips = []
+    for layer in _down_layers(model)[: cut + 1]:
+        x = layer(x, time.embedding)
+        skips.append(x)
+    x = features
+    for layer in _up_layers(model)[-(cut + 1) :]:
+        x = layer(torch.cat([x, skips.pop()], dim=1), time.embedding)
+    return _left(model, x, time)
+
+
+class _Time(NamedTuple):
+    """`steps` [B]; `embedding` [B, E], that of the class added."""
+
+    steps: torch.Tensor
+    embedding: torch.Tensor
+
+
+def _entered(
+    model: Any, sample: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, _Time]:
+    """What the first convolution takes, and the time: `UNet2DModel.forward` up to there, step by step."""
+    if model.config.center_input_sample:
+        sample = 2 * sample - 1.0
+    given = timestep if torch.is_tensor(timestep) else torch.tensor([timestep], dtype=torch.long)
+    steps = given.reshape(-1).to(sample.device)
+    steps = steps * torch.ones(sample.shape[0], dtype=steps.dtype, device=steps.device)
+    embedding = model.time_embedding(model.time_proj(steps).to(dtype=model.dtype))
+    if (model.class_embedding is None) != (class_labels is None):
+        raise ValueError("class_labels exactly when the net is conditional on classes")  # as the plain call
+    if model.class_embedding is not None:
+        labels = model.time_proj(class_labels) if model.config.class_embed_type == "timestep" else class_labels
+        embedding = embedding + model.class_embedding(labels).to(dtype=model.dtype)
+    return sample, _Time(steps, embedding)
+
+
+def _left(model: Any, x: torch.Tensor, time: _Time) -> torch.Tensor:
+    """The prediction from the last hidden state."""
+    x = model.conv_out(model.conv_act(model.conv_norm_out(x)))
+    return x / time.steps.reshape(-1, 1, 1, 1) if model.config.time_embedding_type == "fourier" else x
+
+
+def _down_layers(model: Any) -> list[Layer]:
+    """What makes every skip of the one before, s_0 first."""
+    layers: list[Layer] = [lambda x, _: model.conv_in(x)]
+    for block in model.down_blocks:
+        layers += _joined(block)
+        layers += [partial(_resampled, sampler) for sampler in block.downsamplers or ()]
+    return layers
+
+
+def _up_layers(model: Any) -> list[Layer]:
+    """What takes the hidden state beside every skip, s_(n-1) first, with the upsampler that follows."""
+    layers: list[Layer] = []
+    for block in model.up_blocks:
+        *first, last = _joined(block)
+        layers += [*first, partial(_in_turn, (last, *(partial(_resampled, one) for one in block.upsamplers or ())))]
+    return layers
+
+
+def _joined(block: Any) -> list[Layer]:
+    """The ResNet blocks of a block, each with its attention."""
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    return [partial(_with_attention, resnet, one) for resnet, one in zip(block.resnets, attentions, strict=True)]
+
+
+def _with_attention(resnet: nn.Module, attention: nn.Module | None, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    x = resnet(x, emb)
+    return x if attention is None else attention(x)
+
+
+def _resampled(sampler: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    return sampler(x, emb) if isinstance(sampler, ResnetBlock2D) else sampler(x)
+
+
+def _in_turn(layers: Sequence[Layer], x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x, emb)
+    return x

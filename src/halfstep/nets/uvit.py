@@ -12,7 +12,7 @@ diffusers' (0 to 999), which the released code's 999 t is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import nn
 from halfstep.core.errors import ModelError
 from halfstep.core.recipe import ModelSpec
 from halfstep.nets.channels import Free, between, outputs
-from halfstep.nets.denoiser import require_config, require_labels
+from halfstep.nets.denoiser import Cond, require_config, require_labels
 from halfstep.nets.slices import Pieces, nearest_frequencies
 
 
@@ -94,14 +94,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        config: Any = self.config
-        require_labels(class_labels, config, where="UViT2DModel")
-        steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        time = get_timestep_embedding(steps, config.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-        tokens = [self.time_embed(time.to(sample.dtype))[:, None]]
-        if class_labels is not None:
-            tokens.insert(0, self.label_emb(class_labels)[:, None])
-        x = torch.cat([*tokens, self.patch_embed(sample)], dim=1) + self.pos_embed
+        x = self.tokens(sample, timestep, class_labels)
         skips = []
         for block in self.in_blocks:
             x = self._run(block, x)
@@ -109,9 +102,27 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         x = self._run(self.mid_block, x)
         for block in self.out_blocks:
             x = self._run(block, x, skips.pop())
-        x = self.decoder_pred(self.norm(x))[:, self.extras :]
-        out = self.final_layer(_unpatch(x, config.patch_size, config.out_channels))
+        out = self.picture(x)
         return UNet2DOutput(sample=out) if return_dict else (out,)
+
+    def tokens(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the first block takes, [B, L, D]: class, time, patches, each with its place."""
+        config: Any = self.config
+        require_labels(class_labels, config, where="UViT2DModel")
+        steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        time = get_timestep_embedding(steps, config.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        tokens = [self.time_embed(time.to(sample.dtype))[:, None]]
+        if class_labels is not None:
+            tokens.insert(0, self.label_emb(class_labels)[:, None])
+        return torch.cat([*tokens, self.patch_embed(sample)], dim=1) + self.pos_embed
+
+    def picture(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last block's tokens [B, L, D] predict, [B, out, S, S]."""
+        config: Any = self.config
+        x = self.decoder_pred(self.norm(x))[:, self.extras :]
+        return self.final_layer(_unpatch(x, config.patch_size, config.out_channels))
 
     def _run(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -249,3 +260,46 @@ def _inside_attention(attn: SelfAttention) -> Iterator[Free]:
     value = attn.qkv.weight[2 * dim :].norm(dim=1) * attn.proj.weight.norm(dim=0)
     moves = (*((p, at, 3) for p, at, _ in outputs(attn.qkv)), (attn.proj.weight, 1, 1))
     yield Free(value.view(heads, -1).sum(1), moves, block=dim // heads)
+
+
+# --------------------------------------------------------------------------------------------------- features to reuse
+# DeepCache's idea (arXiv 2312.00858) on U-ViT's long skips. Cut c: the tokens that enter the block out which joins
+# those of in_blocks[c], before it does. Learning-to-Cache (arXiv 2406.01733) leaves 47 % of U-ViT-H's layers out.
+
+
+def cut_count(model: UViT2DModel) -> int:
+    """One cut for every long skip."""
+    return len(model.out_blocks)
+
+
+def tapped(
+    model: UViT2DModel, sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, cuts: Collection[int]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """The plain call, bit for bit, and the features at the cuts; see `architectures.Cuts`."""
+    x = model.tokens(sample, timestep, **cond)
+    skips = []
+    for block in model.in_blocks:
+        x = block(x)
+        skips.append(x)
+    x = model.mid_block(x)
+    kept = {}
+    for block in model.out_blocks:
+        if len(skips) - 1 in cuts:
+            kept[len(skips) - 1] = x
+        x = block(x, skips.pop())
+    return model.picture(x), kept
+
+
+def shallow(
+    model: UViT2DModel, sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, cut: int, features: torch.Tensor
+) -> torch.Tensor:
+    """The blocks in up to in_blocks[cut], and their partners out."""
+    x = model.tokens(sample, timestep, **cond)
+    skips = []
+    for block in model.in_blocks[: cut + 1]:
+        x = block(x)
+        skips.append(x)
+    x = features
+    for block in model.out_blocks[-(cut + 1) :]:
+        x = block(x, skips.pop())
+    return model.picture(x)

@@ -12,6 +12,7 @@ What differs, and why:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Literal
 
@@ -26,7 +27,7 @@ from torch import nn
 
 from halfstep.core.errors import DataError
 from halfstep.nets import unet
-from halfstep.nets.denoiser import require_config
+from halfstep.nets.denoiser import Cond, require_config
 
 # --------------------------------------------------------------------------------------------------------- the wavelet
 
@@ -176,3 +177,27 @@ def _channels(layer: nn.Module) -> int:
 def levels(model: SpectralUNet2DModel) -> list[nn.Module]:
     """What its levels put out, see `unet.levels`."""
     return unet.levels(model.net)
+
+
+def cut_count(model: SpectralUNet2DModel) -> int:
+    """See `unet.cut_count`."""
+    return unet.cut_count(model.net)
+
+
+def tapped(
+    model: SpectralUNet2DModel, sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, cuts: Collection[int]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """See `unet.tapped`."""
+    return unet.tapped(model.net, sample, timestep, cond, cuts)
+
+
+def shallow(
+    model: SpectralUNet2DModel,
+    sample: torch.Tensor,
+    timestep: torch.Tensor,
+    cond: Cond,
+    cut: int,
+    features: torch.Tensor,
+) -> torch.Tensor:
+    """See `unet.shallow`."""
+    return unet.shallow(model.net, sample, timestep, cond, cut, features)
