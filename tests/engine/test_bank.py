@@ -21,9 +21,9 @@ from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec, SparseSpec
 from halfstep.core.sums import require_whole
 from halfstep.engine import entry as entry_module
-from halfstep.engine.bank import Bank
+from halfstep.engine.bank import Bank, calls_of
 from halfstep.engine.entry import Cut, Entry, Own, Twin
-from halfstep.engine.layouts import fastest_layouts
+from halfstep.engine.layouts import fastest_layouts, settle_layouts
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.methods.slimmable import Supernet
 from halfstep.methods.sparse import sparsify
@@ -407,3 +407,59 @@ def test_no_images_are_refused_by_name():
     pipe = StepAwarePipeline(bank, reference_plan(bank, Process(), SampleSpec(steps=2)))
     with pytest.raises(PlanError, match="batch_size: got 0"):
         pipe(batch_size=0)
+
+
+# --- entries that reuse features --------------------------------------------------------------------------------------
+
+
+def test_what_reuses_features_is_told_apart_by_content_and_follows_its_sources_weights():
+    bank = slim_bank().with_reuse([0, 1, "out"], [0, 1])
+    prints = {name: bank.fingerprint(name) for name in bank}
+    assert len(set(prints.values())) == len(bank)
+    assert all(prints[name] == slim_bank().fingerprint(name) for name in slim_bank())
+    with torch.no_grad():
+        bank["full"].conv_in.weight += 1
+    again = Bank(bank.entries, "full", "epsilon")
+    changed = {name for name in bank if again.fingerprint(name) != prints[name]}
+    assert changed == {name for name in bank if name.split("~")[0] == "full"}
+
+
+def test_what_reuses_features_lies_in_memory_as_its_source(tmp_path):
+    bank = slim_bank()
+    bank.set_layouts({"full": "channels_last"})
+    bank = bank.with_reuse([0], [0])
+    assert bank.in_one_memory() == [[name, f"{name}~0"] for name in slim_bank()]
+    assert bank.layouts()["full~0"] == "channels_last" and bank.layouts()["w0.50~0"] == "contiguous"
+    own = Bank({**bank.entries, "full~0": Entry(bank["full"], bank.entries["full~0"].weights)}, "full", "epsilon")
+    assert own.layouts()["full~0"] == "channels_last"
+    bank.set_layouts({"full": "contiguous"})
+    assert bank.layouts()["full~0"] == "contiguous"
+    found = fastest_layouts(bank, 1, repeats=1)
+    assert set(found) == set(bank) and all(found[name] == found[f"{name}~0"] for name in bank.computed)
+    settle_layouts(slim_bank(), tmp_path / "layouts.json", "auto")  # a run of before there was reuse goes on
+    before = (tmp_path / "layouts.json").read_bytes()
+    settle_layouts(bank, tmp_path / "layouts.json", "auto")
+    assert (tmp_path / "layouts.json").read_bytes() == before
+
+
+def test_costs_and_calls_of_a_bank_have_every_entry_and_leave_its_modes_alone():
+    bank = slim_bank().with_reuse([0, "out"], [0, 1])
+    costs = bank.costs(batch=3, repeats=2)
+    assert list(costs) == list(bank) and all(costs[n].macs == p.macs for n, p in bank.prices().items())
+    assert costs["full~0"].stored_mib == 0 and costs["full~0"].batch == 3
+    calls = calls_of(bank, 3)
+    assert list(calls) == list(bank)
+    found = {name: call() for name, call in calls.items()}
+    assert all(one.shape == (3, 1, 8, 8) and not one.requires_grad for one in found.values())
+    for name in bank.computed:  # features of the same input: what the source itself predicts
+        for more in ("0", "0+", "out", "out+"):
+            assert torch.equal(found[f"{name}~{more}"], found[name]), more
+
+
+def test_a_bank_with_reuse_counts_no_price_again():
+    bank = slim_bank()
+    before = bank.prices()
+    more = bank.with_reuse([0])
+    assert more._prices == before and {**more.prices(), **before} == more.prices()
+    other = more.with_entry("w0.50~0", net(7), "epsilon")  # a net of its own takes the name
+    assert "w0.50~0" in other.computed and other.prices()["w0.50~0"] == other.prices()["full"]

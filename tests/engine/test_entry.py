@@ -11,7 +11,7 @@ from banks import FORMATS, edit_link, edit_record, in_format, net, slim_bank, we
 from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.recipe import SparseSpec
 from halfstep.engine.bank import Bank
-from halfstep.engine.entry import EAGER, Cut, Entry, Own, Runtime, Twin
+from halfstep.engine.entry import EAGER, Cut, Entry, Own, Reuse, Runtime, Twin
 from halfstep.methods.sparse import sparsify
 from halfstep.nets.masks import Masking, Pattern
 
@@ -242,3 +242,100 @@ def test_an_entrys_runtime_is_its_memory_layout_and_stays_in_memory(tmp_path):
     assert more.layouts() == {"a": "contiguous", "b": "channels_last", "c": "channels_last"}
     bank.save_pretrained(tmp_path / "bank")
     assert set(Bank.from_pretrained(tmp_path / "bank").layouts().values()) == {"contiguous"}
+
+
+# --- entries that reuse features --------------------------------------------------------------------------------------
+
+
+def reusing_bank() -> Bank:
+    """A narrower width, a mask on the dense net's weights, and the features of all three."""
+    bank, masked = slim_bank(), masked_bank(shared=True).entries["2:4"]
+    return bank.with_entry("2:4", masked, "epsilon").with_reuse([0, 2, "out"], [0, 1])
+
+
+def test_reuse_entries_store_nothing_and_take_their_sources_nets_again(tmp_path):
+    bank = reusing_bank()
+    bank.save_pretrained(tmp_path / "bank")
+    links = {name: link for name, link in weights_of(bank).items() if isinstance(link, Reuse)}
+    assert len(links) == 5 * 6 and {link.of for link in links.values()} == set(bank.computed)
+    for name in links:
+        [file] = (tmp_path / "bank" / name.replace(":", "of")).iterdir()
+        assert file.name == "entry.json" and bank.entries[name].stored_bytes == 0
+    again = Bank.from_pretrained(tmp_path / "bank")
+    assert again.names == bank.names and weights_of(again) == weights_of(bank)
+    assert all(again.entries[name].model is again[link.of] for name, link in links.items())
+
+
+HARMED_REUSE = {
+    "a cut of later": lambda r: {**r, "cut": 9},
+    "a cut before the first": lambda r: {**r, "cut": -1},
+    "a cut by another name": lambda r: {**r, "cut": "middle"},
+    "a cut that is true": lambda r: {**r, "cut": True},
+    "no cut": lambda r: {k: v for k, v in r.items() if k != "cut"},
+    "order 2": lambda r: {**r, "order": 2},
+    "order true": lambda r: {**r, "order": True},
+    "features of reused features": lambda r: {**r, "of": "w0.50~2"},
+    "features of its own": lambda r: {**r, "of": "w0.50~0"},
+    "features of nobody": lambda r: {**r, "of": "../full"},
+    "a foreign field": lambda r: {**r, "age": 3},
+}
+
+
+@pytest.mark.parametrize("how", HARMED_REUSE)
+def test_a_reuse_entry_that_is_none_is_refused_in_one_line(how, tmp_path):
+    reusing_bank().save_pretrained(tmp_path / "bank")
+    file = tmp_path / "bank" / "w0.50~0" / "entry.json"
+    edit_record(file, lambda r: {**r, "weights": HARMED_REUSE[how](r["weights"])})
+    with pytest.raises(ModelError) as error:
+        Bank.from_pretrained(tmp_path / "bank")
+    assert "w0.50~0" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_weights_follow_from_reused_features(tmp_path):
+    reusing_bank().save_pretrained(tmp_path / "bank")
+    file = tmp_path / "bank" / "w0.25" / "entry.json"
+    edit_record(file, lambda r: {**r, "weights": {**r["weights"], "of": "w1.00~0"}})
+    with pytest.raises(ModelError, match=r"weights of 'w1\.00~0' for 'w0\.25'"):
+        Bank.from_pretrained(tmp_path / "bank")
+
+
+def test_a_reuse_entry_has_no_mask_of_its_own(tmp_path):
+    reusing_bank().save_pretrained(tmp_path / "bank")
+    mask = {"pattern": "2:4", "names": ["conv_in.weight"]}
+    edit_record(tmp_path / "bank" / "full~0" / "entry.json", lambda r: {**r, "masking": mask})
+    with pytest.raises(ModelError, match=r"full~0.*a mask.*that of 'full'"):
+        Bank.from_pretrained(tmp_path / "bank")
+
+
+def test_reuse_costs_what_is_left_to_compute_masks_and_widths_included():
+    """Oracle: MACs of every layer that a real pass runs, from the sizes of what it puts out."""
+    bank = reusing_bank()
+    macs = {name: price.macs for name, price in bank.prices().items()}
+    for name, entry in bank.entries.items():
+        if not isinstance(entry.weights, Reuse):
+            continue
+        masking = bank.entries[entry.weights.of].masking
+        share = {} if masking is None else masking.layers()
+        wanted = sum(count * share.get(layer, 1) for layer, count in _layers_of(bank.call(name, 1)).items())
+        assert macs[name] == pytest.approx(wanted, abs=1), name
+    assert macs["full~0"] < macs["full~2"] < macs["full"] and macs["full~out"] == 0
+    assert macs["2:4~2"] < macs["full~2"] == macs["full~2+"]
+
+
+def _layers_of(call) -> dict[str, int]:
+    """MACs of every convolution and linear layer by path in the net, in a real call of one image. The last cut, which
+    runs attention, is not among those asked for."""
+    found: dict[str, int] = {}
+    handles = []
+    for path, module in call.model.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+
+            def note(m, _i, out, path=path):
+                found[path] = out[0].numel() // out.shape[1 if out.dim() == 4 else -1] * m.weight.numel()
+
+            handles.append(module.register_forward_hook(note))
+    with torch.no_grad():
+        call(torch.zeros(1, 1, 8, 8), torch.tensor([1]))
+    for handle in handles:
+        handle.remove()
+    return found
