@@ -156,6 +156,23 @@ def test_an_unknown_field_names_the_nearest(dense, tmp_path, monkeypatch, capsys
     assert "train.steps" in line
 
 
+@pytest.mark.parametrize(
+    "asked, word",
+    {
+        "--scheduler dimm": "did you mean ddim?",
+        "--scheduler DPMSolver": "did you mean dpmsolver++?",
+        "--spacing karas": "did you mean karras?",
+        "--spacing karras": "trailing",  # of the model's own, which runs DDIM
+        "--scheduler euler --order 2": "no choice of orders",
+        "--set sample.spacing=lamdas": "did you mean lambdas?",
+    }.items(),
+)
+def test_samplers_that_are_none_are_one_line_with_the_nearest(asked, word, dense, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "o"
+    assert word in refused(monkeypatch, capsys, "sample", "--model", dense, "--out", out, *asked.split())
+    assert not out.exists()
+
+
 def test_a_cut_model_file_is_named(dense, tmp_path, monkeypatch, capsys):
     cut = tmp_path / "cut"
     UNet2DModel.from_pretrained(dense / "unet").save_pretrained(cut)
@@ -247,7 +264,8 @@ def test_common_options_are_edits_of_the_recipe():
 
 @pytest.mark.parametrize("option", FIELDS)
 def test_an_option_and_another_edit_of_its_field_are_refused_by_name(option):
-    value, other = {"scheduler": ("ddim", "ddpm")}.get(option, (2, 3))
+    words = {"scheduler": ("ddim", "ddpm"), "spacing": ("karras", "trailing"), "order": (2, 1)}
+    value, other = words.get(option, (2, 3))
     assert Common(edits=[f"{FIELDS[option]}={value}"], **{option: value}).recipe_for("x") is not None
     with pytest.raises(RecipeError, match=f"--{option} {value} and --set {FIELDS[option]}={other}"):
         Common(edits=[f" {FIELDS[option]} = {other}"], **{option: value}).recipe_for("x")

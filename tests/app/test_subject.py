@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, PNDMPipeline, PNDMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -123,6 +123,23 @@ def test_a_dense_model_draws_what_a_pipeline_of_its_reference_draws(folders, tmp
         with Image.open(tmp_path / "a" / f"{k:06d}.png") as drawn:
             apart = np.abs(np.asarray(drawn, dtype=int) - np.asarray(image, dtype=int))
             assert apart.max() <= (0 if default_device().type == "cpu" else 1)  # the pipeline above runs on the CPU
+
+
+def test_a_pipeline_is_sampled_by_the_sampler_that_it_came_with_unless_the_recipe_says_another(folders, tmp_path):
+    own = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    PNDMPipeline(unet(), own).save_pretrained(tmp_path / "pndm")
+    brought, trained = (open_subject(folder, None, tiny()) for folder in (tmp_path / "pndm", folders["stock"]))
+    sampler = brought.reference().sampler
+    assert sampler.name == "PNDMScheduler" and sampler.config["skip_prk_steps"] and sampler.config["steps_offset"] == 1
+    assert trained.reference().sampler.name == "DDIMScheduler"
+    assert ["own sampler: PNDM" in brought.read()[-1], "DDIM runs" in trained.read()[-1]] == [True, True]
+    asked = open_subject(tmp_path / "pndm", None, tiny("sample.scheduler=ddim"))
+    assert asked.reference().sampler.name == "DDIMScheduler"
+    other = PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    other.register_to_config(skip_prk_steps=False)
+    PNDMPipeline(unet(), other).save_pretrained(tmp_path / "prk")
+    again, ddim = (open_subject(tmp_path / "prk", None, tiny(*edit)) for edit in ((), ("sample.scheduler=ddim",)))
+    assert again.content != brought.content and ddim.content == asked.content  # a sampler that is run is content
 
 
 def test_a_pipelines_own_plan_is_left_only_when_that_is_asked_for(folders, tmp_path):

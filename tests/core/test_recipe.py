@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import typing
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given
@@ -19,7 +19,9 @@ from halfstep.core.recipe import (
     REVALUED,
     Recipe,
     RunRecord,
+    SamplerName,
     SlimSpec,
+    Spacing,
     TrainSpec,
     field_names,
     renewed,
@@ -45,7 +47,8 @@ VALUES: dict[str, st.SearchStrategy] = {
     "train.lr": st.floats(1e-12, 10),
     "train.clip_norm": st.floats(0, 1e6),
     "noise.prediction": st.sampled_from(["epsilon", "v_prediction", "sample"]),
-    "sample.scheduler": st.sampled_from(["ddim", "ddpm", "dpmsolver++", "heun", "euler"]),
+    "sample.scheduler": st.sampled_from(get_args(SamplerName)),
+    "sample.spacing": st.sampled_from(get_args(Spacing)),
     "slim.widths": st.lists(fractions.filter(lambda w: w < 1), unique=True, max_size=5).map(lambda w: (1.0, *w)),
     "slim.shared_noise": st.booleans(),
     "search.rate": st.floats(0, 1),

@@ -98,7 +98,7 @@ Classes = Annotated[
 ]
 TRAINED = ("recipe", "edits", "seed", "device")
 """Common options of what trains; its steps are the recipe's `train.steps`."""
-SAMPLED = ("recipe", "edits", "steps", "scheduler", "seed", "batch", "device")
+SAMPLED = ("recipe", "edits", "steps", "scheduler", "spacing", "order", "seed", "batch", "device")
 """Common options of what samples."""
 
 
@@ -326,7 +326,7 @@ def sample(
         common.recipe_for(""),
         count=count,
         classes=classes or (),
-        own_plan=not (common.steps or common.scheduler),
+        own_plan=not common.says_sampler,
         dtype=common.dtype,
         watch=RichWatch(),
     )
@@ -451,7 +451,7 @@ def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
     from halfstep.app import verbs
 
     recipe = common.recipe_for(data)
-    steps = recipe.sample.steps if common.scheduler else common.steps
+    steps = recipe.sample.steps if common.says_sampler else None
     show_run(out, verbs.shrink(model, data, out, recipe, steps=steps, watch=RichWatch()), plan=True)
 
 

@@ -6,19 +6,40 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
 from halfstep.core.errors import RecipeError
-from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe
+from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe, SamplerName, Spacing
 from halfstep.core.recipes import RECIPES, named, usual
 from halfstep.core.seeds import MAX_SEED
+from halfstep.core.typed import nearest, shown
 
-FIELDS = {"steps": "sample.steps", "scheduler": "sample.scheduler", "seed": "seed", "batch": "sample.batch"}
+FIELDS = {
+    "steps": "sample.steps",
+    "scheduler": "sample.scheduler",
+    "spacing": "sample.spacing",
+    "order": "sample.order",
+    "seed": "seed",
+    "batch": "sample.batch",
+}
 """The common options that are fields of the recipe."""
 
 _RECIPE, _COMMON = "Recipe", "Common settings"
+
+
+def one_of(hint: Any) -> dict[str, Any]:
+    """An option of a few words, a `Literal` of the recipe's: another one is an error with the nearest of them."""
+    words = get_args(hint)
+
+    def chosen(text: str) -> str:
+        if text not in words:
+            told = f"got {shown(text)}, expected one of {', '.join(words)}; did you mean {nearest(text, words)}?"
+            raise typer.BadParameter(told)
+        return text
+
+    return {"parser": chosen, "metavar": f"[{'|'.join(words)}]"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +69,33 @@ class Common:
         typer.Option("--steps", help="Sampling steps (`sample.steps`).", min=1, rich_help_panel=_COMMON),
     ] = None
     scheduler: Annotated[
-        Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"] | None,
-        typer.Option("--scheduler", help="The sampler (`sample.scheduler`).", rich_help_panel=_COMMON),
+        str | None,
+        typer.Option(
+            "--scheduler",
+            help="The sampler (`sample.scheduler`); `own` is the model's, DDIM in place of DDPM.",
+            **one_of(SamplerName),
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            "--spacing",
+            help="The sampler's timesteps (`sample.spacing`): evenly spaced ones, or noise levels after Karras or at "
+            "even log-SNR (`lambdas`), where it has them.",
+            **one_of(Spacing),
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
+    order: Annotated[
+        int | None,
+        typer.Option(
+            "--order",
+            help="The order of dpmsolver++, unipc or deis (`sample.order`); 0: its own, 2.",
+            min=0,
+            max=3,
+            rich_help_panel=_COMMON,
+        ),
     ] = None
     seed: Annotated[
         int | None,
@@ -82,6 +128,11 @@ class Common:
         typer.Option("--dtype", help="Precision of the networks that run.", rich_help_panel=_COMMON),
     ] = "float32"
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False
+
+    @property
+    def says_sampler(self) -> bool:
+        """Whether any option says how to sample."""
+        return any(one is not None for one in (self.steps, self.scheduler, self.spacing, self.order))
 
     def recipe_for(self, data: str, *, dense: bool = False, **fields: Any) -> Recipe:
         """The named recipe with its edits; without a name, the bundled data's own recipe or the default.

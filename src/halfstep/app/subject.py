@@ -49,6 +49,7 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         classes=bank.classes,
         fitted=fitted,
         recipe=recipe,
+        scheduler=opened.scheduler,
     )
 
 

@@ -379,7 +379,7 @@ def sample(
     inputs = {"verb": "sample", "model": subject.source, "count": str(count), "seed": str(recipe.seed), "dtype": dtype}
     inputs["classes"] = ", ".join(map(str, asked))
     if plan is not subject.plan:
-        inputs["sampler"] = f"{plan.sampler.name}, {plan.sampler.steps} steps"
+        inputs["sampler"] = plan.sampler.told
     open_run(out, None, inputs, subject.content, watch, read)
     bank.to(default_device(), getattr(torch, dtype))
     begun, done = time.perf_counter(), 0
@@ -414,7 +414,7 @@ def evaluate(
     plans = {"reference": subject.reference()}
     if subject.plan is not None:
         plans = {"reference": subject.plan.uniform(), "plan": subject.plan}
-    watch.say(f"measured under {plans['reference'].sampler.name}, {plans['reference'].sampler.steps} steps")
+    watch.say(f"measured under {plans['reference'].sampler.told}")
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     disk.write_json(out / "quality.json", verdict.record.to_json())
     return verdict.record

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 from halfstep.core.disk import read_json, write_json
 from halfstep.core.errors import PlanError
 from halfstep.core.process import BETA_SCHEDULERS
+from halfstep.core.solvers import name_of
 from halfstep.core.typed import Bounds, build
 
 Name = Annotated[str, Bounds(1, 80)]
@@ -107,8 +108,14 @@ class Sampler:
 
     @property
     def short(self) -> str:
-        """Its name, as sentences have it: DDIM."""
-        return self.name.removesuffix("Scheduler")
+        """Its name, as sentences have it, with its order and its spacing where there is a choice: "DDIM",
+        "DPM-Solver++ 3 Karras"."""
+        return name_of(self.name, self.config, self.spacing)
+
+    @property
+    def told(self) -> str:
+        """Its name and its steps: "DPM-Solver++ 3 trailing, 10 steps"."""
+        return f"{self.short}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
     @property
     def spacing(self) -> str | None:
@@ -283,9 +290,8 @@ class StepPlan:
         base = self.baseline or Baseline(f"{self.reference!r} everywhere", self.uniform().price)
         saving = 1 - self.macs / base.price.macs
         word = "less" if saving >= 0 else "more"
-        spacing = f" at {self.sampler.spacing} timesteps" if self.sampler.spacing else ""
         lines = [
-            f"{self.sampler.name}, {self.sampler.steps} steps{spacing}, {len(self.called)} network calls: "
+            f"{self.sampler.told}, {len(self.called)} network calls: "
             f"{self.price} per image, {abs(saving):.0%} {word} than {base.what}"
         ]
         for entry, first, last, count in self.runs():

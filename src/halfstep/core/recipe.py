@@ -27,6 +27,9 @@ Batch = Annotated[int, Bounds(1, MOST_IN_A_BATCH)]
 Positive = Annotated[float, Bounds(0, None, above=True)]
 Weight = Annotated[float, Bounds(0)]
 Text = Annotated[str, Bounds(0, MOST_LETTERS)]
+SamplerName = Literal["own", "ddim", "ddpm", "dpmsolver++", "unipc", "deis", "heun", "euler", "pndm"]
+Order = Literal[0, 1, 2, 3]
+Spacing = Literal["own", "leading", "trailing", "linspace", "karras", "lambdas"]
 FEW, SOME = Bounds(0, MOST_IN_A_LIST), Bounds(1, MOST_IN_A_LIST)
 
 
@@ -192,7 +195,13 @@ class RegularSpec:
 class SampleSpec:
     """The sampler. A layout chosen by a timing may let two runs differ in their last digits."""
 
-    scheduler: Annotated[Literal["ddim", "ddpm", "dpmsolver++", "heun", "euler"], "a diffusers scheduler"] = "ddim"
+    scheduler: Annotated[
+        SamplerName, "a diffusers scheduler; own: the model's, with DDIM in place of DDPM, which needs all its steps"
+    ] = "own"
+    spacing: Annotated[
+        Spacing, "which timesteps, or noise levels (karras, lambdas: even log-SNR); own: as the scheduler has it"
+    ] = "own"
+    order: Annotated[Order, "of a solver that has several; 0: its own"] = 0
     steps: Annotated[Count, "sampling steps, at most the timesteps of the training"] = 50
     variance: Annotated[Literal["posterior", "beta"], "what ddpm adds: the posterior's, or beta"] = "posterior"
     batch: Annotated[Batch, "images of a sampling batch; changes the speed, not the images"] = 256

@@ -203,6 +203,8 @@ def typed(
         return {name: one(item, inner[1], f"{path}.{name[:80]}".lstrip(".")) for name, item in value.items()}
     if origin is Literal and any(type(value) is type(known) and value == known for known in inner):
         return value
+    if origin is Literal and isinstance(value, str) and not do:
+        do = f"did you mean {nearest(value, map(str, inner))}?"
     if hint is float and type(value) is int and value.bit_length() < 1024:  # a larger one is no float
         return float(value)
     if isinstance(hint, type) and type(value) is hint:

@@ -81,11 +81,17 @@ def _prices(given: Prices) -> dict[str, Price]:
 
 
 def reference_plan(
-    bank: Bank, noise: Process | Mapping[str, Any], sample: SampleSpec, prices: Prices | None = None
+    bank: Bank,
+    noise: Process | Mapping[str, Any],
+    sample: SampleSpec,
+    prices: Prices | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> StepPlan:
     """The reference plan of a recipe's sampler; `noise`: the process of the model's training, or its config; `prices`
-    as in `plan_for`."""
-    return plan_for(bank, sampler_of(Process.of(noise), sample), sample.steps, prices)
+    as in `plan_for`; `own`: the scheduler config that the model came with (`noise`, where that is one)."""
+    if own is None and not isinstance(noise, Process):
+        own = noise
+    return plan_for(bank, sampler_of(Process.of(noise), sample, own), sample.steps, prices)
 
 
 def fewer_steps(plan: StepPlan, steps: int) -> StepPlan:

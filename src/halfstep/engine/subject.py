@@ -18,6 +18,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.entry import Entry
 from halfstep.engine.reading import about_bank, about_images, about_model
+from halfstep.engine.samplers import TRAINING, about_own, own_class
 from halfstep.engine.sampling import reference_plan
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import class_count
@@ -32,7 +33,8 @@ class Subject:
     model is a dense denoiser; None where a model is yet to be trained from the images. `plan`: a step-aware pipeline's
     own. `process`: the forward process of the model's training. `vae`, `classes`: what decodes its samples and the
     names of its classes, where it has them. `fitted`: the images as the model takes them; None for a verb without.
-    `recipe`: with what follows from the model: its process, the images' size and channels.
+    `recipe`: with what follows from the model: its process, the images' size and channels. `scheduler`: the config of
+    the scheduler that the model came with, for a recipe whose sampler is "own".
     """
 
     source: str
@@ -44,6 +46,7 @@ class Subject:
     classes: tuple[str, ...]
     fitted: Fitted | None
     recipe: Recipe
+    scheduler: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         """What was read, in words: a model and a recipe print hundreds of lines."""
@@ -80,7 +83,8 @@ class Subject:
 
     def reference(self, bank: Bank | None = None) -> StepPlan:
         """The reference, of the model's bank or of another for its samples, in every row of the recipe's sampler."""
-        return reference_plan(self.stand_ins if bank is None else bank, self.process, self.recipe.sample)
+        bank = self.stand_ins if bank is None else bank
+        return reference_plan(bank, self.process, self.recipe.sample, own=self.scheduler)
 
     def bank_of(self, entries: Mapping[str, Any], reference: str) -> Bank:
         """A bank of other entries for the same samples: with this process's prediction, this VAE, and the names of the
@@ -102,16 +106,25 @@ class Subject:
             models = [bank[name] for name in bank.computed]
             found["model_content"] = fingerprint(*models, self.vae, self.plan.to_content(), *reused)
         elif self.bank is not None:
-            found["model_content"] = fingerprint(self.dense, self.process, self.vae, self.classes)
+            found["model_content"] = fingerprint(self.dense, self.process, self.vae, self.classes, *self._own_content())
         elif self.vae is not None:
             found["model_content"] = fingerprint(self.vae)
         return found
+
+    def _own_content(self) -> tuple[Mapping[str, Any], ...]:
+        """The model's own sampler, where it is run and the process does not say it all."""
+        own = self.scheduler
+        if own is None or self.recipe.sample.scheduler != "own" or own_class(own) in (*TRAINING, "DDIMScheduler"):
+            return ()
+        return ({**own, "class": own_class(own)},)  # a fingerprint leaves out what diffusers notes under "_class_name"
 
     def read(self, fresh: Any = None) -> tuple[str, ...]:
         """What was read, in words: the images, the model. `fresh`: the net to train, where there is no model."""
         told = () if self.fitted is None else (about_images(self.fitted),)
         if self.bank is not None:
-            return (*told, about_bank(self.source, self.bank, self.process))
+            taken = self.recipe.sample.scheduler == "own"
+            own = f"; {about_own(self.scheduler, taken)}" if self.scheduler else ""
+            return (*told, about_bank(self.source, self.bank, self.process) + own)
         if fresh is None:
             return told
         classes = self.classes_of(fresh.config) if class_count(fresh.config) else ()

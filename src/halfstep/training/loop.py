@@ -102,7 +102,7 @@ def _noting_divergence(records: Iterator[TrainRecord], file: Path) -> Iterator[T
 
 def preview_of(bank: Bank, noise: Process, recipe: Recipe, count: int = 32) -> torch.Tensor:
     """A few images of every entry of a bank by 20 DDIM steps, [entries * count, C, S, S]."""
-    sample = replace(recipe.sample, scheduler="ddim", steps=20)
+    sample = replace(recipe.sample, scheduler="ddim", spacing="own", order=0, steps=20)
     plan = reference_plan(bank, noise, sample, dict.fromkeys(bank, 1))
     rows = [plan.uniform(name) for name in bank]
     return torch.cat([x for p in rows for x in sample_images(bank, p, count, seed=1234)])
