@@ -173,6 +173,14 @@ def test_samplers_that_are_none_are_one_line_with_the_nearest(asked, word, dense
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "budget, word", {"12 mss": "did you mean ms?", "0": "above 0", "nan": "a unit", "2": "(0, 1]"}.items()
+)
+def test_a_budget_that_is_none_is_one_line(budget, word, dense, tmp_path, monkeypatch, capsys):
+    assert word in refused(monkeypatch, capsys, *optimize(dense, tmp_path / "o", "--budget", budget))
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_cut_model_file_is_named(dense, tmp_path, monkeypatch, capsys):
     cut = tmp_path / "cut"
     UNet2DModel.from_pretrained(dense / "unet").save_pretrained(cut)

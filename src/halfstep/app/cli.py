@@ -86,7 +86,15 @@ Out = Annotated[Path, typer.Option("--out", help="The run folder: made if absent
 MaybeModel = Annotated[
     str | None, typer.Option("--model", help="Begin from this model; without one, from the images alone.")
 ]
-Budget = Annotated[float | None, typer.Option(help="Share of the reference's MACs that the plan may use, in (0, 1].")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="AMOUNT",
+        help="What the plan may cost: `0.5` or `50%` of the reference's MACs, `0.3t` of its measured time, `120ms` or "
+        "`1.5s` for one batch (`--batch`), `1.2GMACs` for one image (k, M, G, T).",
+    ),
+]
 MaxLoss = Annotated[
     float | None, typer.Option("--max-loss", help="Instead of a budget: how much the score may rise, e.g. 0.05.")
 ]
@@ -143,7 +151,7 @@ def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
 
 @app.command()
 @common("edits", "seed", "device")
-def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = 0.5) -> None:
+def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = "0.5") -> None:
     """The main job on the bundled digits and model: 6 to 9 minutes on 2 CPU cores.
 
     Example: `halfstep demo --out runs/demo`

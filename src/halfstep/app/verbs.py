@@ -22,6 +22,7 @@ from halfstep.app.measurement import is_measured, judge_for, require_measurable,
 from halfstep.app.story import tell, tell_spectra
 from halfstep.app.subject import open_model, open_subject
 from halfstep.core import disk
+from halfstep.core.budget import Budget
 from halfstep.core.errors import ModelError, PlanError, RunError
 from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
@@ -212,7 +213,26 @@ def _curve(book: ScoreBook, bank: Bank, plan: StepPlan, recipe: Recipe, watch: W
 # ---------------------------------------------------------------------------------------- searching, and the main job
 
 
-def goal_text(budget: float | None, max_loss: float | None) -> str:
+Asked = Budget | float | str | None
+"""A budget as callers say it: a number alone is a share of the MACs, a text is read (`Budget.parse`)."""
+
+
+def share_of(budget: Asked) -> float | None:
+    """The share of the MACs that a budget is. Raises PlanError for other units.
+
+    The one place where units end: `search/driver.py` takes a share; when it takes a `Budget`, this goes.
+    """
+    if budget is None:
+        return None
+    asked = Budget.of(budget)
+    if asked.unit != "share":
+        raise PlanError(
+            got=asked, expected="a share of the MACs, as the search takes it", where="--budget", do="write e.g. 0.5"
+        )
+    return asked.value
+
+
+def goal_text(budget: Asked, max_loss: float | None) -> str:
     """Exactly one goal, as text. Raises PlanError."""
     if (budget is None) == (max_loss is None):
         raise PlanError(
@@ -221,11 +241,9 @@ def goal_text(budget: float | None, max_loss: float | None) -> str:
             where="goal",
             do="give one",
         )
-    if budget is not None and not 0 < budget <= 1:
-        raise PlanError(got=budget, expected="a share of the MACs in (0, 1]", where="--budget", do="write e.g. 0.5")
     if max_loss is not None and not max_loss >= 0:
         raise PlanError(got=max_loss, expected="a share of 0 or more", where="--max-loss", do="write e.g. 0.05")
-    return f"budget {budget}" if budget is not None else f"max-loss {max_loss}"
+    return f"budget {Budget.of(budget)}" if budget is not None else f"max-loss {max_loss}"
 
 
 @releasing
@@ -236,7 +254,7 @@ def optimize(
     out: Path,
     recipe: Recipe,
     *,
-    budget: float | None = None,
+    budget: Asked = None,
     max_loss: float | None = None,
     watch: Watch = SILENT,
 ) -> Path:
@@ -244,13 +262,13 @@ def optimize(
 
     Stages that an earlier call finished are not done again.
     """
-    goal, out = goal_text(budget, max_loss), Path(out)
+    goal, share, out = goal_text(budget, max_loss), share_of(budget), Path(out)
     subject = _to_compress("slimmable", model, data, recipe, watch)
     recipe = subject.recipe
     require_measurable(subject.images, recipe)
     draft = slimmable.draft(subject, recipe)
     plan = subject.reference(draft.bank())
-    require_goal(plan, list(plan.prices), recipe, budget=budget, max_loss=max_loss)
+    require_goal(plan, list(plan.prices), recipe, budget=share, max_loss=max_loss)
     inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": goal}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     if is_measured(out):
@@ -260,7 +278,7 @@ def optimize(
     judge = judge_for(bank, subject, out, watch)
     write_costs(bank, out)
     book = open_scores(judge, out, watch)
-    found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    found = search_steps(book, plan, recipe, out, budget=share, max_loss=max_loss, watch=watch)
     verdict = measure_plans(
         judge, {"reference": plan, "plan": found.plan} | controls_of(plan, found), recipe, watch=watch
     )
@@ -276,23 +294,23 @@ def search(
     out: Path,
     recipe: Recipe,
     *,
-    budget: float | None = None,
+    budget: Asked = None,
     max_loss: float | None = None,
     watch: Watch = SILENT,
 ) -> Found:
     """Search a plan for a bank (what `compress` wrote); writes pipeline/ and plan.json. A dense denoiser is a bank of
     one entry, for which numbers of steps and corrections may be searched."""
-    goal, out = goal_text(budget, max_loss), Path(out)
+    goal, share, out = goal_text(budget, max_loss), share_of(budget), Path(out)
     subject = open_subject(model, data, recipe, watch=watch)
     bank, recipe = subject.stand_ins, subject.recipe
     require_measurable(subject.images, recipe)
     plan = subject.reference()
-    require_goal(plan, bank.names, recipe, budget=budget, max_loss=max_loss)
+    require_goal(plan, bank.names, recipe, budget=share, max_loss=max_loss)
     inputs = {"verb": "search", "model": subject.source, "data": data, "goal": goal}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     judge = judge_for(bank, subject, out, watch)
     book = open_scores(judge, out, watch)
-    found = search_steps(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
+    found = search_steps(book, plan, recipe, out, budget=share, max_loss=max_loss, watch=watch)
     StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
     return found
 
