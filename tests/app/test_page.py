@@ -14,7 +14,7 @@ from PIL import Image
 
 from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series, draw_all, draw_plan
 from halfstep.app.page import Grid, Report, Table, rich_table, write_report
-from halfstep.app.story import _spectra_curve, costs_table, plan_chart, plans_table, summary
+from halfstep.app.story import _spectra_curve, _told_strip, costs_table, plan_chart, plans_table, summary, time_pareto
 from halfstep.core.errors import PlanError, RunError
 from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
 from halfstep.core.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality, Rings
@@ -273,6 +273,31 @@ def test_a_record_of_before_the_correction_is_still_told_and_says_so():
     assert "quality held within the tolerance of 5%" in summary(record, plan_of_one())
     table = plans_table(record)
     assert table.rows[1][5] == "held" and "before distances were corrected" in table.note
+
+
+def test_time_is_drawn_from_what_was_measured_per_image_and_what_is_in_a_series_not_alone():
+    record = Comparison(about=ABOUT, plans=dict.fromkeys(("reference", "plan", "free a", "free b", "small"), ROW))
+    drawn = time_pareto(record, {"free": ["reference", "free a", "free b"]}, {"reference": "today"})
+    assert [(one.name, one.style, len(one.points)) for one in drawn.series] == [
+        ("free", "frontier", 3),
+        ("plan", "star", 1),
+        ("small", "points", 1),
+        ("today", "mark", 1),
+    ]
+    assert {point for one in drawn.series for point in one.points} == {(1.0 / 8, 0.1, 0.0, 0.2)}
+    assert drawn.cost_label == "milliseconds per image (batch 8)" and len(draw_all([drawn])) == 1
+
+
+def test_a_finished_run_s_strip_stands_beside_its_reference_s_in_milliseconds_where_they_were_measured():
+    plan, costs = plan_of_one(), {"full": Cost(macs=8, params=1, latency_ms=6.0, batch=4)}
+    reference = replace(ROW, macs=8 * 50)
+    found = _told_strip(plan, reference, costs)
+    assert found.unit == "ms" and found.costs == {"full": 1.5}
+    assert found.against == {"the reference: 50 calls of 'full'": ("full",) * 50}
+    searched = plan.replacing(replace(plan, rows=plan.rows * 50))
+    assert list(_told_strip(searched, reference, costs).against) == ["the reference: 50 DDIM calls of 'full'"]
+    assert _told_strip(plan, replace(reference, macs=9), costs).against == {}  # no uniform one, of which rows are known
+    assert _told_strip(plan, reference, {"full": Cost(macs=8, params=1)}).unit == "MMACs"
 
 
 def test_data_that_models_see_in_two_sizes_have_a_line_each():

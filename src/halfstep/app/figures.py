@@ -6,32 +6,34 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from halfstep.core.plan import Guide
+from halfstep.app.palette import ACCENTS, INK, LINES, PALE, ROLES, amount, entry_colours, percent
+from halfstep.app.strips import WIDTH, PlanChart, draw_strips, height_of
 
 if TYPE_CHECKING:  # matplotlib loads only when something is drawn
     from matplotlib.axes import Axes
 
-INK, PALE, LINES = "#1f2430", "#f1f3f6", "#e3e7ee"
-ROLES = {"reference": "#440154", "plan": "#e4572e"}  # the two that every figure is about
-ACCENTS = ("#2e86ab", "#d99a1c", "#8f5ea2", "#4a9d5b", "#b0624a", "#5f6b7a")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points (share of MACs 0..1, value, low, high), the last two None where there is no interval."""
+    """Points (cost, value, low, high), the last two None where there is no interval.
+
+    `style`: all points connected, none, one that is a star; "frontier": those connected that no cheaper one is as good
+    as; "mark": ringed, its name beside it.
+    """
 
     name: str
     points: tuple[tuple[float, float, float | None, float | None], ...]
-    style: Literal["line", "points", "star"]
+    style: Literal["line", "points", "star", "frontier", "mark"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pareto:
-    """Quality against cost; `band`: the reference's interval, drawn as a strip; `floor`: what perfect draws reach by
+    """Quality against cost: the share of the reference's MACs (0..1), or what `cost_label` says, on a log axis where it
+    spans more than tenfold. `band`: the reference's interval, drawn as a strip; `floor`: what perfect draws reach by
     chance, drawn as a line."""
 
     title: str
@@ -39,18 +41,7 @@ class Pareto:
     series: tuple[Series, ...]
     band: tuple[float, float] | None = None
     floor: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanChart:
-    """What runs at each row of a plan, noisiest first; `shares`: an entry's MACs over the reference's; `guides`: of
-    each row, drawn on top of its entry, () where no row has one."""
-
-    title: str
-    timesteps: tuple[float, ...]
-    entries: tuple[str, ...]
-    shares: Mapping[str, float]
-    guides: tuple[Guide | None, ...] = ()
+    cost_label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +71,8 @@ Figure = Pareto | PlanChart | Heatmap | Curve
 def draw_all(figures: Sequence[Figure]) -> list[bytes]:
     """PNGs of the figures of one page, in order; an entry of a plan has one colour in all of them."""
     shares = {name: share for f in figures if isinstance(f, PlanChart) for name, share in f.shares.items()}
-    colours = _entry_colours(shares)
+    colours = entry_colours(shares)
     return [_draw(figure, colours) for figure in figures]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.2g} %"
-
-
-def _entry_colours(shares: Mapping[str, float]) -> dict[str, str]:
-    """One colour per entry by rank of cost, darker is more expensive."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    ranked = sorted(shares, key=lambda name: (-shares[name], name))
-    return {name: to_hex(colormaps["viridis"](0.92 * k / max(1, len(ranked) - 1))) for k, name in enumerate(ranked)}
 
 
 def _with_accents(names: Sequence[str], entries: Mapping[str, str]) -> dict[str, str]:
@@ -115,19 +93,28 @@ def _draw(figure: Figure, colours: Mapping[str, str]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(10, 4.2), dpi=150, layout="constrained", facecolor="white")
+    is_strip = isinstance(figure, PlanChart) and bool(figure.costs)
+    is_timed = isinstance(figure, Pareto) and bool(figure.cost_label)
+    size, dpi = ((10, 4.2), 150) if not (is_strip or is_timed) else ((WIDTH, 5.4), 200)
+    if is_strip:
+        size = (WIDTH, height_of(figure))
+    canvas = Canvas(figsize=size, dpi=dpi, layout=None if is_strip else "constrained", facecolor="white")
     FigureCanvasAgg(canvas)
-    axes = canvas.add_subplot(facecolor="white")
-    match figure:
-        case Pareto():
-            _draw_pareto(axes, figure, colours)
-        case PlanChart():
-            draw_plan(axes, figure, colours)
-        case Heatmap():
-            _draw_heatmap(axes, figure)
-        case Curve():
-            _draw_curve(axes, figure, colours)
-    _finish(axes, *(("outside upper left", 3) if isinstance(figure, PlanChart) else ("outside right upper", 1)))
+    if is_strip:
+        draw_strips(canvas.add_axes((0, 0, 1, 1)), figure, colours)
+    else:
+        axes = canvas.add_subplot(facecolor="white")
+        match figure:
+            case Pareto():
+                _draw_pareto(axes, figure, colours)
+            case PlanChart():
+                draw_plan(axes, figure, colours)
+            case Heatmap():
+                _draw_heatmap(axes, figure)
+            case Curve():
+                _draw_curve(axes, figure, colours)
+        columns = 3 if isinstance(figure, PlanChart) else 2 if is_timed else 1
+        _finish(axes, {3: "outside upper left", 2: "outside lower left", 1: "outside right upper"}[columns], columns)
     canvas.savefig(file := io.BytesIO(), format="png", metadata={"Software": None})  # same numbers, same bytes
     return file.getvalue()
 
@@ -155,29 +142,67 @@ def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None
         axes.axhspan(*pareto.band, color=LINES, linewidth=0, label="reference, 95 % interval")
     if pareto.floor:
         axes.axhline(pareto.floor, color=INK, linewidth=1, linestyle=":", label="perfect draws stay below")
-    clouds = {s.name for s in pareto.series if s.style == "points" and len(s.points) > 1 and s.name not in colours}
-    accents = _with_accents([s.name for s in pareto.series if s.name not in clouds], colours)
+    many = {s.name for s in pareto.series if s.style == "points" and len(s.points) > 1 and s.name not in colours}
+    marks = {s.name for s in pareto.series if s.style == "mark"}
+    accents = _with_accents([s.name for s in pareto.series if s.name not in many | marks], colours)
     repeats = _repeats(accents)
     for series in pareto.series:
         if series.points:
             marker = "*" if series.style == "star" else "osD^v"[repeats.get(series.name, 0) % 5]
-            _draw_series(axes, series, accents.get(series.name, "#9aa3b2"), marker, cloud=series.name in clouds)
-    shares, values = zip(*[point[:2] for s in pareto.series for point in s.points] or [(1.0, 1.0)], strict=True)
+            _draw_series(
+                axes,
+                series,
+                accents.get(series.name, INK if series.name in marks else "#9aa3b2"),
+                marker,
+                cloud=series.name in many,
+            )
+    costs, values = zip(*[point[:2] for s in pareto.series for point in s.points] or [(1.0, 1.0)], strict=True)
     _log_if_wide(axes, values)
-    axes.set_xlim(0, 1.04 * max(1.0, *shares))
-    axes.xaxis.set_major_formatter(lambda share, _: _percent(share))
-    axes.set(xlabel="MACs per image, share of the reference", ylabel=pareto.metric_label)
+    if pareto.cost_label:
+        axes.xaxis.set_major_formatter(lambda cost, _: amount(cost))
+        _log_if_wide(axes, costs, along="x")
+        axes.margins(x=0.08)
+    else:
+        axes.set_xlim(0, 1.04 * max(1.0, *costs))
+        axes.xaxis.set_major_formatter(lambda share, _: percent(share))
+    axes.set(xlabel=pareto.cost_label or "MACs per image, share of the reference", ylabel=pareto.metric_label)
     axes.grid(color=LINES, linewidth=0.8)
 
 
 def _draw_series(axes: Axes, series: Series, colour: str, marker: str, cloud: bool) -> None:
-    shares, values, low, high = np.array(series.points, dtype=float).T  # None becomes NaN: a bar that is not drawn
+    costs, values, low, high = np.array(series.points, dtype=float).T  # None becomes NaN: a bar that is not drawn
     bars = None if np.isnan([low, high]).all() else np.clip([values - low, high - values], 0, None)
-    size = 5.0 if cloud else {"star": 17.0, "points": 8.0, "line": 5.5}[series.style]
+    if series.style == "mark":
+        _draw_mark(axes, series, colour)
+        return
+    if series.style == "frontier":
+        best = frontier(list(zip(costs, values, strict=True)))
+        axes.plot(*zip(*best, strict=True), color=colour, linewidth=2.2, zorder=3)
+    size = 5.0 if cloud else {"star": 17.0, "points": 8.0, "line": 5.5, "frontier": 6.5}[series.style]
     look = {"marker": marker, "markersize": size, "color": colour, "capsize": 3.5}
     look |= {"linestyle": "-" if series.style == "line" else "none", "markeredgecolor": "white", "elinewidth": 1.5}
     order = 2 if cloud else 4 if series.style == "star" else 3  # the many behind the few
-    axes.errorbar(shares, values, bars, label=series.name, zorder=order, markeredgewidth=0.6, **look)
+    axes.errorbar(costs, values, bars, label=series.name, zorder=order, markeredgewidth=0.6, **look)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, value) points, lower is better, those that no other one is as good as at no more cost; by cost."""
+    found: list[tuple[float, float]] = []
+    for cost, value in sorted(points):
+        if not found or value < found[-1][1]:
+            found.append((cost, value))
+    return found
+
+
+def _draw_mark(axes: Axes, series: Series, colour: str) -> None:
+    """Rings, each with the series' name on the side where nothing cheaper and better should be."""
+    from matplotlib.patheffects import withStroke
+
+    for cost, value, *_ in series.points:
+        axes.plot([cost], [value], "o", markersize=15, markerfacecolor="none", markeredgecolor=colour, zorder=5)
+        look = {"color": colour, "fontsize": 11, "weight": "bold", "zorder": 6, "va": "top", "ha": "right"}
+        look["path_effects"] = [withStroke(linewidth=3, foreground="white")]
+        axes.annotate(series.name, (cost, value), xytext=(-9, -7), textcoords="offset points", **look)
 
 
 def draw_plan(axes: Axes, chart: PlanChart, colours: Mapping[str, str]) -> None:
@@ -190,26 +215,26 @@ def draw_plan(axes: Axes, chart: PlanChart, colours: Mapping[str, str]) -> None:
     width = 1.0 if dense else 0.88
     for name in [name for name in colours if name in chart.entries]:
         at = np.flatnonzero([entry == name for entry in chart.entries])
-        label = f"{name} at {_percent(chart.shares[name])}: {len(at):,} of {calls:,} calls"
+        label = f"{name} at {percent(chart.shares[name])}: {len(at):,} of {calls:,} calls"
         bars = axes.bar(at, heights[at], width=width, color=colours[name], linewidth=0, label=label)
         for bar in bars:  # columns that touch show pale seams where their edges are smoothed
             bar.set_antialiased(not dense)
     for guide in dict.fromkeys(filter(None, guides)):
         at = np.flatnonzero([one == guide for one in guides])
-        label = f"guide {guide.entry} at {_percent(chart.shares[guide.entry])}, weight {guide.weight:g}: "
+        label = f"guide {guide.entry} at {percent(chart.shares[guide.entry])}, weight {guide.weight:g}: "
         label += f"{len(at):,} of {calls:,} calls"
         look = {"color": colours[guide.entry], "edgecolor": "white", "hatch": "///", "linewidth": 0}
         axes.bar(at, added[at], bottom=heights[at], width=width, label=label, **look)
     _step_ticks(axes, chart.timesteps)
     axes.set(ylim=(0, top), ylabel="MACs of a call, share of the reference")
-    axes.yaxis.set_major_formatter(lambda share, _: _percent(share))
+    axes.yaxis.set_major_formatter(lambda share, _: percent(share))
     axes.grid(axis="y", color=LINES, linewidth=0.8)
     if len(heights):
         mean, red = (heights + added).mean(), ROLES["plan"]
         axes.axhline(mean, color="white", linewidth=3.4)  # a white edge, seen on dark columns
         axes.axhline(mean, color=red, linewidth=1.7, linestyle=(0, (5, 2)))
         style = {"color": red, "weight": "bold", "va": "center", "transform": axes.transAxes}
-        axes.text(1.01, mean / top, f"mean {_percent(mean)}\nof the reference", **style)  # beside the columns
+        axes.text(1.01, mean / top, f"mean {percent(mean)}\nof the reference", **style)  # beside the columns
 
 
 def _draw_heatmap(axes: Axes, heatmap: Heatmap) -> None:
@@ -254,17 +279,24 @@ def _step_ticks(axes: Axes, timesteps: Sequence[float]) -> None:
     axes.set(xlim=(-0.5, max(len(timesteps), 1) - 0.5), xlabel="timestep (noise on the left, picture on the right)")
 
 
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+def _log_if_wide(axes: Axes, values: Sequence[float], along: Literal["x", "y"] = "y") -> None:
     """A log axis, its ticks in plain numbers, where positive values span more than tenfold; linear below the least of
     them where there are zeros, as corrected distances can be."""
     finite = [value for value in values if np.isfinite(value)]
     positive = [value for value in finite if value > 0]
+    axis, set_scale = (axes.xaxis, axes.set_xscale) if along == "x" else (axes.yaxis, axes.set_yscale)
     if positive and max(positive) > 10 * min(positive) and min(finite) == 0:
-        axes.set_yscale("symlog", linthresh=min(positive))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.minorticks_off()
+        set_scale("symlog", linthresh=min(positive))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_locator(_no_ticks())
     elif finite and max(finite) > 10 * min(finite) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if max(finite) < 300 * min(finite) else (1,))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.minorticks_off()
+        set_scale("log")
+        axis.get_major_locator().set_params(subs=(1, 2, 5) if max(finite) < 300 * min(finite) else (1,))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_locator(_no_ticks())
+
+
+def _no_ticks() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,38 @@ def pareto(record: Comparison, searched: Sequence[Scored], images: int = 0) -> P
     )
 
 
+def time_pareto(
+    record: Comparison, kinds: Mapping[str, Sequence[str]] | None = None, marked: Mapping[str, str] | None = None
+) -> Pareto:
+    """Quality against the measured milliseconds of an image, each plan with its interval.
+
+    `kinds`: what a series is called, and the names of its plans, of which the best are connected (no cheaper one is as
+    good); the others stand alone. `marked`: what is said beside a plan, by its name.
+    """
+    about, kinds, marked = record.about, dict(kinds or {}), dict(marked or {})
+    points = {}
+    for name, row in record.plans.items():
+        fd = row.quality["fd"]
+        points[name] = (row.wall_ms / about.batch, fd.value, fd.low, fd.high)
+    series = [Series(name=kind, points=tuple(points[n] for n in of), style="frontier") for kind, of in kinds.items()]
+    alone = [name for name in points if not any(name in names for names in kinds.values()) or name == "plan"]
+    series += [
+        Series(name=name, points=(points[name],), style="star" if name in ("plan", about.reference) else "points")
+        for name in alone
+    ]
+    series += [Series(name=said, points=(points[name],), style="mark") for name, said in marked.items()]
+    reference = record.reference.quality["fd"]
+    threads = f", {about.threads} threads" if about.threads else ""
+    return Pareto(
+        title="Quality against time",
+        metric_label="Fréchet distance (lower is better)",
+        series=tuple(series),
+        band=(reference.low, reference.high),
+        floor=about.floor.high if about.floor else None,
+        cost_label=f"milliseconds per image (batch {about.batch}{threads})",
+    )
+
+
 def plan_chart(plan: StepPlan) -> PlanChart:
     shares = {name: price.macs / plan.prices[plan.reference].macs for name, price in plan.prices.items()}
     steps = tuple(row.timestep for row in plan.rows)
@@ -290,6 +323,41 @@ def plan_chart(plan: StepPlan) -> PlanChart:
     return PlanChart(
         title="What runs at each step", timesteps=steps, entries=plan.entries, shares=shares, guides=guides
     )
+
+
+def strip(
+    plan: StepPlan, *, ms: Mapping[str, float] | None = None, against: Mapping[str, Sequence[str]] | None = None
+) -> PlanChart:
+    """A plan drawn by what its calls cost, beside others.
+
+    `ms`: of one call of every entry, per image; else the plan's own prices: their microseconds, or their MACs where
+    there are none. `against`: the entry of every call of what it replaces, by name (`StepPlan.called`).
+    """
+    others = {name: tuple(entries) for name, entries in (against or {}).items()}
+    needed = {*plan.nets, *(entry for each in others.values() for entry in each)}
+    times = {name: price.us / 1e3 for name, price in plan.prices.items() if price.us is not None} | dict(ms or {})
+    timed = needed <= set(times)
+    costs = {name: times[name] if timed else plan.prices[name].macs / 1e6 for name in needed}
+    spacing = f" at {plan.sampler.spacing} timesteps" if plan.sampler.spacing else ""
+    return replace(
+        plan_chart(plan),
+        costs=costs,
+        unit="ms" if timed else "MMACs",
+        name=f"the plan: {plan.sampler.short}, {plan.sampler.steps} steps{spacing}",
+        corrected=tuple(row.corrected for row in plan.rows) if plan.corrected else (),
+        against=others,
+    )
+
+
+def _told_strip(plan: StepPlan, reference: PlanRow, costs: Mapping[str, Cost]) -> PlanChart:
+    """The strip of a finished run's plan, beside its reference's where that is one entry in every call."""
+    ms = {name: one.latency_ms / one.batch for name, one in costs.items() if one.latency_ms and one.batch}
+    if reference.macs != reference.calls * plan.prices[plan.reference].macs:
+        return strip(plan, ms=ms)
+    what = f"{reference.calls} calls of {plan.reference!r}"
+    if plan.baseline and plan.baseline.price.macs == reference.macs:
+        what = plan.baseline.what
+    return strip(plan, ms=ms, against={f"the reference: {what}": (plan.reference,) * reference.calls})
 
 
 def training_curves(out: Path) -> list[Curve]:
@@ -361,8 +429,9 @@ def tell(out: Path) -> Path:
             costs_table(costs, plan.reference),
         ),
         figures=(
+            time_pareto(record),
             pareto(record, searched, run.recipe.search.images),
-            *([plan_chart(plan)] if len(plan.nets) > 1 or not plan.corrected else []),
+            *([_told_strip(plan, record.reference, costs)] if len(plan.nets) > 1 or not plan.corrected else []),
             *_correction_curves(plan),
             *([_heatmap(table)] if table else []),
             *_grid_curve(out),
