@@ -6,8 +6,9 @@
 Plans: uniform and random rows of the bank under DPM-Solver++ 2M, UniPC and DDIM of 5 to 20 steps, each between 3 % and
 30 % of the MACs of 50 dense DDIM steps. The truth is a plan's Fréchet distance on --truth images of one seed's noise.
 The guides see another seed's: fidelity (distance to the converged picture of the same noise, in pixels, SSIM and
-features) on 16 to 256 images, the Fréchet distance on common noise on 256 to 2,048, each on disjoint stretches of the
-noise, so that a guide's own chance is in the table. How far solvers converge stands in a table of its own.
+features) on 16 to 256 images, the Fréchet distance of the features from the converged ones', and the Fréchet distance
+to the data on common noise on 256 to 2,048 images, each on disjoint stretches of the noise, so that a guide's own
+chance is in the table. How far solvers converge stands in a table of its own.
 
 Writes guides<size>.md and .json beside this file (--out). What was drawn is kept in runs/guides<size>/ (--work), a file
 per plan, known by content: a call that was cut off, or one of more images, goes on.
@@ -41,6 +42,7 @@ from halfstep.engine.device import default_device, use_device
 from halfstep.engine.sampling import StepAwarePipeline, plan_for
 from halfstep.measure.fidelity import FINE, Converged, converged_plan
 from halfstep.measure.judge import Judge
+from halfstep.measure.quality import frechet_distance
 from halfstep.nets.content import fingerprint
 
 TRUTH, GUIDES, FLOW = 101, 102, 103
@@ -166,11 +168,22 @@ def guides_of(drawn: Drawn, tried: list[Tried], pool: int, watch: RichWatch) -> 
             values = np.array([[one[metric][rows].mean() for one in near] for rows in stretches_of(n, target.count)])
             extra = n * target.plan.macs / mean_macs
             found.append(Guide(f"fidelity, {metric}", n, values, extra))
+    twins = target.features
+    for n in (n for n in dict.fromkeys((*FEW, *MANY)) if n <= target.count):
+        parts = list(stretches_of(n, target.count))
+        values = np.array([[apart(one[rows], twins[rows]) for one in features] for rows in parts])
+        found.append(Guide("Fréchet distance from the converged twins", n, values, n * target.plan.macs / mean_macs))
     for n in dict.fromkeys((*MANY, pool)):  # of the whole pool: how well the truth agrees with itself
         values = np.array([[drawn.judge.fd(one[rows]) for one in features] for rows in stretches_of(n, pool)])
         if len(values) and n >= drawn.judge.reference.least:
             found.append(Guide("Fréchet distance", n, values))
     return found
+
+
+def apart(found: np.ndarray, twins: np.ndarray) -> float:
+    """The Fréchet distance of features [n, F] from their twins' of the same noise: what the set has moved, whichever
+    picture took another's place; of few images too, since both sets share what is chance in them."""
+    return frechet_distance(found.mean(0), np.cov(found.T), twins.mean(0), np.cov(twins.T))
 
 
 def stretches_of(n: int, pool: int) -> Iterator[slice]:
