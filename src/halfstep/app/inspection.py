@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from halfstep.app.estimate import Drawing, announce
 from halfstep.app.story import tell_restored, tell_spectra
 from halfstep.app.subject import open_subject
 from halfstep.core import disk
@@ -102,6 +103,8 @@ def _spectra_of(
     clean = found.batch(chosen, generator=draws).to(device)
     cond = cond_to(cond_of(found.batch_labels(chosen) if class_count(bank.config) else None), device)
     bank.to(device)
+    macs = [bank.prices()[entry].macs for entry in bank.computed]
+    announce(watch, bank, [Drawing(images=len(clean) * len(timesteps), macs=one) for one in macs], doing="look at")
     alphas, bins = subject.process.scheduler().alphas_cumprod, max(4, found.size // 2)
     for entry, timestep in itertools.product(bank.computed, timesteps):
         call = predictor(bank[entry])

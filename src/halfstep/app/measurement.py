@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from halfstep.app.estimate import Drawing
 from halfstep.app.story import tell
 from halfstep.app.subject import open_subject
 from halfstep.core import disk
 from halfstep.core.errors import DataError, HalfstepError, RunError
 from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
+from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
 from halfstep.core.seeds import own_random
 from halfstep.core.watch import SILENT, Watch
@@ -27,6 +30,9 @@ from halfstep.engine.subject import Subject
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.measure.judge import Judge, Measured, extractor_for
 from halfstep.measure.quality import NEIGHBOURS
+
+TIMED_TURNS = 6
+"""Of a plan that is measured, against the clock: five that count and one to get warm."""
 
 
 @releasing
@@ -109,6 +115,11 @@ def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
     settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
     extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
     return Judge(bank, subject.images, extractor, cache=out / "state", batch=recipe.sample.batch)
+
+
+def drawings_of(plans: Iterable[StepPlan], recipe: Recipe) -> list[Drawing]:
+    """What `measure_plans` draws of every plan: the images that are scored, and whole batches against the clock."""
+    return [Drawing(images=recipe.eval.images + TIMED_TURNS * TIMED_BATCH, plan=plan) for plan in plans]
 
 
 def write_costs(bank: Bank, out: Path) -> None:

@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, LDMPipeline
 
-from halfstep.app.measurement import is_measured, judge_for, require_measurable, write_and_tell, write_costs
+from halfstep.app.estimate import Drawing, Training, announce
+from halfstep.app.measurement import (
+    drawings_of,
+    is_measured,
+    judge_for,
+    require_measurable,
+    write_and_tell,
+    write_costs,
+)
 from halfstep.app.story import tell, tell_spectra
 from halfstep.app.subject import open_model, open_subject
 from halfstep.core import disk
@@ -84,12 +92,25 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
         bank = subject.bank_of({"full": twin}, "full")
         return preview_of(bank.to(twin.device), recipe.noise, recipe)
 
+    _announce_training(subject.bank_of({"full": copy_of(net)}, "full"), recipe, watch)
     diffusion, state = Diffusion(recipe.noise), TrainState.new(net, recipe.train)
     run_loop(out, state, seen, recipe, dense_objective(net, diffusion), "dense", watch, preview)
     net.load_state_dict(state.average())
     if this_process().is_main_process:
         disk.write_atomic(done, lambda folder: _write_stock(folder, subject, net.cpu(), diffusion))
     return done
+
+
+def _announce_training(
+    bank: Bank, recipe: Recipe, watch: Watch, *, times: int = 1, more: Sequence[Drawing] = ()
+) -> None:
+    """Say what a training, `times` over, and a measurement after it take: every entry but the reference is trained with
+    that as a teacher, or it alone."""
+    others = tuple(name for name in bank.computed if name != bank.reference)
+    nets, teachers = (others, (bank.reference,)) if others else ((bank.reference,), ())
+    spec = recipe.train
+    work = Training(steps=times * spec.steps, batch=spec.batch, trained=nets, teachers=teachers)
+    announce(watch, bank.to(default_device()), [work, *more], batch=spec.batch)
 
 
 def _write_stock(folder: Path, subject: Subject, net: Any, diffusion: Diffusion) -> None:
@@ -140,6 +161,10 @@ def compress(method: str, model: str | None, data: str, out: Path, recipe: Recip
     if method == "regularized":
         return _regularized(subject, out, begun, watch)
     draft = METHODS[method](subject, subject.recipe)
+    if not (out / "pipeline" / "model_index.json").is_file():
+        bank = draft.bank()
+        plans = [subject.reference(bank).uniform(name) for name in bank]
+        _announce_training(bank, subject.recipe, watch, more=drawings_of(plans, subject.recipe))
     pipe = trained(draft, subject, subject.recipe, out, watch)
     if is_measured(out):
         return tell(out)
@@ -177,6 +202,7 @@ def _regularized(subject: Subject, out: Path, begun: float, watch: Watch) -> Pat
     open_run(out, recipe, inputs, subject.content, watch, subject.read(net))
     if is_measured(out):
         return tell(out)
+    _announce_training(subject.bank_of({"r": copy_of(net)}, "r"), recipe, watch, times=1 + len(recipe.regular.grid))
     entries = {}
     for r in (0.0, *recipe.regular.grid):
         one, name = replace(recipe, regular=replace(recipe.regular, r=r)), regularized.name_of(r)
@@ -337,11 +363,14 @@ def shrink(
         return tell(out)
     judge = judge_for(bank, subject, out, watch)
     write_costs(bank, out)
-    found = shrink_plan(open_scores(judge, out, watch), plan, recipe.shrink, seed=recipe.seed, watch=watch)
-    watch.say(f"best on fresh seeds: {found.chosen}")
-    controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
     counts = [k * plan.sampler.steps for k in (2, 10) if k * plan.sampler.steps <= subject.process.timesteps]
     more = {f"{count} steps, no correction": fewer_steps(plan, count) for count in counts}
+    tried, spec = 8 + 4 * min(recipe.shrink.parts, len(plan.rows)) * recipe.shrink.rounds, recipe.shrink
+    work = [Drawing(images=tried * spec.images, plan=plan), Drawing(images=4 * spec.final_images, plan=plan)]
+    announce(watch, bank, [*work, *drawings_of([plan] * 4 + [*more.values()], recipe)], batch=recipe.sample.batch)
+    found = shrink_plan(open_scores(judge, out, watch), plan, spec, seed=recipe.seed, watch=watch)
+    watch.say(f"best on fresh seeds: {found.chosen}")
+    controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
     plans = {"reference": found.plans["none"], "plan": found.plan} | controls | more
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     found.plan.save(out / "plan.json")
@@ -400,6 +429,7 @@ def sample(
         inputs["sampler"] = plan.sampler.told
     open_run(out, None, inputs, subject.content, watch, read)
     bank.to(default_device(), getattr(torch, dtype))
+    announce(watch, bank, [Drawing(images=count, plan=plan)], batch=min(count, recipe.sample.batch))
     begun, done = time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:
@@ -433,6 +463,7 @@ def evaluate(
     if subject.plan is not None:
         plans = {"reference": subject.plan.uniform(), "plan": subject.plan}
     watch.say(f"measured under {plans['reference'].sampler.told}")
+    announce(watch, bank, drawings_of(plans.values(), recipe), batch=recipe.sample.batch)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     disk.write_json(out / "quality.json", verdict.record.to_json())
     return verdict.record
