@@ -23,10 +23,15 @@ Steps = Annotated[int, Bounds(1, 100_000)]
 
 @dataclass(frozen=True)
 class Price:
-    """What something costs per image: multiply-accumulates (1 MAC = 2 FLOPs), and microseconds; None: not measured."""
+    """What something costs per image: multiply-accumulates (1 MAC = 2 FLOPs), and microseconds, rounded to nanoseconds;
+    None: not measured."""
 
     macs: Annotated[int, Bounds(0, 10**18)]
-    us: Annotated[int, Bounds(0, 10**15)] | None = None
+    us: Annotated[float, Bounds(0, 1e15)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.us is not None:
+            object.__setattr__(self, "us", round(float(self.us), 3))
 
     def __add__(self, other: Price) -> Price:
         """Both together; no time is known where one of them has none."""
@@ -40,7 +45,7 @@ class Price:
         time = "" if self.us is None else f", {self.us / 1e3:,.2f} ms"
         return f"{self.macs / 1e6:,.1f} MMACs{time}"
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 

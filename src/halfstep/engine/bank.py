@@ -350,12 +350,15 @@ class Bank(torch.nn.Module):
 
 
 def calls_of(bank: Bank, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """One call of every entry at `batch` images, on its device, without gradients: what is timed. That of an entry that
-    reuses features takes those of one call of its source, made here."""
+    """One call of every entry at `batch` images as a row of a trajectory makes it: where it is, in inference mode, the
+    timestep a tensor of no axes. What is timed. That of an entry that reuses features takes those of one call of its
+    source, made here."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
     for name in bank:
         model = bank.call(name, batch)
-        found[name] = torch.no_grad()(partial(predictor(model), *example_inputs(model, batch), Memo()))
+        inputs = example_inputs(model, batch)
+        call = partial(predictor(model), inputs.sample, inputs.timestep[0], inputs.cond, Memo())
+        found[name] = torch.inference_mode()(call)
     return found
 
 

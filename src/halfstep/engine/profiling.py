@@ -152,12 +152,16 @@ def macs_by_module(model: nn.Module, *, inputs: Inputs | None = None) -> dict[st
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int = 10, warmup: int = 2
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 10,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, `repeats` each, taken in turns (A B C A B C ...).
 
     In turns, so that a machine that warms up, throttles or gets busy slows all of them alike. An accelerator is waited
-    for before and after each call. Raises HalfstepError where `repeats` < 1 or `warmup` < 0.
+    for before and after each call. `clock`: seconds. Raises HalfstepError where `repeats` < 1 or `warmup` < 0.
     """
     if repeats < 1 or warmup < 0:
         got, expected = f"repeats={repeats}, warmup={warmup}", "repeats >= 1 and warmup >= 0"
@@ -166,11 +170,11 @@ def interleave(
     for turn in range(warmup + repeats):
         for name, call in calls.items():
             _wait()
-            start = time.perf_counter()
+            start = clock()
             call()
             _wait()
             if turn >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     return times
 
 
