@@ -332,8 +332,8 @@ def solvers_table(drawn: Drawn, process: Process, count: int, bootstrap: int, wa
             told(i + 1, f"{name}, {plan.sampler.steps}: {psnr} dB")
     columns = ("sampler", "spacing", "steps", "PSNR, dB", "SSIM", "in features", "Fréchet distance")
     note = (
-        f"{count:,} images of one seed's noise, against DPM-Solver++ 2M of {2 * FINE} steps; the converged plan of "
-        f"`measure/fidelity.py` takes {FINE}."
+        f"{count:,} images of one seed's noise, against DPM-Solver++ 2M of {2 * FINE} trailing steps; the converged "
+        f"plan of `measure/fidelity.py` takes {FINE}."
     )
     return Table(title="Where solvers of the dense net lead", columns=columns, rows=tuple(rows), note=note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -210,10 +211,14 @@ def test_latents_are_compared_as_pictures(tmp_path):
     assert target.target != converged(bank_of(colours=2), 3).target
 
 
-def test_converged_where_the_process_ends_in_pure_noise_and_where_it_is_short(bank):
-    cosine = Process(beta_schedule="squaredcos_cap_v2", clip_sample=False)
-    plan = converged_plan(bank, cosine, 12, PRICES)
-    assert plan.sampler.config["timestep_spacing"] == "leading"
+def test_the_converged_plan_by_process(bank):
+    """Whatever spacing a model's config asks for; where the process ends in pure noise, many steps of order 1."""
+    plain = converged_plan(bank, replace(PROCESS, timestep_spacing="leading"), prices=PRICES)
+    assert (plain.sampler.config["timestep_spacing"], plain.sampler.config["solver_order"]) == ("trailing", 2)
+    assert (len(plain.rows), plain.rows[0].timestep) == (FINE, 999)
+    cosine = converged_plan(bank, Process(beta_schedule="squaredcos_cap_v2"), prices=PRICES)
+    assert (cosine.sampler.config["timestep_spacing"], cosine.sampler.config["solver_order"]) == ("leading", 1)
+    assert len(cosine.rows) == 5 * FINE
     assert len(converged_plan(bank, Process(timesteps=30), prices=PRICES).rows) == 15
 
 

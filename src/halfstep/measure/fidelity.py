@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from halfstep.core.recipe import SampleSpec
 from halfstep.core.results import Fidelity, Interval
 from halfstep.data.arrays import open_array, open_cached, write_cached
 from halfstep.engine.bank import Bank
-from halfstep.engine.samplers import scheduler_of, step_options, with_timesteps
+from halfstep.engine.samplers import LEAST_SIGNAL, scheduler_of, step_options, with_timesteps
 from halfstep.engine.sampling import (
     Labels,
     Prices,
@@ -58,15 +58,20 @@ Metric = Literal["mse", "ssim", "features"]
 def converged_plan(
     bank: Bank, process: Process | Mapping[str, Any], steps: int = FINE, prices: Prices | None = None
 ) -> StepPlan:
-    """The reference in every row of a fine solver: DPM-Solver++ of order 2, at half the process's timesteps at most;
-    `prices` as in `plan_for`.
+    """The reference in every row of a fine solver: DPM-Solver++ of order 2 at trailing timesteps, of half the process's
+    at most; `prices` as in `plan_for`.
 
-    DDIM is none: where it clips its estimate of the picture, as the stock one does, more steps lead it ever further
-    from the probability flow (`benchmarks/guides16.md`). Raises PlanError as `reference_plan`.
+    Where a process ends in pure noise, its sampler leaves the last timesteps out ("leading"), and there order 2 leads
+    further away with more steps: order 1 (DDIM that does not clip) with five times as many takes its place. Stock DDIM
+    is none: it clips its estimate of the picture and not the noise with it, and more steps lead it ever further from
+    the probability flow (both in `benchmarks/guides16.md`). Raises PlanError as `reference_plan`.
     """
     process = Process.of(process)
-    most = max(1, process.timesteps // 2)  # where a process ends in pure noise, its sampler takes no more
-    return reference_plan(bank, process, SampleSpec(scheduler="dpmsolver++", steps=min(steps, most)), prices)
+    most = max(1, process.timesteps // 2)
+    fine = SampleSpec(scheduler="dpmsolver++", spacing="trailing", steps=min(steps, most))
+    if process.prediction == "epsilon" and float(process.scheduler().alphas_cumprod[-1]) < LEAST_SIGNAL:
+        fine = replace(fine, spacing="leading", order=1, steps=min(5 * steps, most))
+    return reference_plan(bank, process, fine, prices)
 
 
 @functools.lru_cache(maxsize=1024)
