@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -325,8 +326,8 @@ def test_a_pipeline_that_reuses_features_is_saved_and_read_as_it_was(tmp_path):
     assert half.bank.entries["full~0"].model is half.bank["full"] and half.bank.dtype == torch.bfloat16
 
 
-def test_every_sampler_of_a_recipe_takes_a_plan_that_reuses():
-    bank = bank_of()
-    for name in SCHEDULERS:
-        rows = "full full full~0+ full~1 full~out+ full full~0"
-        assert drawn(bank, plan_of(bank, rows, name)).isfinite().all()
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_sampler_of_a_recipe_takes_a_plan_that_reuses(name):
+    plan = reference_plan(BANK, DDPMScheduler().config, SampleSpec(scheduler=name, steps=7), prices(BANK))
+    rows = itertools.cycle(["full", "full", "full~0+", "full~1", "full~out+", "full", "full~0"])
+    assert drawn(BANK, plan.with_entries(list(itertools.islice(rows, len(plan.rows))))).isfinite().all()
