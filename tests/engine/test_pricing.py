@@ -16,7 +16,7 @@ from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.watch import Watch
 from halfstep.engine.bank import Bank
-from halfstep.engine.pricing import PriceBook, Setting, drawing, predicted_ms, timed_prices
+from halfstep.engine.pricing import PriceBook, Setting, drawing, predicted_ms, timed_prices, typical
 from halfstep.engine.profiling import interleave
 from halfstep.engine.sampling import reference_plan
 from tiny import unet
@@ -72,6 +72,11 @@ def test_a_call_is_priced_in_microseconds_of_an_image_beside_its_macs():
     macs = {name: price.macs for name, price in bank.prices().items()}
     found = timed_prices(bank, BATCH, clock=Hand(bank))
     assert found == {"full": Price(macs["full"], 2000), "slim": Price(macs["slim"], 500)}
+
+
+def test_a_typical_time_is_the_mean_without_both_ends():
+    assert typical([5.0]) == 5 and typical([1.0, 3.0]) == 2 and typical([1.0, 100.0, 3.0]) == 3
+    assert typical([*range(20)]) == 9.5 and typical([0.0, *[4.0] * 8, 1000.0]) == 4
 
 
 def test_entries_that_reuse_features_are_timed_as_what_is_left_to_compute():

@@ -17,7 +17,7 @@ from halfstep.core.process import Process
 from halfstep.core.recipe import Order, SamplerName, SampleSpec, Spacing
 from halfstep.core.solvers import EVEN, SOLVERS, SPACED
 from halfstep.engine.bank import Bank
-from halfstep.engine.samplers import Arm, arm_of, free_arms, sampler_of
+from halfstep.engine.samplers import Arm, arm_of, free_arms, plain_config, sampler_of, settled
 from halfstep.engine.sampling import denoise, image_generators, reference_plan, start_noise
 from tiny import unet
 
@@ -220,6 +220,25 @@ def test_own_is_ddim_where_the_model_came_with_its_trainings_process(own):
     process = Process(clip_sample_range=0.5)
     found, wanted = (sampler_of(process, SampleSpec(scheduler=name), own) for name in ("own", "ddim"))
     assert type(found) is type(wanted) is diffusers.DDIMScheduler and found.config == wanted.config
+
+
+@pytest.mark.parametrize("spacing", ["own", "leading", "trailing", "linspace"])
+@pytest.mark.parametrize("options", [{}, {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}], ids=str)
+def test_own_is_called_ddim_where_it_is_that_to_the_letter(options, spacing):
+    own = saved(diffusers.DDIMScheduler(**options, **({} if spacing == "own" else {"timestep_spacing": spacing})))
+    process = Process.of(own)
+    spec = settled(process, SampleSpec(), own)
+    assert spec == SampleSpec(scheduler="ddim") == settled(process, SampleSpec(), None)
+    found, whole = (plain_config(sampler_of(process, one, own)) for one in (spec, SampleSpec()))
+    assert found == whole
+    assert settled(process, SampleSpec(scheduler="euler"), own) == SampleSpec(scheduler="euler")
+
+
+def test_own_stays_own_where_ddim_by_name_is_another_sampler():
+    brought = (OWN["PNDM"], diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False,
+                                                    timestep_spacing="trailing"))  # fmt: skip
+    for own in map(saved, brought):  # by name the second would leave out the last timesteps
+        assert settled(Process.of(own), SampleSpec(), own) == SampleSpec()
 
 
 def test_a_spacing_and_an_order_are_put_on_the_models_own_sampler():

@@ -14,6 +14,7 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.data.images import Images, load_images
 from halfstep.data.latents import check_vae, shape_for
 from halfstep.engine.bank import Bank
+from halfstep.engine.samplers import settled
 from halfstep.engine.sampling import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.nets.denoiser import require_same_shape
@@ -35,7 +36,8 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         return _without_model(data, recipe, watch)
     opened = open_model(model)
     bank, process = opened.bank, process_of(opened, model)
-    recipe = replace(_with_size_of(recipe, bank), noise=process)
+    sample = settled(process, recipe.sample, opened.scheduler)
+    recipe = replace(_with_size_of(recipe, bank), noise=process, sample=sample)
     fitted = None
     if data is not None:
         fitted = fit(bank.config, _images(recipe, data, watch), bank.vae, bank.classes)
@@ -89,7 +91,7 @@ def _without_model(data: str | None, recipe: Recipe, watch: Watch) -> Subject:
     vae = load_vae(recipe.model.vae) if recipe.model.vae else None
     process = recipe.noise if vae is None else replace(recipe.noise, clip_sample=False)  # latents are no pixels
     process.scheduler()  # refuses betas that leave no signal
-    recipe = replace(recipe, noise=process)
+    recipe = replace(recipe, noise=process, sample=settled(process, recipe.sample, None))
     return Subject(
         source="",
         data=data or "",

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -82,12 +82,28 @@ def own_class(config: Mapping[str, Any]) -> str:
     return str(config.get("_class_name") or "DDPMScheduler")
 
 
-def about_own(config: Mapping[str, Any], taken: bool) -> str:
-    """The sampler that a model came with, in words; `taken`: by a recipe that says "own"."""
+def settled(process: Process, sample: SampleSpec, own: Mapping[str, Any] | None) -> SampleSpec:
+    """A recipe's sampler by name, where "own" is DDIM to the letter: of a model that came with its training's process,
+    with nothing, or with DDIM of which the process carries every key. So runs of before, whose recipes say DDIM, hold.
+    """
+    if sample.scheduler != "own":
+        return sample
+    named = replace(sample, scheduler="ddim")
+    if own is None or own_class(own) in TRAINING:
+        return named
+    if own_class(own) == "DDIMScheduler":
+        with contextlib.suppress(PlanError):
+            both = (plain_config(sampler_of(process, one, own)) for one in (named, sample))
+            return named if next(both) == next(both) else sample
+    return sample
+
+
+def about_own(config: Mapping[str, Any], taken: SamplerName) -> str:
+    """The sampler that a model came with, in words; `taken`: what the recipe says."""
     cls = own_class(config)
     solver = solver_of(cls)
     told = f"own sampler: {solver.told if solver else cls.removesuffix('Scheduler')}"
-    return f"{told}, which needs all timesteps: DDIM runs" if taken and cls in TRAINING else told
+    return f"{told}, which needs all timesteps: DDIM runs" if taken in ("own", "ddim") and cls in TRAINING else told
 
 
 def _own_sampler(process: Process, sample: SampleSpec, own: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.entry import Entry
 from halfstep.engine.reading import about_bank, about_images, about_model
-from halfstep.engine.samplers import TRAINING, about_own, own_class
+from halfstep.engine.samplers import about_own, own_class, settled
 from halfstep.engine.sampling import reference_plan
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import class_count
@@ -114,7 +114,7 @@ class Subject:
     def _own_content(self) -> tuple[Mapping[str, Any], ...]:
         """The model's own sampler, where it is run and the process does not say it all."""
         own = self.scheduler
-        if own is None or self.recipe.sample.scheduler != "own" or own_class(own) in (*TRAINING, "DDIMScheduler"):
+        if own is None or settled(self.process, self.recipe.sample, own).scheduler != "own":
             return ()
         return ({**own, "class": own_class(own)},)  # a fingerprint leaves out what diffusers notes under "_class_name"
 
@@ -122,8 +122,7 @@ class Subject:
         """What was read, in words: the images, the model. `fresh`: the net to train, where there is no model."""
         told = () if self.fitted is None else (about_images(self.fitted),)
         if self.bank is not None:
-            taken = self.recipe.sample.scheduler == "own"
-            own = f"; {about_own(self.scheduler, taken)}" if self.scheduler else ""
+            own = f"; {about_own(self.scheduler, self.recipe.sample.scheduler)}" if self.scheduler else ""
             return (*told, about_bank(self.source, self.bank, self.process) + own)
         if fresh is None:
             return told
