@@ -38,6 +38,19 @@ def test_threads_wait_asleep_unless_the_user_said_otherwise(door, before, read):
     assert all(one in told for one in read), told
 
 
+@pytest.mark.parametrize(("before", "threads"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, 2)])
+def test_numpy_s_own_threads_are_one_unless_the_user_said_otherwise(before, threads):
+    """Oracle: what the library says that it uses."""
+    code = "import halfstep.app.cli, numpy, threadpoolctl as t; numpy.ones((9, 9)) @ numpy.ones((9, 9)); "
+    code += "print([one['num_threads'] for one in t.threadpool_info() if one['internal_api'] == 'openblas'])"
+    environment = {"OMP_NUM_THREADS": "", "OPENBLAS_NUM_THREADS": ""}
+    told = told_by(
+        f"import os; [os.environ.pop(n) for n in {list(environment)} if not os.environ[n]]; {code}",
+        **environment | before,
+    )
+    assert set(eval(told)) <= {min(threads, os.cpu_count() or 1)}
+
+
 def test_a_setting_of_the_same_thing_by_another_name_is_the_users_word():
     code = "import os, halfstep.core.threads; print(os.environ.get('OMP_WAIT_POLICY'))"
     assert [told_by(code, **{name: "1"} if name else {}).strip() for name in ("", *SETTINGS[1:])] == [

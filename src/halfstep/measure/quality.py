@@ -11,15 +11,17 @@ resamples generated ones only, so that no independence of the two sets is suppos
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file as save_arrays
+from threadpoolctl import ThreadpoolController
 
 from halfstep.core.disk import write_atomic
 from halfstep.core.errors import DataError, HalfstepError, ModelError
@@ -35,6 +37,7 @@ METRICS = ("fd", "kid", "precision", "recall", "density", "coverage")
 KEPT_FEATURES = 5000  # real features a Reference keeps for the metrics that need points, not moments
 PER_FEATURE = 4  # images per feature below which a Fréchet distance decides nothing
 NEIGHBOURS = 5  # around an image, for precision, recall, density and coverage
+SMALL = 512  # features up to which numpy's products run on one thread: more spin longer than they help
 CHUNK = 1024  # rows of a distance or kernel matrix held at a time
 
 # ---- distances between two sets of features ------------------------------------------------------------------------
@@ -91,22 +94,34 @@ def _trace_of_root(cov: np.ndarray) -> float:
     return float(np.sqrt(np.linalg.eigvalsh(cov).clip(0)).sum())
 
 
+@functools.cache
+def _blas() -> Any:
+    """The libraries of numpy's products that are loaded; looked for once, which takes milliseconds."""
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _threads_for(x: np.ndarray) -> Any:
+    """A context in which products of features [N, F] run on as many threads as they gain by."""
+    return _blas().limit(limits=1 if x.shape[1] <= SMALL else torch.get_num_threads())
+
+
 def _fd_of(x: np.ndarray, mu: np.ndarray, cov: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Fréchet distances to N(mu, cov) of resamples of x [N, F]; weights [R, N] are counts, rows sum to one n -> [R].
 
     One matrix product and one eigvalsh per resample: 3 ms at n = 4096, F = 64, but about a second at F = 2048.
     """
-    n, centre, root = float(weights[0].sum()), x.mean(0), _root(cov)
-    x = x - centre  # against cancellation in the moments below
-    y, norms = x @ root, np.square(x).sum(1)
-    distances = np.empty(len(weights))
-    for i, w in enumerate(weights):
-        shift = w @ x / n
-        scaled = y * np.sqrt(w)[:, None]
-        inner = (scaled.T @ scaled - n * np.outer(shift @ root, shift @ root)) / (n - 1)
-        spread = (w @ norms - n * shift @ shift) / (n - 1)
-        distances[i] = np.square(centre + shift - mu).sum() + np.trace(cov) + spread - 2 * _trace_of_root(inner)
-    return distances
+    with _threads_for(x):
+        n, centre, root = float(weights[0].sum()), x.mean(0), _root(cov)
+        x = x - centre  # against cancellation in the moments below
+        y, norms = x @ root, np.square(x).sum(1)
+        distances = np.empty(len(weights))
+        for i, w in enumerate(weights):
+            shift = w @ x / n
+            scaled = y * np.sqrt(w)[:, None]
+            inner = (scaled.T @ scaled - n * np.outer(shift @ root, shift @ root)) / (n - 1)
+            spread = (w @ norms - n * shift @ shift) / (n - 1)
+            distances[i] = np.square(centre + shift - mu).sum() + np.trace(cov) + spread - 2 * _trace_of_root(inner)
+        return distances
 
 
 def _kid_of(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -115,18 +130,19 @@ def _kid_of(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     Pairs of an image with itself are left out of a resample too: they would make every resample look too alike.
     Exact on all n; cost R n^2, chunked, which is below a second for R = 200, n = 4096.
     """
-    kernel = lambda a, b: (a @ b.T / x.shape[1] + 1) ** 3  # noqa: E731
-    m, within, to_y, among_y = len(y), 0.0, np.empty(len(x)), 0.0
-    for rows in slices_of(len(x), CHUNK):
-        block = kernel(x, x[rows])
-        block[np.arange(rows.start, rows.stop), np.arange(rows.stop - rows.start)] = 0
-        within = within + ((weights @ block) * weights[:, rows]).sum(1)
-        to_y[rows] = kernel(x[rows], y).mean(1)
-    for rows in slices_of(m, CHUNK):
-        among_y += kernel(y[rows], y).sum()
-    among_y -= ((np.square(y).sum(1) / x.shape[1] + 1) ** 3).sum()
-    total = weights.sum(1)
-    return within / (total**2 - np.square(weights).sum(1)) + among_y / (m * (m - 1)) - 2 * weights @ to_y / total
+    with _threads_for(x):
+        kernel = lambda a, b: (a @ b.T / x.shape[1] + 1) ** 3  # noqa: E731
+        m, within, to_y, among_y = len(y), 0.0, np.empty(len(x)), 0.0
+        for rows in slices_of(len(x), CHUNK):
+            block = kernel(x, x[rows])
+            block[np.arange(rows.start, rows.stop), np.arange(rows.stop - rows.start)] = 0
+            within = within + ((weights @ block) * weights[:, rows]).sum(1)
+            to_y[rows] = kernel(x[rows], y).mean(1)
+        for rows in slices_of(m, CHUNK):
+            among_y += kernel(y[rows], y).sum()
+        among_y -= ((np.square(y).sum(1) / x.shape[1] + 1) ** 3).sum()
+        total = weights.sum(1)
+        return within / (total**2 - np.square(weights).sum(1)) + among_y / (m * (m - 1)) - 2 * weights @ to_y / total
 
 
 def _neighbours(real: np.ndarray, fake: np.ndarray, k: int) -> dict[str, np.ndarray]:
