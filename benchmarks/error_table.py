@@ -60,7 +60,7 @@ def main() -> None:
     features = [extract(judge.extractor, images.split(256)) for images in finals]
     pixels = [images.flatten(1).double().cpu().numpy() for images in finals]
     truth = fd_damages(judge.fd, features)
-    plans = random_plans(space, space.full_macs, args.plans, seed=3, slack=1.0)
+    plans = random_plans(space, space.full_price, args.plans, seed=3, slack=1.0)
     with watch.stage("random plans", len(plans)) as told:
         scores = []
         for genes in plans:

@@ -367,6 +367,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images a call; default 1,024 on a GPU, 128 else")
     parser.add_argument("--data", default=DATA)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the page and the JSON")
+    parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path, help="folder of what was drawn; default runs/guides<size>")
     args = parser.parse_args()
     if args.device:
@@ -374,7 +375,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # its rounding shows at 60 dB, where fine solvers differ
     batch = args.batch or (128 if default_device().type == "cpu" else 1024)
     watch, work = RichWatch(), args.work or Path(f"runs/guides{args.size}")
-    recipe = named(f"fashion{args.size}").edit([f"sample.batch={batch}"])
+    recipe = named(f"fashion{args.size}").edit([f"sample.batch={batch}", *args.set])
     pipe = StepAwarePipeline.from_pretrained(MODELS / f"fashion{args.size}-supernet")
     bank, process = pipe.bank, pipe.process
     judge = judge_for(bank, open_subject(None, args.data, recipe, watch=watch), work, watch)

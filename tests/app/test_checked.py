@@ -77,9 +77,10 @@ def test_pictures_too_small_for_a_feature_network_are_refused_early(tmp_path):
 @pytest.mark.parametrize(
     ("goal", "edits", "told"),
     [
-        ({"budget": 0.01}, (), "the cheapest entry everywhere"),
-        ({"max_loss": 0.1}, ("search.shrink=true",), "--budget"),
-        ({"budget": 0.9}, ("noise.timesteps=2000", "search.step_counts=1500"), "1 to 1000"),
+        ({"budget": 0.01}, (), "the cheapest plan there is"),
+        ({"budget": "3parsecs"}, (), "a unit of"),
+        ({"budget": "2t"}, (), "a share of the time"),
+        ({}, (), "--budget or --max-loss"),
         ({"budget": 0.9}, ("slim.widths=1,0.3",), "widths such as"),
         ({"budget": 0.9}, ("slim.patterns=2:4,3:2",), "3:2"),
     ],

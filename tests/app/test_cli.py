@@ -31,7 +31,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan, sample_images
 from tiny import unet
 
-VERBS = ("demo", "train", "optimize", "search", "sample", "evaluate", "profile", "report", "features", "recipe")
+VERBS = ("demo", "train", "optimize", "search", "tune", "sample", "evaluate", "profile", "report", "features", "recipe")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_bad_inputs_are_one_line_and_leave_nothing_behind(dense, tmp_path, monke
         ("train --steps 5", "No such option: --steps"),
         ("optimize --model digits", "Missing option '--data'; see halfstep optimize --help"),
         ("sample --model digits --out o --steps 0", "'--steps'"),
-        ("sample --model digits --out o --scheduler foo", "'foo' is not one of 'ddim'"),
+        ("sample --model digits --out o --scheduler foo", "got 'foo', expected one of own, ddim"),
         ("denoise --model digits --image a.png --out o --steps many", "'--steps'"),
     ],
 )
@@ -260,7 +260,7 @@ def test_no_verb_takes_more_than_eight_parameters():
 
 def test_common_options_are_edits_of_the_recipe():
     asked = Common(recipe="fashion16", edits=["train.steps=7"], steps=5, scheduler="euler", seed=3, batch=9)
-    edits = ["train.steps=7", "sample.steps=5", "sample.scheduler=euler", "seed=3", "sample.batch=9"]
+    edits = ["train.steps=7", "sample.steps=5", "sample.scheduler=euler", "seed=3", "sample.batch=9", "sample.timed=9"]
     assert asked.recipe_for("digits") == named("fashion16").edit(edits)
     assert [Common().recipe_for(data).name for data in ("digits", "folder:x")] == ["digits", "default"]
     assert Common().recipe_for("digits", dense=True) == named("digits-dense")

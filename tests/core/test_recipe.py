@@ -181,7 +181,6 @@ def refused(call: Any, *parts: str) -> None:
         ("model.attention=true,maybe", ["'maybe'", "true or false"]),
         ("noise.prediction=noise", ["'noise'", "'epsilon', 'v_prediction', 'sample'"]),
         ("sample.steps=1001", ["sample.steps", "at most 1000"]),
-        ("search.step_counts=20,2000", ["search.step_counts", "1 to 1000"]),
         ("train.steps=0", ["train.steps", "got 0", "a whole number, 1 to 1,000,000,000"]),
         ("train.lr=-1e-3", ["train.lr", "above 0"]),
         ("train.lr=nan", ["train.lr", "a finite number"]),

@@ -37,7 +37,7 @@ def test_search_beats_every_uniform_plan_and_comes_near_the_optimum():
     uniform = min(toy_f(costs, (e,) * 50) for e in range(4))
     assert uniform == pytest.approx(14.92, abs=0.005)
     space, _ = toy(50)
-    optimum = min(10 + p.error + 0.001 * p.macs / 2 / 50 for p in frontier(costs, space.gene_macs))
+    optimum = min(10 + p.error + 0.001 * p.price / 2 / 50 for p in frontier(costs, space.gene_prices))
     assert best < uniform
     assert best - optimum <= 0.45
     draw = np.random.default_rng(0)
@@ -81,8 +81,8 @@ def test_extreme_prices_give_the_full_net_and_the_narrowest():
 
 def test_budget_search_never_measures_a_plan_over_the_budget_and_starts_from_the_seeds():
     space, costs = toy(20)
-    macs = int(0.5 * space.full_macs)
-    seeds = [best_within(frontier(costs, space.gene_macs), macs).genes]
+    macs = int(0.5 * space.full_price)
+    seeds = [best_within(frontier(costs, space.gene_prices), macs).genes]
     spec = SearchSpec(population=8, generations=5)
     found = list(evolve(space, toy_scores(costs), Goal("budget", macs=macs), spec, seeds=seeds))
     assert found[0][0] == seeds[0]
@@ -100,11 +100,11 @@ def test_the_goal_of_a_loss_finds_cheap_plans():
 
 def test_random_plans_keep_the_budget_and_differ():
     space, _ = toy(12)
-    macs = int(0.45 * space.full_macs)
+    macs = int(0.45 * space.full_price)
     plans = random_plans(space, macs, 10, seed=0)
     assert len(set(plans)) == 10
     for genes in plans:
-        assert macs - 0.02 * space.full_macs <= space.cost(genes) <= macs
+        assert macs - 0.02 * space.full_price <= space.cost(genes) <= macs
 
 
 def test_released_ddsm_statistics_are_reproduced():

@@ -29,36 +29,36 @@ def test_frontier_equals_brute_force(genes, entries, seed):
             least = best[m]
             exact.append((m, least))
     found = frontier(costs, macs)
-    assert [p.macs for p in found] == [m for m, _ in exact]
+    assert [p.price for p in found] == [m for m, _ in exact]
     assert np.allclose([p.error for p in found], [e for _, e in exact])
     for p in found:
-        assert p.macs == sum(macs[k, e] for k, e in enumerate(p.genes))
+        assert p.price == sum(macs[k, e] for k, e in enumerate(p.genes))
 
 
 def test_hull_of_a_thousand_genes_is_the_lower_convex_hull_of_the_frontier():
     space, costs = toy(40)
-    exact, convex = frontier(costs, space.gene_macs), hull(costs, space.gene_macs)
-    at = {p.macs: p.error for p in exact}
+    exact, convex = frontier(costs, space.gene_prices), hull(costs, space.gene_prices)
+    at = {p.price: p.error for p in exact}
     for p in convex:
-        assert space.cost(p.genes) == p.macs
-        assert p.error == pytest.approx(at[p.macs])
-    xs, ys = [p.macs for p in convex], [p.error for p in convex]
+        assert space.cost(p.genes) == p.price
+        assert p.error == pytest.approx(at[p.price])
+    xs, ys = [p.price for p in convex], [p.error for p in convex]
     for p in exact:  # no plan lies below the hull
-        assert p.error >= np.interp(p.macs, xs, ys) - 1e-9
+        assert p.error >= np.interp(p.price, xs, ys) - 1e-9
     space, costs = toy(1000)
-    points = frontier(costs, space.gene_macs, most=5000)
-    assert len(points) == len(hull(costs, space.gene_macs)) > 1000
+    points = frontier(costs, space.gene_prices, most=5000)
+    assert len(points) == len(hull(costs, space.gene_prices)) > 1000
 
 
 def test_best_within_is_the_largest_that_fits():
     space, costs = toy(6)
-    points = frontier(costs, space.gene_macs)
-    for budget in range(points[0].macs, space.full_macs, 997):
+    points = frontier(costs, space.gene_prices)
+    for budget in range(points[0].price, space.full_price, 997):
         best = best_within(points, budget)
-        assert best.macs <= budget
-        assert best.error == min(p.error for p in points if p.macs <= budget)
+        assert best.price <= budget
+        assert best.error == min(p.error for p in points if p.price <= budget)
     with pytest.raises(PlanError):
-        best_within(points, points[0].macs - 1)
+        best_within(points, points[0].price - 1)
 
 
 def test_frontier_refuses_a_broken_table():

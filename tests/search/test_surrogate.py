@@ -50,7 +50,7 @@ def test_a_fit_of_one_plan_or_of_equal_scores_is_finite():
     for plans in ([(0, 1, 2, 3)], [(0, 0, 0, 0), (1, 1, 1, 1)], [(3, 2, 1, 0)] * 3):
         for draw in (None, np.random.default_rng(0)):
             assert np.isfinite(fit_costs(costs, plans, [1.0] * len(plans), draw)).all()
-    assert space.cost(promising(space, costs, [(0, 0, 0, 0)], [1.0], space.full_macs, np.random.default_rng(0))) > 0
+    assert space.cost(promising(space, costs, [(0, 0, 0, 0)], [1.0], space.full_price, np.random.default_rng(0))) > 0
 
 
 def test_promising_plans_come_nearer_to_the_optimum_than_as_many_random_ones():
@@ -59,7 +59,7 @@ def test_promising_plans_come_nearer_to_the_optimum_than_as_many_random_ones():
         draw = np.random.default_rng(seed)
         space, truth = toy(6)
         truth = truth * draw.uniform(0.2, 4.0, size=truth.shape)
-        macs = int(0.5 * space.full_macs)
+        macs = int(0.5 * space.full_price)
 
         def score(genes, truth=truth):
             pairs = sum(0.3 * a * b for a, b in itertools.pairwise(genes))  # neighbours make it worse: not additive

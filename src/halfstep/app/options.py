@@ -111,7 +111,7 @@ class Common:
         int | None,
         typer.Option(
             "--batch",
-            help="Images of a sampling or timing batch (`sample.batch`); changes the speed, not the images.",
+            help="Images of a batch that is drawn and timed (`sample.batch`, `sample.timed`); not what they are.",
             min=1,
             max=MOST_IN_A_BATCH,
             rich_help_panel=_COMMON,
@@ -148,6 +148,8 @@ class Common:
             if value is not None:
                 _require_agreeing(option, field, str(value), edits)
                 edits.append(f"{field}={value}")
+        if self.batch is not None and not any(edit.partition("=")[0].strip() == "sample.timed" for edit in edits):
+            edits.append(f"sample.timed={self.batch}")
         return named(name).edit(edits)
 
 

@@ -20,6 +20,7 @@ from halfstep.core.results import (
     Comparison,
     Cost,
     Difference,
+    FreeRecord,
     GridScores,
     PlanRow,
     Quality,
@@ -101,12 +102,16 @@ def plans_table(record: Comparison, title: str = "Reference, plan and controls",
         f"{first.features}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
     )
     columns: tuple[str, ...] = ("", "MACs", "time", "FD", "change of FD", f"within {about.tolerance:.0%}")
+    if about.free:
+        columns += ("of the best free's time", "beside the best free")
     alone = len(record.plans) == 1  # a dense model, which has no plan: nothing stands beside it
     if brief and not alone:  # the rest is detail, and lies beyond the edge of a narrow page
         rows = [row[: len(columns)] for row in rows]
     else:
         columns += ("MMACs", "ms", "KID", "precision", "recall")
     names = list(record.plans)
+    if about.free:
+        note += f" The best free: {_called_free(record)}; every plan is held against it too."
     if alone:
         title, note = "The reference", note.replace(", the change is paired", "")
         columns, rows = tuple(_beside_none(columns)), [tuple(_beside_none(row)) for row in rows]
@@ -130,10 +135,24 @@ def _plan_cells(name: str, row: PlanRow, about: About) -> tuple[str, ...]:
         quality_cell(row.quality["fd"]),
         "—" if reference else change_cell(row.difference),
         "—" if reference else verdict_of(row, about.tolerance),
+        *(_beside_free(row, free=name == about.free) if about.free else ()),
         f"{row.macs / 1e6:,.0f}",
         f"{row.wall_ms:,.0f}",
         *(f"{row.quality[metric].value:.3g}" for metric in ("kid", "precision", "recall")),
     )
+
+
+def _beside_free(row: PlanRow, *, free: bool) -> tuple[str, str]:
+    """Time and verdict of a plan beside the best stock sampler."""
+    if free or row.free_difference is None or row.free_wall is None:
+        return "100%" if free else "–", "—" if free else "–"
+    return f"{row.free_wall:.0%}", f"{change_cell(row.free_difference)}, {row.free_verdict}"
+
+
+def _called_free(record: Comparison) -> str:
+    """What the best free is, in words."""
+    row = record.plans[record.about.free or record.about.reference]
+    return f"the reference in the {row.calls} calls of the best stock sampler of this quality"
 
 
 def _statistics(about: About) -> str:
@@ -225,9 +244,33 @@ def summary(record: Comparison, plan: StepPlan) -> str:
     if plan.corrected and row.share == 1:
         return f"{wrong}The corrections cost nothing; with {calls} {change}."
     what = f"The plan, {details}," if (details := _details(plan)) else "The plan"
+    if record.about.free:
+        return f"{wrong}{_beside_both(record, plan)}"
     saved = f"saves {1 - row.share:.0%} of the MACs and {1 - row.wall_share:.0%} of the time of {calls}"
     cost = saved if row.share != 1 else f"costs what {calls} of the reference cost"
     return f"{wrong}{what} {cost}; {change}, so {_judgement(row, about.tolerance)}."
+
+
+def _beside_both(record: Comparison, plan: StepPlan) -> str:
+    """The claim beside both references: what is run today, and the best that is free."""
+    about, row = record.about, record.plans["plan"]
+    free = record.plans[about.free or about.reference]
+    today = plan.baseline.what if plan.baseline else f"{record.reference.calls} calls"
+    said = "" if row.predicted_ms is None else f" (its prices said {row.predicted_ms:,.0f})"
+    took = f"A batch of {about.batch} takes {row.wall_ms:,.0f} ms{said}"
+    beside = f"{_times(row.wall_share)} as fast as what you run today ({today}, {record.reference.wall_ms:,.0f} ms)"
+    change = f"the Fréchet distance changes by {change_cell(row.difference)} (95 % interval, n = {about.n})"
+    text = f"{took}: {beside}; {change}, so {_judgement(row, about.tolerance)}."
+    if free is record.reference or row.free_wall is None or row.free_difference is None:
+        return f"{text} No stock sampler of the same net is as good in less time."
+    best = f"{_times(row.free_wall)} as fast as the best that is free ({free.calls} calls, {free.wall_ms:,.0f} ms)"
+    verdict = row.free_verdict or "not decided"
+    return f"{text} It is {best}, whose distance it changes by {change_cell(row.free_difference)}: {verdict}."
+
+
+def _times(share: float) -> str:
+    """How many times as fast a share of a time is."""
+    return f"{1 / share:.1f} times" if share < 0.95 else ("about" if share < 1.05 else f"{1 / share:.2f} times")
 
 
 def _details(plan: StepPlan) -> str:
@@ -267,7 +310,8 @@ def _steps_table(scored: Sequence[Scored], images: int) -> list[Table]:
 
 def pareto(record: Comparison, searched: Sequence[Scored], images: int = 0) -> Pareto:
     """Quality against MACs: the plans that the search measured, on `images` each, and the final rows with intervals."""
-    dots = tuple((one.share, one.score, None, None) for one in searched if one.stage != "reference")
+    of = record.reference.macs
+    dots = tuple((one.macs / of if one.macs else one.share, one.score, None, None) for one in searched)
     label = f"the search, on {images} images\n(uncorrected: higher)"
     series = [Series(name=label, points=dots, style="points")] if dots else []
     for name, row in record.plans.items():
@@ -285,12 +329,16 @@ def pareto(record: Comparison, searched: Sequence[Scored], images: int = 0) -> P
 
 
 def time_pareto(
-    record: Comparison, kinds: Mapping[str, Sequence[str]] | None = None, marked: Mapping[str, str] | None = None
+    record: Comparison,
+    kinds: Mapping[str, Sequence[str]] | None = None,
+    marked: Mapping[str, str] | None = None,
+    free: FreeRecord | None = None,
 ) -> Pareto:
     """Quality against the measured milliseconds of an image, each plan with its interval.
 
     `kinds`: what a series is called, and the names of its plans, of which the best are connected (no cheaper one is as
-    good); the others stand alone. `marked`: what is said beside a plan, by its name.
+    good); the others stand alone. `marked`: what is said beside a plan, by its name. `free`: the stock samplers that
+    were measured, at the times that their prices say.
     """
     about, kinds, marked = record.about, dict(kinds or {}), dict(marked or {})
     points = {}
@@ -298,6 +346,9 @@ def time_pareto(
         fd = row.quality["fd"]
         points[name] = (row.wall_ms / about.batch, fd.value, fd.low, fd.high)
     series = [Series(name=kind, points=tuple(points[n] for n in of), style="frontier") for kind, of in kinds.items()]
+    if free is not None and (timed := [arm for arm in free.frontier if arm.ms is not None]):
+        dots = tuple((arm.ms or 0.0, arm.fd, None, None) for arm in timed)
+        series.append(Series(name=f"stock samplers, {free.images} images", points=dots, style="frontier"))
     alone = [name for name in points if not any(name in names for names in kinds.values()) or name == "plan"]
     series += [
         Series(name=name, points=(points[name],), style="star" if name in ("plan", about.reference) else "points")
@@ -415,8 +466,8 @@ def tell(out: Path) -> Path:
     plan = StepPlan.load(out / "plan.json")
     pictures = _pictures(out / "pictures.npz", again)
     scored = read_scores(out)
-    # where numbers of steps compete, there is a table for each, and the searches' shares are of unlike references
-    searched = [one for one in scored if one.stage in SEARCHED] if table else []
+    searched = [one for one in scored if one.stage in SEARCHED and one.stage != "reference"] if table else []
+    free = _free(out)
     if run.recipe is None:
         raise RunError(got="a run without a recipe", expected="one that was measured", where=out, do=again)
     report = Report(
@@ -429,7 +480,7 @@ def tell(out: Path) -> Path:
             costs_table(costs, plan.reference),
         ),
         figures=(
-            time_pareto(record),
+            time_pareto(record, free=free),
             pareto(record, searched, run.recipe.search.images),
             *([_told_strip(plan, record.reference, costs)] if len(plan.nets) > 1 or not plan.corrected else []),
             *_correction_curves(plan),
@@ -443,6 +494,14 @@ def tell(out: Path) -> Path:
     side = picture_grid(np.concatenate([pictures["reference"][:16], pictures["plan"][:16]]), columns=16)
     disk.write_png(out / "samples.png", side)
     return write_report(report, out)
+
+
+def _free(out: Path) -> FreeRecord | None:
+    """What is free, where it was looked for. Raises RunError."""
+    if not (out / "free.json").is_file():
+        return None
+    record: FreeRecord = disk.read_record(out / "free.json", FreeRecord, what="stock samplers", do="run again")
+    return record
 
 
 def _pictures(file: Path, do: str) -> dict[str, np.ndarray]:
@@ -509,6 +568,7 @@ FILES = {
     "cost.json": "parameters, MACs, latency and memory of the bank",
     "errors.json": "the error table",
     "scores.jsonl": "every plan that was measured",
+    "free.json": "the stock samplers that were measured",
     "search.jsonl": "every plan that was measured",
 }
 

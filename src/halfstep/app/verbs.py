@@ -27,10 +27,25 @@ from halfstep.app.measurement import (
     write_and_tell,
     write_costs,
 )
+from halfstep.app.searching import (
+    CONVERGED_DATA,
+    TOLERATED,
+    Asked,
+    Goal,
+    Ground,
+    converged_data,
+    dense_control,
+    named_free,
+    needed,
+    place_of,
+    require_reachable,
+    reuse_of,
+    searched,
+    with_free,
+)
 from halfstep.app.story import tell, tell_spectra
 from halfstep.app.subject import open_model, open_subject
 from halfstep.core import disk
-from halfstep.core.budget import Budget
 from halfstep.core.errors import ModelError, PlanError, RunError
 from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
@@ -53,9 +68,7 @@ from halfstep.methods import continuous, regularized, slimmable, sparse, spectra
 from halfstep.nets.denoiser import class_count, copy_of
 from halfstep.nets.fit import fit
 from halfstep.nets.fresh import new_model
-from halfstep.search.controls import controls_of
 from halfstep.search.corrections import corrected_plans, shrink_plan
-from halfstep.search.driver import Found, require_goal, search_steps
 from halfstep.search.scores import ScoreBook, counted, open_scores
 from halfstep.training.draft import Draft, trained
 from halfstep.training.loop import preview_of, run_loop
@@ -171,12 +184,13 @@ def compress(method: str, model: str | None, data: str, out: Path, recipe: Recip
     bank = pipe.bank
     for name, entry in draft.beside(bank).items():
         bank = bank.with_entry(name, entry, bank.prediction_type)
-    judge = judge_for(bank, subject, out, watch)
+    ground = Ground(subject, bank, out, watch)
+    judge, reference = ground.book.judge, ground.today
     write_costs(pipe.bank, out)
-    reference = subject.reference(bank)
     others = {name: reference.uniform(name) for name in bank if name not in (bank.reference, draft.main)}
     plan = subject.reference(pipe.bank).uniform(draft.main)
-    verdict = measure_plans(judge, {"reference": reference, "plan": plan} | others, subject.recipe, watch=watch)
+    beside, free = with_free(ground, {"reference": reference, "plan": plan} | others)
+    verdict = measure_plans(judge, beside, subject.recipe, free=free, watch=watch)
     plan.save(out / "plan.json")
     return write_and_tell(judge, verdict, out, begun)
 
@@ -239,39 +253,6 @@ def _curve(book: ScoreBook, bank: Bank, plan: StepPlan, recipe: Recipe, watch: W
 # ---------------------------------------------------------------------------------------- searching, and the main job
 
 
-Asked = Budget | float | str | None
-"""A budget as callers say it: a number alone is a share of the MACs, a text is read (`Budget.parse`)."""
-
-
-def share_of(budget: Asked) -> float | None:
-    """The share of the MACs that a budget is. Raises PlanError for other units.
-
-    The one place where units end: `search/driver.py` takes a share; when it takes a `Budget`, this goes.
-    """
-    if budget is None:
-        return None
-    asked = Budget.of(budget)
-    if asked.unit != "share":
-        raise PlanError(
-            got=asked, expected="a share of the MACs, as the search takes it", where="--budget", do="write e.g. 0.5"
-        )
-    return asked.value
-
-
-def goal_text(budget: Asked, max_loss: float | None) -> str:
-    """Exactly one goal, as text. Raises PlanError."""
-    if (budget is None) == (max_loss is None):
-        raise PlanError(
-            got="both" if budget is not None else "neither",
-            expected="--budget or --max-loss",
-            where="goal",
-            do="give one",
-        )
-    if max_loss is not None and not max_loss >= 0:
-        raise PlanError(got=max_loss, expected="a share of 0 or more", where="--max-loss", do="write e.g. 0.05")
-    return f"budget {Budget.of(budget)}" if budget is not None else f"max-loss {max_loss}"
-
-
 @releasing
 @own_random
 def optimize(
@@ -286,29 +267,70 @@ def optimize(
 ) -> Path:
     """The main job: a denoiser and images in, a cheaper pipeline, its plan and a report out. Returns report.html.
 
-    Stages that an earlier call finished are not done again.
+    `tune` with trained stand-ins. Stages that an earlier call finished are not done again.
     """
-    goal, share, out = goal_text(budget, max_loss), share_of(budget), Path(out)
+    goal, out = Goal.of(budget, max_loss), Path(out)
     subject = _to_compress("slimmable", model, data, recipe, watch)
     recipe = subject.recipe
     require_measurable(subject.images, recipe)
     draft = slimmable.draft(subject, recipe)
-    plan = subject.reference(draft.bank())
-    require_goal(plan, list(plan.prices), recipe, budget=share, max_loss=max_loss)
-    inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": goal}
+    bank = draft.bank()
+    require_reachable(goal, subject.reference(bank), bank)
+    inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     if is_measured(out):
         return tell(out)
     begun = time.time()
     bank = trained(draft, subject, recipe, out / "supernet", watch).bank
-    judge = judge_for(bank, subject, out, watch)
+    return _planned(subject, bank, goal, out, begun, watch)
+
+
+@releasing
+@own_random
+def tune(
+    model: str,
+    data: str | None,
+    out: Path,
+    recipe: Recipe,
+    *,
+    budget: Asked = None,
+    max_loss: float | None = None,
+    watch: Watch = SILENT,
+) -> Path:
+    """The best plan without training: sampler, steps and spacing, features reused, corrections, and whatever stand-ins
+    the model brings. Returns report.html; resumes.
+
+    `data`: images that pictures are held against; None: the reference's own converged pictures, drawn first. Without a
+    budget the cheapest plan that is no worse than what is run today.
+    """
+    goal, out = Goal.of(budget, max_loss if max_loss is not None or budget is not None else TOLERATED), Path(out)
+    begun, subject = time.time(), open_subject(model, data, recipe, watch=watch)
+    if data is not None:
+        require_measurable(subject.images, subject.recipe)
+    inputs = {"verb": "tune", "model": subject.source, "data": data or CONVERGED_DATA, "goal": str(goal)}
+    open_run(out, subject.recipe, inputs, subject.content, watch, subject.read())
+    if is_measured(out):
+        return tell(out)
+    if data is None:
+        subject = open_subject(model, converged_data(subject, out, watch), recipe, watch=watch)
+        require_measurable(subject.images, subject.recipe)
+    bank, recipe = subject.stand_ins, subject.recipe
+    cuts = recipe.search.reuse or (reuse_of(bank) if len(bank.computed) == 1 else ())
+    return _planned(subject, bank.with_reuse([place_of(cut) for cut in cuts], watch=watch), goal, out, begun, watch)
+
+
+def _planned(subject: Subject, bank: Bank, goal: Goal, out: Path, begun: float, watch: Watch) -> Path:
+    """Search a plan over a bank, measure it beside both references and its controls, and write all of it."""
+    found = searched(subject, bank, goal, out, watch)
+    judge, chosen = found.ground.book.judge, found.answer
     write_costs(bank, out)
-    book = open_scores(judge, out, watch)
-    found = search_steps(book, plan, recipe, out, budget=share, max_loss=max_loss, watch=watch)
-    verdict = measure_plans(
-        judge, {"reference": plan, "plan": found.plan} | controls_of(plan, found), recipe, watch=watch
-    )
-    StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
+    controls = {name: plan for name, plan in chosen.controls.items() if plan.rows != chosen.plan.rows}
+    controls |= dense_control(found)
+    plans, free = named_free(("reference", found.ground.today), found.free, {"plan": chosen.plan} | controls)
+    verdict = measure_plans(judge, plans, subject.recipe, free=free, watch=watch)
+    disk.write_json(out / "errors.json", chosen.searched.table.to_json())
+    chosen.plan.save(out / "plan.json")
+    StepAwarePipeline(needed(bank, chosen.plan), chosen.plan).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)
 
 
@@ -323,22 +345,22 @@ def search(
     budget: Asked = None,
     max_loss: float | None = None,
     watch: Watch = SILENT,
-) -> Found:
-    """Search a plan for a bank (what `compress` wrote); writes pipeline/ and plan.json. A dense denoiser is a bank of
-    one entry, for which numbers of steps and corrections may be searched."""
-    goal, share, out = goal_text(budget, max_loss), share_of(budget), Path(out)
+) -> StepPlan:
+    """Search a plan for a bank (what `compress` wrote); writes pipeline/ and plan.json, and returns the plan. A dense
+    denoiser is a bank of one entry, for which sampler, steps and corrections are searched."""
+    goal, out = Goal.of(budget, max_loss), Path(out)
     subject = open_subject(model, data, recipe, watch=watch)
     bank, recipe = subject.stand_ins, subject.recipe
     require_measurable(subject.images, recipe)
-    plan = subject.reference()
-    require_goal(plan, bank.names, recipe, budget=share, max_loss=max_loss)
-    inputs = {"verb": "search", "model": subject.source, "data": data, "goal": goal}
+    require_reachable(goal, subject.reference(), bank)
+    inputs = {"verb": "search", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
-    judge = judge_for(bank, subject, out, watch)
-    book = open_scores(judge, out, watch)
-    found = search_steps(book, plan, recipe, out, budget=share, max_loss=max_loss, watch=watch)
-    StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
-    return found
+    if recipe.search.reuse:
+        bank = bank.with_reuse([place_of(cut) for cut in recipe.search.reuse], watch=watch)
+    plan = searched(subject, bank, goal, out, watch).answer.plan
+    plan.save(out / "plan.json")
+    StepAwarePipeline(needed(bank, plan), plan).save_pretrained(out / "pipeline")
+    return plan
 
 
 @releasing
@@ -361,18 +383,20 @@ def shrink(
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     if is_measured(out):
         return tell(out)
-    judge = judge_for(bank, subject, out, watch)
+    ground = Ground(subject, bank, out, watch)
+    judge = ground.book.judge
     write_costs(bank, out)
     counts = [k * plan.sampler.steps for k in (2, 10) if k * plan.sampler.steps <= subject.process.timesteps]
     more = {f"{count} steps, no correction": fewer_steps(plan, count) for count in counts}
     tried, spec = 8 + 4 * min(recipe.shrink.parts, len(plan.rows)) * recipe.shrink.rounds, recipe.shrink
     work = [Drawing(images=tried * spec.images, plan=plan), Drawing(images=4 * spec.final_images, plan=plan)]
     announce(watch, bank, [*work, *drawings_of([plan] * 4 + [*more.values()], recipe)], batch=recipe.sample.batch)
-    found = shrink_plan(open_scores(judge, out, watch), plan, spec, seed=recipe.seed, watch=watch)
+    found = shrink_plan(ground.book, plan, spec, seed=recipe.seed, watch=watch)
     watch.say(f"best on fresh seeds: {found.chosen}")
     controls = {name: p for name, p in found.plans.items() if name not in ("none", found.chosen)}
     plans = {"reference": found.plans["none"], "plan": found.plan} | controls | more
-    verdict = measure_plans(judge, plans, recipe, watch=watch)
+    plans, free = with_free(ground, plans)
+    verdict = measure_plans(judge, plans, recipe, free=free, watch=watch)
     found.plan.save(out / "plan.json")
     StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)
@@ -471,6 +495,7 @@ def evaluate(
 
 TOLD: dict[str, Callable[[Path], Path]] = {
     "optimize": tell,
+    "tune": tell,
     "compress": tell,
     "shrink": tell,
     "spectrum": tell_spectra,

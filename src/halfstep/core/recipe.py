@@ -205,6 +205,7 @@ class SampleSpec:
     steps: Annotated[Count, "sampling steps, at most the timesteps of the training"] = 50
     variance: Annotated[Literal["posterior", "beta"], "what ddpm adds: the posterior's, or beta"] = "posterior"
     batch: Annotated[Batch, "images of a sampling batch; changes the speed, not the images"] = 256
+    timed: Annotated[Batch, "images of a batch that is timed, and that a budget in milliseconds is for"] = 64
     layout: Annotated[
         Literal["auto", "contiguous", "channels_last"], "the entries' memory layout; auto: the faster one by a timing"
     ] = "auto"
@@ -235,10 +236,11 @@ class SearchSpec:
     init: Annotated[
         Literal["frontier", "uniform", "random"], "NSGA-II's first plans: the frontier's, uniform + random, or random"
     ] = "frontier"
-    genes: Annotated[Count, "stretches of rows that share one entry, at most"] = 50
+    genes: Annotated[Count, "stretches of rows that share one entry, at most"] = 6
+    arms: Annotated[Count, "samplers with their steps whose rows are searched, for each budget"] = 4
     finalists: Annotated[Whole, "best plans measured again on fresh images, beside the dearest uniform one"] = 3
-    step_counts: Annotated[tuple[Count, ...], FEW, "other numbers of sampling steps for the same budget"] = ()
-    shrink: Annotated[bool, "let every one of these plans' corrected twins (section shrink) compete"] = False
+    converged: Annotated[Images, "converged pictures that are the data where a user brings none"] = 2048
+    reuse: Annotated[tuple[Text, ...], FEW, "cuts at which features may be reused, by number, or out"] = ()
     final_images: Annotated[Images, "fresh images of a finalist"] = 4096
 
 
@@ -267,6 +269,7 @@ class EvalSpec:
         Text,
         "own (a classifier trained on the data), fashion, digits, file:DIR, inception:FILE, dinov2, pixels (none)",
     ] = "own"
+    free: Annotated[bool, "look for the best stock sampler of the reference, and hold the plan against it too"] = True
     feature_steps: Annotated[Count, "training steps of the own classifier"] = 1500
     bootstrap: Annotated[Count, "resamples of an interval"] = 500
     tolerance: Annotated[Share, "the loss that counts as held"] = 0.05
@@ -370,6 +373,8 @@ class RunRecord:
         return dataclasses.asdict(self)
 
 
+DROPPED = ("search.step_counts", "search.shrink")
+"""Fields of records of before 2026-11-27 that say nothing any more: steps and corrections are always searched."""
 RENAMED = {"search.weights": "search.table"}
 """Fields of the recipe by their names in records of before 2026-11-27, and what they are called now."""
 REVALUED = {
@@ -390,6 +395,10 @@ def renewed(record: Any) -> Any:
         if isinstance(part := recipe.get(section), dict) and name in part:
             value = part.pop(name)
             part.setdefault(new.split(".")[1], value)
+    for path in DROPPED:
+        section, name = path.split(".")
+        if isinstance(part := recipe.get(section), dict):
+            part.pop(name, None)
     for path, values in REVALUED.items():
         section, name = path.split(".")
         if isinstance(part := recipe.get(section), dict) and isinstance(part.get(name), str):
@@ -455,13 +464,6 @@ def _require_steps(recipe: Recipe) -> None:
             expected=f"at most {most}, the timesteps of the training",
             where="sample.steps",
             do="take fewer steps",
-        )
-    if any(steps > most for steps in recipe.search.step_counts):
-        raise RecipeError(
-            got=recipe.search.step_counts,
-            expected=f"whole numbers from 1 to {most}",
-            where="search.step_counts",
-            do="write e.g. --set search.step_counts=10,30",
         )
 
 

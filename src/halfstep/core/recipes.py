@@ -51,10 +51,8 @@ def fashion() -> Recipe:
         train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=50, batch=128),
-        search=SearchSpec(
-            images=512, error_images=64, fit=14, population=6, generations=2, genes=10, final_images=2048
-        ),
-        eval=EvalSpec(images=2048, features="fashion"),
+        search=SearchSpec(images=512, error_images=24, fit=12, genes=5, arms=3, finalists=2, final_images=1024),
+        eval=EvalSpec(images=1024, features="fashion", bootstrap=300),
     )
 
 

@@ -129,7 +129,7 @@ class Difference:
 
     def verdict(self, tolerance: float) -> Verdict:
         """ "held": the whole interval lies within a loss of `tolerance` (a share); "not held": all of it above."""
-        _, low, high, limit = self._against(tolerance)
+        _, low, high, limit = self.against(tolerance)
         if self.n < self._least or low <= limit < high:
             return "not decided"
         return "held" if high <= limit else "not held"
@@ -141,7 +141,7 @@ class Difference:
     def decided_by(self, tolerance: float) -> int | None:
         """About how many generated images decide it, if the change is what it seems: an interval halves with four
         times as many. None where a million would not."""
-        value, low, high, limit = self._against(tolerance)
+        value, low, high, limit = self.against(tolerance)
         reach, gap = (high - value if value <= limit else value - low), abs(limit - value)
         wanted = self.n * (reach / gap) ** 2 if gap > 0 else (math.inf if reach > 0 else 0)
         return max(self._least, math.ceil(wanted)) if wanted <= 1_000_000 else None
@@ -152,7 +152,7 @@ class Difference:
             raise self._without("least")
         return self.least
 
-    def _against(self, tolerance: float) -> tuple[float, float, float, float]:
+    def against(self, tolerance: float) -> tuple[float, float, float, float]:
         """The change with its interval, and the largest that is tolerated, in the same unit."""
         if self.share is not None and self.relative_low is not None and self.relative_high is not None:
             return self.share, self.relative_low, self.relative_high, tolerance
@@ -226,7 +226,12 @@ class Fidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """What `judge.measure_plans` measured of one plan; results of before have no `verdict`."""
+    """What `judge.measure_plans` measured of one plan; results of before have no `verdict`.
+
+    `difference`, `verdict`: beside the first plan, what is run today. `free_difference`, `free_verdict`, `free_wall`:
+    the same, and the share of the time, beside the best stock sampler; None where none was looked for.
+    `predicted_ms`: the time that the plan's prices say; None where they have none.
+    """
 
     macs: int
     share: float
@@ -240,13 +245,19 @@ class PlanRow:
     held: bool
     verdict: Verdict | None = None
     decided_by: int | None = None
+    free_difference: Difference | None = None
+    free_verdict: Verdict | None = None
+    free_wall: float | None = None
+    predicted_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """How the plans of quality.json were measured; results of before have no `floor`."""
+    """How the plans of quality.json were measured; results of before have no `floor`. `free`: which of them is the best
+    stock sampler; None where none was looked for."""
 
     reference: str
+    free: str | None = None
     batch: int
     repeats: int
     seed: int
@@ -283,6 +294,31 @@ class Comparison:
         if self.seconds is None:
             del record["seconds"]
         return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeArm:
+    """A stock sampler of the dense net: `what` it is, its network calls, `ms` per image by the prices measured here,
+    None without, and its Fréchet distance `fd`, corrected for bias."""
+
+    what: str
+    calls: int
+    ms: float | None = None
+    fd: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeRecord:
+    """free.json: what is run today, the best that is free, and the stock samplers that were measured on the way to it,
+    each on `images` pictures of the search's noise."""
+
+    today: FreeArm
+    best: FreeArm
+    frontier: tuple[FreeArm, ...]
+    images: int
+
+    def to_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

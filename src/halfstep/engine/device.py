@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+
 import torch
 
 from halfstep.core.errors import ModelError
@@ -41,3 +45,21 @@ def use_device(name: str) -> None:
     here.device = place
     if place.type == "cuda":
         torch.cuda.set_device(place)
+
+
+@contextlib.contextmanager
+def side_by_side(device: torch.device, workers: int | None = None) -> Iterator[Executor | None]:
+    """Threads for work that can be done side by side, one for each that torch may use (or `workers`), each then with
+    one of its own: of small networks two single threads get through more than one pair. None on an accelerator, which
+    one feeds."""
+    threads = torch.get_num_threads()
+    workers = workers or threads
+    if device.type != "cpu" or workers < 2:
+        yield None
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as executor:
+            yield executor
+    finally:
+        torch.set_num_threads(threads)

@@ -187,12 +187,12 @@ class Arm:
 
 FREE: tuple[tuple[SamplerName, tuple[Order, ...], tuple[Spacing, ...]], ...] = (
     ("ddim", (0,), ("own", "trailing")),
-    ("dpmsolver++", (2, 3), ("own", "trailing", "karras", "lambdas")),
+    ("dpmsolver++", (2, 3), ("own", "leading", "trailing", "karras", "lambdas")),
     ("unipc", (2, 3), ("own", "trailing", "karras")),
-    ("deis", (2, 3), ("own", "trailing")),
-    ("heun", (0,), ("own", "karras")),
+    ("deis", (2, 3), ("own", "trailing", "karras")),
+    ("heun", (0,), ("own", "trailing", "karras")),
     ("euler", (0,), ("own", "trailing", "karras")),
-    ("pndm", (0,), ("own",)),
+    ("pndm", (0,), ("own", "trailing")),
     ("ddpm", (0,), ("own",)),
 )
 """What a user gets for a word: stock samplers, with the orders and the spacings that are worth a try."""
@@ -207,18 +207,44 @@ def arm_of(process: Process, sample: SampleSpec, own: Mapping[str, Any] | None =
     return Arm(sample, sampler, len(fresh.timesteps))
 
 
-def free_arms(process: Process, steps: Sequence[int]) -> list[Arm]:
-    """Every sampler of `FREE` at each of these numbers of steps, but those that cannot be put on the process, and of
-    several that are one and the same there the first. A process that is not of betas has none: its own samplers will
-    stand here beside these when such processes are carried."""
-    found: dict[Sampler, Arm] = {}
+def families(process: Process) -> list[SampleSpec]:
+    """Every sampler of `FREE` with its order and spacing, but those that cannot be put on the process. A process that
+    is not of betas has none: its own samplers will stand here beside these when such processes are carried."""
+    found = []
     for name, orders, spacings in FREE:
-        for order, spacing, count in itertools.product(orders, spacings, steps):
+        for order, spacing in itertools.product(orders, spacings):
+            spec = SampleSpec(scheduler=name, spacing=spacing, order=order, steps=FEW)
             with contextlib.suppress(PlanError):
-                spec = SampleSpec(scheduler=name, spacing=spacing, order=order, steps=count)
-                arm = arm_of(process, spec)
-                found.setdefault(arm.sampler, arm)
+                sampler_of(process, spec)
+                found.append(spec)
+    return found
+
+
+def free_arms(process: Process, steps: Sequence[int]) -> list[Arm]:
+    """Every family at each of these numbers of steps, of several arms that are one and the same there the first."""
+    found: dict[Sampler, Arm] = {}
+    for family, count in itertools.product(families(process), steps):
+        with contextlib.suppress(PlanError):
+            arm = arm_of(process, replace(family, steps=count))
+            found.setdefault(arm.sampler, arm)
     return list(found.values())
+
+
+FEW = 4
+"""Steps at which it is seen whether a sampler can be put on a process."""
+
+
+def at_calls(family: SampleSpec, calls: int) -> SampleSpec | None:
+    """The sampler with as many steps as take so many network calls; None where it has no such number: Heun takes
+    2 n - 1 for n steps, PNDM n + 1."""
+    match family.scheduler:
+        case "heun":
+            steps = (calls + 1) // 2 if calls % 2 else 0
+        case "pndm":
+            steps = calls - 1
+        case _:
+            steps = calls
+    return replace(family, steps=steps) if steps > 1 else None
 
 
 def scheduler_of(name: str, config: Mapping[str, Any], where: object = "plan") -> Any:

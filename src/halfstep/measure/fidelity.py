@@ -245,22 +245,22 @@ class Converged:
         """The means of `fidelities`."""
         return self.fidelities(plan, count, draws=draws).mean()
 
-    def fidelities(self, plan: StepPlan, count: int | None = None, *, draws: int = 0) -> Fidelities:
-        """What the first `count` pictures of a plan (None: all) are off their converged twins.
+    def fidelities(self, plan: StepPlan, count: int | None = None, *, draws: int = 0, first: int = 0) -> Fidelities:
+        """What pictures `first` … `count` - 1 of a plan (None: all) are off their converged twins.
 
         `draws`: of a sampler that draws noise on its way, how many ways from each start are averaged; each costs as
         much as the pictures themselves. Without it such a sampler is refused.
         Raises PlanError, and DataError for more images than were converged.
         """
         count = self.count if count is None else count
-        if not 1 <= count <= self.count:
+        if not first < count <= self.count:
             expected, do = f"1 to {self.count}, as many as were converged", "converge more, or compare fewer"
             raise DataError(got=f"{count} images", expected=expected, where="fidelity", do=do)
         noisy = stochastic(plan.sampler)
         if noisy and draws < 1:
             do = "take ddim or dpmsolver++, or average over several ways from each start (draws=4)"
             raise _drawing_noise(plan, "a deterministic one: from one start it leads to many pictures", do)
-        parts = [self._compared(plan, begin, count, draws if noisy else 1) for begin in range(0, count, self.batch)]
+        parts = [self._compared(plan, begin, count, draws if noisy else 1) for begin in range(first, count, self.batch)]
         mse, ssim, features = (np.concatenate(each) for each in zip(*parts, strict=True))
         return Fidelities(
             mse=mse,

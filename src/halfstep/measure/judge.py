@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from halfstep.core.machine import machine
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
-from halfstep.core.results import About, Comparison, Floor, PlanRow, Quality
+from halfstep.core.results import About, Comparison, Difference, Floor, PlanRow, Quality, Verdict
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.classes import in_turn, spread
@@ -68,19 +69,26 @@ class Judge:
         distance = score - least.raw
         return score + share * (distance if distance > least.high else self.reference.scale)
 
-    def features(self, plan: StepPlan, count: int, seed: int, keep: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]."""
-        kept: list[torch.Tensor] = []
+    def features(
+        self, plan: StepPlan, count: int, seed: int, keep: int = 0, executor: Executor | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]. `executor`: of
+        threads, in which batches are drawn side by side; the same images, for image k hangs on the seed and k alone."""
+        begins = range(0, count, self.batch)
+        work = partial(self._part, plan, count, seed, keep)
+        parts = list(map(work, begins) if executor is None else executor.map(work, begins))
+        found = np.concatenate([features for features, _ in parts])
+        kept = [pictures for _, pictures in parts if pictures is not None]
+        return found, np.concatenate(kept) if kept else np.zeros((0, 1, 1, 1), np.uint8)
 
-        def watched() -> Iterator[torch.Tensor]:
-            for batch in sample_images(self.bank, plan, count, seed=seed, batch=self.batch, labels=self.class_of):
-                if sum(len(k) for k in kept) < keep:
-                    kept.append(batch.cpu())
-                yield batch
-
-        found = extract(self.extractor, watched())
-        pictures = to_uint8(torch.cat(kept)[:keep]) if kept else np.zeros((0, 1, 1, 1), np.uint8)
-        return found, pictures
+    def _part(
+        self, plan: StepPlan, count: int, seed: int, keep: int, begin: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of the batch that begins at image `begin`: its features, and as uint8 those of the first `keep` images."""
+        size = min(self.batch, count - begin)
+        [images] = sample_images(self.bank, plan, size, seed=seed, batch=self.batch, labels=self.class_of, first=begin)
+        pictures = to_uint8(images[: keep - begin].cpu()) if begin < keep else None
+        return extract(self.extractor, [images]), pictures
 
     def fd(self, features: np.ndarray) -> float:
         """The Fréchet distance to the real images as measured, without interval: for plans that are compared at equal
@@ -89,9 +97,9 @@ class Judge:
             features.mean(axis=0), np.cov(features, rowvar=False), self.reference.mu, self.reference.cov
         )
 
-    def score(self, plan: StepPlan, count: int, seed: int) -> float:
-        """Fréchet distance of `count` images of a plan."""
-        return self.fd(self.features(plan, count, seed)[0])
+    def score(self, plan: StepPlan, count: int, seed: int, executor: Executor | None = None) -> float:
+        """Fréchet distance of `count` images of a plan; `executor` as in `features`."""
+        return self.fd(self.features(plan, count, seed, executor=executor)[0])
 
     def moved(self, before: torch.Tensor, after: torch.Tensor) -> float:
         """Mean squared distance of images [N,C,H,W] from their twins of the same noise, in the extractor's features."""
@@ -176,15 +184,17 @@ def measure_plans(
     plans: Mapping[str, StepPlan],
     recipe: Recipe,
     *,
+    free: str | None = None,
     keep: int = 32,
     repeats: int = 5,
-    batch: int = TIMED_BATCH,
+    batch: int | None = None,
     watch: Watch = SILENT,
 ) -> Measured:
     """Quality with intervals, paired change from the first plan with its verdict, MACs and wall-clock of several plans,
-    same seeds. Beside a broken first plan the verdict on all others is "broken reference"; what is wrong is said, and
-    stands in the record as `warnings`."""
-    seed, count, tolerance = stage_seed(recipe.seed, Stage.REPORT), recipe.eval.images, recipe.eval.tolerance
+    same seeds; `free`: the one that all are held against besides. `batch`: images of a timed trajectory, the recipe's
+    `sample.timed` by default. Beside a broken first plan the verdict on all others is "broken reference"; what is wrong
+    is said, and stands in the record as `warnings`."""
+    seed, count, batch = stage_seed(recipe.seed, Stage.REPORT), recipe.eval.images, batch or recipe.sample.timed
     features, pictures = {}, {}
     first = next(iter(plans))
     with watch.stage("evaluate", len(plans) + 1) as told:
@@ -198,33 +208,78 @@ def measure_plans(
     for one in warnings:
         watch.say(f"warning: {one}")
     found = {name: judge.distances(one, seed, recipe.eval.bootstrap) for name, one in features.items()}
-    rows = {}
-    for name, plan in plans.items():
-        change = difference(found[first], found[name], judge.reference, judge.floor(count).high)
-        verdict = "broken reference" if broken else change.verdict(tolerance)
-        ratios = sorted(t / r for t, r in zip(times[name], times[first], strict=True))
-        rows[name] = PlanRow(
-            macs=plan.macs,
-            share=plan.macs / plans[first].macs,
-            calls=len(plan.called),
-            wall_ms=sorted(times[name])[len(times[name]) // 2],
-            wall_share=ratios[len(ratios) // 2],
-            wall_share_low=ratios[0],
-            wall_share_high=ratios[-1],
-            quality=judge.quality(features[name], found[name]),
-            difference=change,
-            held=verdict == "held",
-            verdict=verdict,
-            decided_by=change.decided_by(tolerance) if verdict == "not decided" else None,
-        )
-    about = _about(judge, recipe, first, batch=batch, repeats=repeats, warnings=warnings)
+    beside = _Beside(judge, found, times, recipe.eval.tolerance, broken=bool(broken))
+    rows = {
+        name: beside.row(name, plan, plans[first].macs, first, free, judge.quality(features[name], found[name]), batch)
+        for name, plan in plans.items()
+    }
+    about = _about(judge, recipe, first, free=free, batch=batch, repeats=repeats, warnings=warnings)
     return Measured(Comparison(about=about, plans=rows), pictures)
 
 
-def _about(judge: Judge, recipe: Recipe, first: str, *, batch: int, repeats: int, warnings: Sequence[str]) -> About:
+@dataclass(frozen=True)
+class _Beside:
+    """The distances and the times of several plans, from which any two are compared."""
+
+    judge: Judge
+    distances: Mapping[str, Distances]
+    times: Mapping[str, Sequence[float]]
+    tolerance: float
+    broken: bool
+
+    def change(self, name: str, base: str) -> tuple[Difference, Verdict]:
+        """How much worse one plan is than another, and the verdict."""
+        one, other = self.distances[base], self.distances[name]
+        found = difference(one, other, self.judge.reference, self.judge.floor(other.n).high)
+        return found, "broken reference" if self.broken else found.verdict(self.tolerance)
+
+    def wall(self, name: str, base: str) -> list[float]:
+        """The time of one plan as a share of another's in the same turn, sorted."""
+        return sorted(t / r for t, r in zip(self.times[name], self.times[base], strict=True))
+
+    def row(
+        self,
+        name: str,
+        plan: StepPlan,
+        macs: int,
+        first: str,
+        free: str | None,
+        quality: dict[str, Quality],
+        batch: int,
+    ) -> PlanRow:
+        (change, verdict), ratios = self.change(name, first), self.wall(name, first)
+        found = PlanRow(
+            macs=plan.macs,
+            share=plan.macs / macs,
+            calls=len(plan.called),
+            wall_ms=_middle(sorted(self.times[name])),
+            wall_share=_middle(ratios),
+            wall_share_low=ratios[0],
+            wall_share_high=ratios[-1],
+            quality=quality,
+            difference=change,
+            held=verdict == "held",
+            verdict=verdict,
+            decided_by=change.decided_by(self.tolerance) if verdict == "not decided" else None,
+            predicted_ms=None if plan.whole.us is None else plan.whole.us * batch / 1e3,
+        )
+        if free is None:
+            return found
+        change, verdict = self.change(name, free)
+        return replace(found, free_difference=change, free_verdict=verdict, free_wall=_middle(self.wall(name, free)))
+
+
+def _middle(ordered: Sequence[float]) -> float:
+    return ordered[len(ordered) // 2]
+
+
+def _about(
+    judge: Judge, recipe: Recipe, first: str, *, free: str | None, batch: int, repeats: int, warnings: Sequence[str]
+) -> About:
     """How the plans were measured, `first` being what the others are held against."""
     return About(
         reference=first,
+        free=free,
         batch=batch,
         repeats=repeats,
         seed=stage_seed(recipe.seed, Stage.REPORT),

@@ -142,7 +142,7 @@ def error_table(
         finals[0, space.reference].append(walk.final)
         for k, e in swaps:
             row_entries = [plan.reference] * len(plan.rows)
-            row_entries[starts[k] : starts[k + 1]] = [space.entries[e]] * space.rows[k]
+            row_entries[starts[k] : starts[k + 1]] = space.phrase(e, space.rows[k])
             finals[k, e].append(walk.resume(int(starts[k]), plan.with_entries(row_entries)))
             done += 1
             yield done, total, None
@@ -166,7 +166,7 @@ class _ReferenceWalk:
         starts = {int(s) for s in np.cumsum([0, *space.rows[:-1]])}
         scheduler = build_scheduler(plan, bank.device)
         sample = start_noise(bank, self.generators) * scheduler.init_noise_sigma
-        others = [(e, predictor(bank[name])) for e, name in enumerate(space.entries) if e != space.reference]
+        others = [(e, predictor(bank[space.entries[e]])) for e in space.alone if e != space.reference]
         before, states = copy.deepcopy(scheduler), [g.get_state() for g in self.generators]
         for step in trajectory(bank, plan.uniform(), sample, self.generators, self.cond, scheduler=scheduler):
             if step.row in starts:

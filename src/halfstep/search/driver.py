@@ -1,11 +1,13 @@
-"""Find a plan with a judge: error table, frontier, surrogate fitted to measured plans, NSGA-II; resumable."""
+"""The search under one sampler, as DDSM poses it: error table, frontier, fitted error model, NSGA-II; resumable.
+
+Sampler, steps and spacing are searched too in `joint.py`, which the verbs run; this is its control, and the paper's.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +19,7 @@ from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe, SearchSpec
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT, Watch
-from halfstep.engine.sampling import fewer_steps
 from halfstep.measure.judge import Judge
-from halfstep.search.corrections import shrink_plan
 from halfstep.search.damage import ErrorTable, error_table
 from halfstep.search.evolve import Goal, evolve
 from halfstep.search.frontier import Point, best_within, frontier
@@ -57,12 +57,12 @@ def search_plan(
     """
     search, judge, spec = Search.of(book, plan, recipe, watch), book.judge, recipe.search
     space = search.space
-    macs = space.require_budget(budget) if budget is not None else space.full_macs
+    macs = space.require_budget(budget) if budget is not None else space.full_price
     costs = measured_table(judge, plan, space, recipe, out, watch).costs(spec.table, space.rows)
     reference = search.score("reference", search.reference)
-    points = frontier(costs, space.gene_macs)
+    points = frontier(costs, space.gene_prices)
     if spec.fit and spec.method != "nsga2":
-        least = max(points[0].macs, macs - space.full_macs // 4) if budget is not None else points[0].macs
+        least = max(points[0].price, macs - space.full_price // 4) if budget is not None else points[0].price
         points = search.fit(costs, points, (least, macs), recipe.seed)
     tolerated = None if max_loss is None else partial(judge.tolerated, max_loss)
     limit = tolerated(reference, spec.images) if tolerated else math.inf
@@ -82,87 +82,6 @@ def search_plan(
     chosen = chosen if plan.baseline else chosen.replacing(plan)
     chosen.save(out / "plan.json")
     return Found(chosen, plan, space, search.measured, reference)
-
-
-def require_goal(
-    plan: StepPlan, entries: Sequence[str], recipe: Recipe, *, budget: float | None, max_loss: float | None
-) -> None:
-    """Raise PlanError, before anything is trained, for a budget below the cheapest plan of every number of steps that
-    the recipe names, numbers of steps that the sampler does not have, and a tolerated loss together with other numbers
-    of steps or corrections."""
-    spec = recipe.search
-    fewer = [fewer_steps(plan, steps) for steps in spec.step_counts]
-    if budget is not None:
-        if not any(_fits(base, entries, budget * plan.uniform().macs) for base in fewer):
-            Space.of(plan, entries, spec.genes).require_budget(budget)
-    elif spec.step_counts or spec.shrink:
-        raise PlanError(
-            got="--max-loss with search.step_counts or search.shrink",
-            expected="--budget",
-            where="search",
-            do="give a budget, or correct the plan that was found with halfstep shrink",
-        )
-
-
-def _fits(base: StepPlan, entries: Sequence[str], macs: float) -> bool:
-    """Whether so many MACs are enough for the cheapest of the entries in every row of a plan's sampler."""
-    return 0 < min(base.uniform(name).macs for name in entries) <= macs * (1 + 1e-9)
-
-
-def search_steps(
-    book: ScoreBook,
-    plan: StepPlan,
-    recipe: Recipe,
-    out: Path,
-    *,
-    budget: float | None = None,
-    max_loss: float | None = None,
-    watch: Watch = SILENT,
-) -> Found:
-    """`search_plan` for every number of steps that the recipe names, and with corrections where it wants them.
-
-    Every number of steps is searched for the same budget (a share of `plan`'s MACs), with a folder of its own for its
-    table and plan; the best plan of each, as it is and corrected, is measured on fresh seeds, and the best of all is
-    chosen. Raises PlanError for a tolerated loss together with either: it is searched for one sampler at a time.
-    """
-    spec, judge = recipe.search, book.judge
-    counts = {"search.images": spec.images} | ({"search.final_images": spec.final_images} if spec.finalists else {})
-    for warning in filter(None, (judge.too_few(count, what) for what, count in counts.items())):
-        watch.say(f"warning: {warning}")
-    if not spec.step_counts and not spec.shrink:
-        return search_plan(book, plan, recipe, out, budget=budget, max_loss=max_loss, watch=watch)
-    require_goal(plan, judge.bank.names, recipe, budget=budget, max_loss=max_loss)
-    assert budget is not None, "require_goal asked for one"
-    found: dict[StepPlan, Found] = {}
-    full = plan.uniform().macs
-    own = plan.sampler.steps
-    bases = {steps: fewer_steps(plan, steps) for steps in (own, *spec.step_counts)}  # refused before the search
-    for steps, base in bases.items():
-        folder = out / f"steps-{steps}"
-        share = min(1.0, budget * full / base.macs)
-        if not _fits(base, judge.bank.names, budget * full):  # not all of them: that was refused
-            watch.say(f"{steps} steps are too dear even with the cheapest entry")
-            continue
-        watch.say(f"{steps} steps")
-        folder.mkdir(exist_ok=True)
-        one = search_plan(book, base.replacing(plan), recipe, folder, budget=share, watch=watch)
-        found[one.plan] = one
-        if spec.shrink:
-            shrunk = shrink_plan(book, one.plan, recipe.shrink, seed=recipe.seed, watch=watch)
-            found[shrunk.plan] = replace(one, plan=shrunk.plan)
-    best = _best_of(book.on(spec.final_images, stage_seed(recipe.seed, Stage.STEPS)), list(found), watch)
-    found[best].plan.save(out / "plan.json")
-    return found[best]
-
-
-def _best_of(scores: Scores, plans: Sequence[StepPlan], watch: Watch) -> StepPlan:
-    """The plan with the lowest score, and all of them told."""
-    with watch.stage("numbers of steps", len(plans)) as told:
-        done = itertools.count(1)
-        found = scores.many(plans, "steps", seen=lambda one: told(next(done), f"{one.name}: {one.score:.3g}"))
-    for one in sorted(scores.asked.values(), key=lambda one: one.score):
-        watch.say(f"{one.name}: distance {one.score:.3g}, {one.macs / 1e6:,.0f} MMACs")
-    return plans[int(np.argmin(found))]
 
 
 def measured_table(
@@ -257,7 +176,7 @@ class Search:
         draw = np.random.default_rng(seed)
         spread = np.linspace(least, most, max(1, count // 4) + 1)[1:]
         plans = [best_within(points, int(m)).genes for m in spread]
-        slack = max(0.1, (most - least) / space.full_macs - 0.15)
+        slack = max(0.1, (most - least) / space.full_price - 0.15)
         plans += random_plans(space, most, max(0, (count + 1) // 2 - len(plans)), seed, slack=slack)
         plans = list(dict.fromkeys(plans))[:count]
         with self.watch.stage("fit error model", count) as told:
@@ -267,7 +186,7 @@ class Search:
                 plans.append(promising(space, costs, plans, scores, goal, draw))
                 scores += self.score_all("fit", plans[-1:])
                 told(len(scores), f"score {scores[-1]:.3g} at {space.share(plans[-1]):.0%}")
-        return frontier(fit_costs(costs, plans, scores), space.gene_macs)
+        return frontier(fit_costs(costs, plans, scores), space.gene_prices)
 
     def cheapest_that_holds(self, points: Sequence[Point], limit: float) -> int:
         """The least MACs at which the frontier's plan keeps the score within `limit`, by bisection on measured plans;
@@ -284,12 +203,12 @@ class Search:
                 if low == high:
                     break
             if self.score("bisect", points[high].genes) > limit:  # a fitted model's dearest need not be the reference
-                return self.space.full_macs
-        return points[high].macs
+                return self.space.full_price
+        return points[high].price
 
     def starts(self, points: Sequence[Point], macs: int) -> list[Genes]:
         """What the refinement starts from: the frontier's best plans within the budget and the best measured ones."""
-        fitting = [p.genes for p in points if p.macs <= macs][-4:][::-1]
+        fitting = [p.genes for p in points if p.price <= macs][-4:][::-1]
         return list(dict.fromkeys([*fitting, *self.within(macs)[:4]]))
 
     def evolve(self, goal: Goal, starts: Sequence[Genes]) -> None:

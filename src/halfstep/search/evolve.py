@@ -76,7 +76,7 @@ def _objectives(space: Space, goal: Goal, genes: Genes, value: float) -> list[fl
 def _constraint(space: Space, goal: Goal, genes: Genes, value: float) -> float:
     if goal.kind == "loss":
         return value - goal.limit
-    return (space.cost(genes) - goal.macs) / space.full_macs if goal.kind == "budget" else 0.0
+    return (space.cost(genes) - goal.macs) / space.full_price if goal.kind == "budget" else 0.0
 
 
 def _algorithm(space: Space, goal: Goal, spec: SearchSpec, initial: np.ndarray) -> tuple[Any, Any]:

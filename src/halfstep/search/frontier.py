@@ -18,9 +18,9 @@ from halfstep.search.space import Genes
 
 @dataclass(frozen=True)
 class Point:
-    """A plan on the frontier: its MACs per image, its modelled error, its genes."""
+    """A plan on the frontier: its price per image, its modelled error, its genes."""
 
-    macs: int
+    price: int
     error: float
     genes: Genes
 
@@ -102,11 +102,11 @@ def _walk_back(trail: list[tuple[np.ndarray, np.ndarray]], state: int) -> Genes:
     return tuple(reversed(genes))
 
 
-def best_within(points: Sequence[Point], macs: int) -> Point:
-    """The frontier's plan with the least error among those of at most `macs`. Raises PlanError when there is none."""
-    fitting = [p for p in points if p.macs <= macs]
+def best_within(points: Sequence[Point], price: int) -> Point:
+    """The frontier's plan with the least error among those of at most `price`. Raises PlanError when there is none."""
+    fitting = [p for p in points if p.price <= price]
     if not fitting:
         raise PlanError(
-            got=f"{macs} MACs", expected=f"at least {points[0].macs}", where="budget", do="raise the budget"
+            got=f"a price of {price}", expected=f"at least {points[0].price}", where="budget", do="raise the budget"
         )
     return fitting[-1]

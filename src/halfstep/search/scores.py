@@ -6,10 +6,12 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from halfstep.core import disk
 from halfstep.core.errors import RunError
@@ -17,11 +19,12 @@ from halfstep.core.folder import SCORES_BEFORE
 from halfstep.core.plan import NONE, Correction, Guide, StepPlan
 from halfstep.core.typed import shown, typed
 from halfstep.core.watch import SILENT, Told, Watch
+from halfstep.data.arrays import open_cached, write_cached
 from halfstep.measure.judge import Judge
 from halfstep.nets.content import fingerprint
 
 FILE = "scores.jsonl"
-SEARCHED = ("reference", "fit", "bisect", "frontier", "nsga2")
+SEARCHED = ("reference", "free", "fit", "bisect", "frontier", "nsga2")
 """The stages of a search whose scores are on the same noise; the others: "final", "corrections", "final corrections",
 "steps" and "penalty"."""
 
@@ -113,6 +116,23 @@ class ScoreBook:
         weights = [self.judge.bank.fingerprint(name) for name in sorted(plan.nets)]
         return fingerprint(plan.digest, weights)
 
+    def features(self, plan: StepPlan, images: int, seed: int) -> np.ndarray:
+        """Features [images, F] of a plan's pictures of a seed, kept in the run folder: drawn once."""
+        file = self.file.parent / "state" / "features" / f"{self.digest(plan)}-{images}-{seed}.npy"
+        shape = (images, self.judge.extractor.n_features)
+        found = open_cached(file, shape, "<f4")
+        if found is None:
+            found, _ = self.judge.features(plan, images, seed, executor=self.executor)
+            write_cached(file, shape, "<f4", [found])
+        return np.asarray(found, dtype=np.float64)
+
+    def note(self, plan: StepPlan, stage: str, score: float, images: int, seed: int) -> None:
+        """Keep a score that was measured elsewhere, unless it is known."""
+        scores = self.on(images, seed)
+        one = scores.scored(stage, self.digest(plan), plan, score)
+        if one.key not in self.known:
+            self.keep(one)
+
     def keep(self, one: Scored) -> None:
         """Write a score, and know it from now on."""
         disk.append_record(self.file, one.to_json())
@@ -146,7 +166,7 @@ class Scores:
         for digest in (one for one in wanted if one not in fresh):
             self._seen(digest, seen)
         for digest, score in self._measured(fresh, executor or self.book.executor):
-            self.book.keep(self._scored(stage, digest, fresh[digest], score))
+            self.book.keep(self.scored(stage, digest, fresh[digest], score))
             self._seen(digest, seen)
         self.asked |= {digest: self.book.known[self._key(digest)] for digest in wanted if digest not in self.asked}
         return [self.asked[digest].score for digest in digests]
@@ -161,6 +181,10 @@ class Scores:
     def _measured(self, plans: dict[str, StepPlan], executor: Executor | None) -> Iterator[tuple[str, float]]:
         """The digests and scores of plans, as they come in."""
         judge = self.book.judge
+        if len(plans) == 1 and isinstance(executor, ThreadPoolExecutor):  # its batches side by side
+            [(digest, plan)] = plans.items()
+            yield digest, judge.score(plan, self.images, self.seed, executor)
+            return
         if executor is None:
             for digest, plan in plans.items():
                 yield digest, judge.score(plan, self.images, self.seed)
@@ -173,7 +197,7 @@ class Scores:
             for future in futures:
                 future.cancel()
 
-    def _scored(self, stage: str, digest: str, plan: StepPlan, score: float) -> Scored:
+    def scored(self, stage: str, digest: str, plan: StepPlan, score: float) -> Scored:
         kinds = itertools.groupby(plan.rows, key=lambda row: (row.entry, row.correction, row.guide))
         return Scored(
             stage=stage,

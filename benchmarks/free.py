@@ -1,0 +1,346 @@
+"""The joint plan beside everything that a user gets for free, on Fashion-MNIST: one table, one noise, one timing.
+
+    python benchmarks/free.py --size 16                     # search, quality, times, table; hours on 2 cores
+    python benchmarks/free.py --size 16 --only search       # the plans: 10 to 15 minutes on 2 cores
+    python benchmarks/free.py --size 16 --only quality --device cuda    # the distances: minutes on a GPU
+    python benchmarks/free.py --size 16 --only table        # the times, in turns, and the table
+
+Rows: stock DDIM in 50 and 20 steps; every stock sampler at some numbers of calls, 8,192 images each; the best free at
+the quality of both; each ingredient alone (a narrow net, a correction, under DDIM); joint plans at parts of DDIM-50's
+time and MACs; beside each a uniform and a random control in its own arm. All of it resumes. Work in runs/free<size>/,
+the table in benchmarks/free<size>.md.
+"""
+
+from __future__ import annotations
+
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from fashion import DATA, markdown
+from halfstep.app import story
+from halfstep.app.page import Table, rich_table
+from halfstep.app.searching import LADDER, Ground, place_of
+from halfstep.app.subject import open_subject
+from halfstep.app.terminal import RichWatch
+from halfstep.core import disk
+from halfstep.core.plan import NONE, StepPlan
+from halfstep.core.recipe import Recipe, SampleSpec
+from halfstep.core.recipes import named
+from halfstep.core.results import Difference
+from halfstep.core.seeds import Stage, stage_seed
+from halfstep.engine.device import side_by_side, use_device
+from halfstep.measure.judge import Judge
+from halfstep.measure.quality import Distances, difference
+from halfstep.search.arms import Stock
+from halfstep.search.joint import Question, search_joint
+
+HERE = Path(os.path.relpath(Path(__file__).parent))
+MODELS = {16: "fashion", 32: str(HERE / "models" / "fashion32-supernet")}
+CALLS = {16: (5, 8, 10, 12, 15, 20, 30), 32: (5, 8, 10, 15, 20)}
+SHARES = (4, 8, 12, 16, 24, 32)
+BOOT = 300
+
+
+def recipe_of(size: int, edits: list[str]) -> Recipe:
+    base = named(f"fashion{size}")
+    features = ["eval.features=fashion"] if size == 16 else []
+    settings = ["sample.steps=50", "sample.scheduler=ddim", "sample.batch=128", "eval.images=8192", *features]
+    return base.edit([*settings, *edits])
+
+
+def ground_of(size: int, recipe: Recipe, work: Path, watch: RichWatch) -> Ground:
+    subject = open_subject(MODELS[size], DATA, recipe, watch=watch)
+    cuts = [place_of(cut) for cut in recipe.search.reuse]
+    return Ground(subject, subject.stand_ins.with_reuse(cuts), work, watch)
+
+
+# ------------------------------------------------------------------------------------------------------------ the plans
+
+
+def question_of(what: str, today: StepPlan) -> Question:
+    """Parts of what today's plan takes, or of its MACs."""
+    if what == "time":
+        return Question("us", tuple(round(1000 * today.whole.us / part) for part in LADDER))
+    return Question("macs", tuple(today.macs // part for part in SHARES))
+
+
+def found_plans(ground: Ground, file: Path, units: str) -> dict[str, StepPlan]:
+    """The plans of the search, kept in a file: the best free, and the joint plans with their controls, for parts of
+    today's time and of its MACs."""
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    today = ground.today
+    for what in units.split(","):
+        if what in known:
+            continue
+        question = question_of(what, today)
+        with side_by_side(ground.book.judge.bank.device, os.cpu_count()) as executor:
+            ground.executor = ground.book.executor = executor
+            free, among = ground.free, ground.families
+            answers = search_joint(ground.track, ground.book, ground.stock, among, today, question, ground.recipe)
+        plans = {"best free": free.plan} | {f"free, {plan.sampler.told}": plan for plan, _ in free.frontier}
+        for one in answers:
+            part = (LADDER if what == "time" else SHARES)[question.limits.index(one.limit)]
+            told = f"1/{part:g} of the {what}"
+            plans[f"joint, {told}"] = one.plan
+            plans |= {f"{name}, {told}": plan for name, plan in one.controls.items()}
+        known[what] = {name: plan.to_json() for name, plan in plans.items()}
+        disk.write_json(file, known)
+    return {name: StepPlan.from_json(one) for plans in known.values() for name, one in plans.items()}
+
+
+def stock_plans(stock: Stock, calls: tuple[int, ...]) -> dict[str, StepPlan]:
+    """Every stock sampler with its own spacing, and with those that are its best at some number of calls."""
+    found = {}
+    for count in calls:
+        for _, arm in stock.at(count):
+            found[arm.told] = arm.base
+    return found
+
+
+def alone_plans(ground: Ground) -> dict[str, StepPlan]:
+    """What each ingredient does alone: narrower nets and corrections under DDIM, in 50 and 20 steps."""
+    found = {}
+    for steps in (50, 20):
+        base = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=steps)))
+        for name in base.prices:
+            if name != base.reference:
+                found[f"{name} alone, DDIM, {steps} steps"] = base.uniform(name)
+        for scale in (0.99, 0.98):
+            corrections = [NONE._replace(scale=scale)] * len(base.rows)
+            found[f"scale {scale:g} alone, DDIM, {steps} steps"] = base.with_corrections(corrections)
+    return found
+
+
+def replace_steps(ground: Ground, spec: SampleSpec) -> StepPlan:
+    subject = replace(ground.subject, recipe=replace(ground.recipe, sample=replace(spec, batch=128)))
+    return subject.reference(ground.bank)
+
+
+def all_plans(ground: Ground, size: int, only_key: bool, units: str) -> dict[str, StepPlan]:
+    """Every row; those of the search first."""
+    plans = {"DDIM, 50 steps": ground.today}
+    plans["DDIM, 20 steps"] = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=20)))
+    plans |= found_plans(ground, HERE / f"free{size}-plans.json", units)
+    plans |= alone_plans(ground)
+    if not only_key:
+        plans |= stock_plans(ground.stock, CALLS[size])
+    seen: dict[str, str] = {}
+    for name, plan in list(plans.items()):  # two names of one plan are one row
+        if plan.digest in seen:
+            del plans[name]
+        seen.setdefault(plan.digest, name)
+    return plans
+
+
+# -------------------------------------------------------------------------------------------------------------- quality
+
+
+def measured(
+    ground: Ground, plans: dict[str, StepPlan], images: int, file: Path, seconds: float
+) -> dict[str, Distances]:
+    """The distance of every plan on the noise of the report, with resamples that are paired; kept line by line. After
+    so many `seconds` no more are begun."""
+    begun = time.monotonic()
+    judge, seed = ground.book.judge, stage_seed(ground.recipe.seed, Stage.REPORT)
+    known = {}
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        record = json.loads(line)
+        if (record["n"], record["seed"]) == (images, seed):
+            known[record["plan"]] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
+    fresh = {name: plan for name, plan in plans.items() if plan.digest not in known}
+    extractor = judge.extractor
+    with (
+        ground.watch.stage("quality", len(fresh)) as told,
+        ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool,
+    ):
+        waiting = []
+        light = partial(_distances, judge.reference, extractor.name)
+        for done, plan in enumerate(fresh.values()):
+            if time.monotonic() - begun > seconds:
+                break
+            features, _ = judge.features(plan, images, seed)
+            waiting.append((plan, pool.submit(light, features, seed)))
+            told(done + 1, plan.sampler.told)
+        for plan, future in waiting:
+            record = future.result()
+            disk.append_record(file, {"plan": plan.digest, **record})
+            known[plan.digest] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
+    return {name: known[plan.digest] for name, plan in plans.items() if plan.digest in known}
+
+
+def _distances(reference, name: str, features: np.ndarray, seed: int) -> dict:
+    from halfstep.measure.quality import distances
+
+    torch.set_num_threads(1)
+    found = distances(features, reference, n_boot=BOOT, seed=seed, features_name=name)
+    return {"raw": found.raw, "resamples": found.resamples.tolist(), "n": found.n, "seed": seed}
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def changes(judge: Judge, found: dict[str, Distances], base: str) -> dict[str, Difference]:
+    least = judge.floor(found[base].n).high
+    return {name: difference(found[base], one, judge.reference, least) for name, one in found.items()}
+
+
+def key_rows(plans: dict[str, StepPlan], found: dict[str, Distances], ground: Ground) -> dict[str, str]:
+    """The rows that are timed: the references, the free frontier, the joint plans and their controls; by name, why."""
+    rows = {"DDIM, 50 steps": "what is run today", "DDIM, 20 steps": "today, in fewer steps"}
+    judge = ground.book.judge
+    for goal in ("DDIM, 50 steps", "DDIM, 20 steps"):
+        change = changes(judge, found, goal)
+        held = [name for name in plans if is_free(plans[name]) and change[name].held(0.05) and name not in rows]
+        near = [name for name in plans if is_free(plans[name]) and within(change[name]) and name not in rows]
+        for names, told in ((held, "held"), (near, "within 5 % as measured")):
+            if names:
+                best = min(names, key=lambda name: plans[name].whole.us)
+                rows.setdefault(best, f"the best free at the quality of {goal} ({told})")
+    best: float = np.inf
+    for name in sorted((n for n in plans if is_free(plans[n])), key=lambda n: plans[n].whole.us):
+        if found[name].value < best:
+            best = found[name].value
+            rows.setdefault(name, "free frontier")
+    for name in plans:
+        if name.startswith("joint"):
+            rows[name] = "joint plan"
+        elif name.startswith(("uniform", "random")):
+            rows[name] = "control in the same arm"
+        elif " alone" in name:
+            rows[name] = "one ingredient"
+    return rows
+
+
+def is_free(plan: StepPlan) -> bool:
+    return plan.nets == (plan.reference,) and not plan.corrected
+
+
+def within(change: Difference) -> bool:
+    value, _, _, limit = change.against(0.05)
+    return value <= limit
+
+
+def table_of(size: int, ground: Ground, plans, found, times, rows) -> Table:
+    judge = ground.book.judge
+    today, free = (
+        changes(judge, found, "DDIM, 50 steps"),
+        next(n for n, w in rows.items() if "quality of DDIM, 50" in w),
+    )
+    beside = changes(judge, found, free)
+    base, best = np.median(times["DDIM, 50 steps"]), np.median(times[free])
+    cells = []
+    for name, why in sorted(rows.items(), key=lambda row: -np.median(times[row[0]])):
+        plan, ms = plans[name], float(np.median(times[name]))
+        low, high = found[name].interval
+        cells.append(
+            (
+                name,
+                f"{len(plan.called)}",
+                f"{plan.macs / 1e6:,.0f}",
+                f"{ms:,.0f}",
+                f"1/{base / ms:.1f}",
+                f"1/{best / ms:.2f}",
+                f"{max(0, found[name].value):.2f} [{max(0, low):.2f}, {max(0, high):.2f}]",
+                f"{story.change_cell(today[name])}, {today[name].verdict(0.05)}",
+                f"{story.change_cell(beside[name])}, {beside[name].verdict(0.05)}",
+                why,
+            )
+        )
+    n, threads = found[free].n, torch.get_num_threads()
+    note = (
+        f"MMACs per image; ms of a batch of {ground.recipe.sample.timed}, {threads} threads, in turns in "
+        f"one run, median of {len(times[free])}. FD corrected for bias on {n:,} images of one noise against "
+        f"{judge.reference.n:,} real ones, features {judge.extractor.name}; 95 % intervals, changes paired; held: no "
+        f"more than 5 % worse by the whole interval. Best free: {free}."
+    )
+    columns = (
+        "",
+        "calls",
+        "MMACs",
+        "ms",
+        "of DDIM-50's time",
+        "of the best free's",
+        "FD",
+        "beside DDIM-50",
+        "beside the best free",
+        "what",
+    )
+    return Table(
+        title=f"Fashion-MNIST {size}x{size}: the joint plan beside what is free",
+        columns=columns,
+        rows=tuple(cells),
+        note=note,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, choices=(16, 32), default=16)
+    parser.add_argument("--only", choices=("search", "quality", "table"), help="one part; the others' files are there")
+    parser.add_argument("--units", default="time,MACs", help="what budgets are searched in")
+    parser.add_argument("--images", type=int, default=8192)
+    parser.add_argument("--key", action="store_true", help="without the stock samplers that the search did not name")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, where something is timed")
+    parser.add_argument("--device", default="")
+    parser.add_argument("--seconds", type=float, default=1e9, help="draw for so long, and keep what was drawn")
+    parser.add_argument("--data", default="", help="where Fashion-MNIST lies, as --data of halfstep")
+    parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    if args.device:
+        use_device(args.device)
+    if args.data:
+        global DATA
+        DATA = args.data
+    torch.set_num_threads(args.threads)
+    watch, work = RichWatch(), args.work or Path(f"runs/free{args.size}")
+    work.mkdir(parents=True, exist_ok=True)
+    ground = ground_of(args.size, recipe_of(args.size, args.set), work, watch)
+    if args.only == "quality":
+        ground.prices.priced = lambda plan: plan  # no time is asked for
+    if args.only == "search":
+        for name, plan in found_plans(ground, HERE / f"free{args.size}-plans.json", args.units).items():
+            print(f"{name}: {plan}\n")
+        return
+    plans = all_plans(ground, args.size, args.key, args.units)
+    found = measured(ground, plans, args.images, work / "distances.jsonl", args.seconds)
+    if args.only == "quality":
+        return
+    plans = {name: plan for name, plan in plans.items() if name in found}
+    rows = key_rows(plans, found, ground)
+    times = ground.book.judge.wall_ms(
+        {name: plans[name] for name in rows}, batch=ground.recipe.sample.timed, repeats=args.repeats
+    )
+    disk.write_json(work / "times.json", times)
+    table = table_of(args.size, ground, plans, found, times, rows)
+    every = Table(
+        title="Every stock sampler of the dense net",
+        columns=("", "calls", "FD"),
+        rows=tuple(
+            (name, f"{len(plans[name].called)}", f"{found[name].value:.2f}")
+            for name in sorted(plans, key=lambda name: (len(plans[name].called), found[name].value))
+            if is_free(plans[name])
+        ),
+        note="The same images and noise.",
+    )
+    told = [f"```\n{plans[name]}\n```" for name in rows if name.startswith("joint")]
+    text = "\n\n".join([f"# {table.title}", markdown(table), *told, markdown(every)])
+    (HERE / f"free{args.size}.md").write_text(text + "\n")
+    Console(width=220).print(rich_table(table))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,182 @@
+"""Arms: samplers with their spacing and steps. Which of them are worth a search, and which is the best that is free.
+
+Solvers are raced by fidelity: how far the pictures of a few dozen noises end from the converged ones of the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from halfstep.core.errors import PlanError
+from halfstep.core.plan import StepPlan
+from halfstep.core.process import Process
+from halfstep.core.recipe import SampleSpec
+from halfstep.core.watch import SILENT, Watch
+from halfstep.engine.bank import Bank
+from halfstep.engine.samplers import at_calls, families, sampler_of
+from halfstep.engine.sampling import plan_for
+from halfstep.measure.fidelity import Converged, stochastic
+from halfstep.search.race import race
+from halfstep.search.scores import Scores
+
+COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40)
+"""Network calls of the arms that are raced."""
+FIRST = (6, 12)
+"""Numbers of calls at which families are told apart first: few and middling."""
+ROUNDS = (24, 72)
+"""Images of each arm after each round of a race."""
+FAMILIES = 6
+"""Families (a sampler with its order and spacing) that go on to every number of calls."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A sampler of so many steps, and the reference in all its rows."""
+
+    base: StepPlan
+
+    @property
+    def told(self) -> str:
+        return self.base.sampler.told
+
+    @property
+    def calls(self) -> int:
+        return len(self.base.rows)
+
+
+Priced = Callable[[StepPlan], StepPlan]
+"""Gives a plan the prices of its entries, and what its trajectory costs beside its calls."""
+
+
+class Stock:
+    """The stock samplers of a forward process over a bank, at any number of network calls, each made when it is first
+    asked for. `priced`: gives every plan its prices."""
+
+    def __init__(self, bank: Bank, process: Process, priced: Priced):
+        self.bank, self.process, self.priced = bank, process, priced
+        self.families: Sequence[SampleSpec] = families(process)
+        self._made: dict[tuple[SampleSpec, int], Arm | None] = {}
+
+    def arm(self, family: SampleSpec, calls: int) -> Arm | None:
+        """None where the family has no arm of so many calls, or is not sound there."""
+        key = family, calls
+        if key not in self._made:
+            self._made[key] = self._arm(at_calls(family, calls))
+        return self._made[key]
+
+    def _arm(self, spec: SampleSpec | None) -> Arm | None:
+        if spec is None:
+            return None
+        try:
+            scheduler = sampler_of(self.process, spec)
+            return Arm(self.priced(plan_for(self.bank, scheduler, spec.steps, self.bank.prices())))
+        except PlanError:  # not at these steps, which the race then does without
+            return None
+
+    def at(self, calls: int, among: Sequence[SampleSpec] | None = None) -> list[tuple[SampleSpec, Arm]]:
+        """The arms of so many calls, of all families or of some."""
+        made = [(family, self.arm(family, calls)) for family in (self.families if among is None else among)]
+        return [(family, arm) for family, arm in made if arm is not None]
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where arms are raced: against the converged pictures, on all processors at hand. `raced`: images drawn."""
+
+    converged: Converged
+    executor: Executor | None = None
+    watch: Watch = SILENT
+    raced: list[int] = field(default_factory=list)
+
+    def errors(self, plans: Sequence[StepPlan], first: int, last: int) -> list[np.ndarray]:
+        """How far images first … last - 1 of each plan are from their converged twins, in features."""
+
+        def one(plan: StepPlan) -> np.ndarray:  # a sampler that draws noise is judged by one of its ways
+            return self.converged.fidelities(plan, last, first=first, draws=1).of("features")
+
+        self.raced.append(len(plans) * (last - first))
+        return each(one, plans, self.executor)
+
+    def best(self, plans: Sequence[StepPlan], keep: int, what: str) -> list[int]:
+        """The indices of at most `keep` plans, the nearest to the converged pictures first."""
+        rounds = [images for images in ROUNDS if images <= self.converged.count] or [self.converged.count]
+        most = [max(keep, len(plans) // 3)] * (len(rounds) - 1) + [keep]
+        with self.watch.stage(what, len(rounds)) as told:
+
+            def losses(alive: Sequence[int], first: int, last: int) -> list[np.ndarray]:
+                found = self.errors([plans[one] for one in alive], first, last)
+                told(rounds.index(last) + 1, f"{len(alive)} plans, {last} images each")
+                return found
+
+            return race(range(len(plans)), losses, rounds, most)
+
+
+def each(work: Callable[[T], R], items: Sequence[T], executor: Executor | None) -> list[R]:
+    """`work` on every item, side by side where there is an executor (of threads)."""
+    return list(map(work, items) if executor is None else executor.map(work, items))
+
+
+def raced_families(track: Track, stock: Stock, most: int) -> list[SampleSpec]:
+    """The families that go on: the nearest to the converged pictures at few and at middling numbers of calls, at most
+    `most`, of those that draw no noise."""
+    found: list[SampleSpec] = []
+    for calls in dict.fromkeys(min(calls, most) for calls in FIRST):
+        near = [(family, arm) for family, arm in stock.at(calls) if not stochastic(arm.base.sampler)]
+        best = track.best([arm.base for _, arm in near], FAMILIES // 2, f"race samplers at {calls} calls")
+        found += [near[k][0] for k in best]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Free:
+    """The best that costs nothing but a word: the dense net under a stock sampler.
+
+    `plan`: the cheapest whose quality is no worse than what is run today. `frontier`: the best arm of every number of
+    calls that was measured, with its score, the cheapest first. `today`: the score of what is run today.
+    """
+
+    plan: StepPlan
+    frontier: tuple[tuple[StepPlan, float], ...]
+    today: float
+
+
+def best_free(
+    track: Track,
+    stock: Stock,
+    among: Sequence[SampleSpec],
+    today: StepPlan,
+    scores: Scores,
+    tolerated: Callable[[float], float],
+) -> Free:
+    """The cheapest stock sampler of the dense net whose score on common noise is no worse than that of `today`; `today`
+    itself where none is.
+
+    From few calls upwards the family nearest to the converged pictures is taken and its distance to the data measured,
+    until one is within what is `tolerated` of today's score.
+    """
+    found: list[tuple[StepPlan, float]] = []
+    counts = [calls for calls in COUNTS if calls < len(today.called)]
+    with track.watch.stage("best free sampler", 1 + len(counts)) as told:
+        limit = tolerated(start := scores(today, "reference"))
+        for done, calls in enumerate(counts):
+            told(done + 1, f"today {start:.3g}: {today.sampler.told}")
+            near = [arm.base for _, arm in stock.at(calls, among)]
+            if not near:
+                continue
+            errors = track.errors(near, 0, min(ROUNDS[0], track.converged.count))
+            best = near[int(np.argmin([float(one.mean()) for one in errors]))]
+            found.append((best, scores(best, "free")))
+            told(done + 2, f"{best.sampler.told}: {found[-1][1]:.3g} (today {start:.3g})")
+            if found[-1][1] <= limit:
+                break
+        told(1 + len(counts), "")
+    held = [plan for plan, score in found if score <= limit]
+    return Free(held[0] if held else today, tuple(found), start)
