@@ -58,7 +58,7 @@ def test_a_continuous_bank_is_searched_like_any_other(ode, tmp_path):
     edits = ["search.images=32", "search.final_images=32", "search.error_images=32", "search.fit=2"]
     more = ["search.population=2", "search.generations=1", "search.genes=3"]
     found = verbs.search(str(ode), "digits", tmp_path / "o", tiny(*edits, *more), max_loss=1000.0)
-    assert set(found.plan.entries) <= {"full", "continuous@1", "continuous@2"}
+    assert set(found.entries) <= {"full", "continuous@1", "continuous@2"}
 
 
 def test_without_a_teacher_the_most_solver_steps_are_the_reference(tmp_path):
