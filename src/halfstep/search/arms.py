@@ -26,11 +26,11 @@ from halfstep.search.scores import Scores
 
 COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40)
 """Network calls of the arms that are raced."""
-FIRST = (6, 12)
-"""Numbers of calls at which families are told apart first: few and middling."""
-ROUNDS = (24, 72)
+FIRST = (6, 9, 12)
+"""Numbers of calls at which families are told apart first."""
+ROUNDS = (16, 64)
 """Images of each arm after each round of a race."""
-FAMILIES = 6
+FAMILIES = 9
 """Families (a sampler with its order and spacing) that go on to every number of calls."""
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def raced_families(track: Track, stock: Stock, most: int) -> list[SampleSpec]:
     found: list[SampleSpec] = []
     for calls in dict.fromkeys(min(calls, most) for calls in FIRST):
         near = [(family, arm) for family, arm in stock.at(calls) if not stochastic(arm.base.sampler)]
-        best = track.best([arm.base for _, arm in near], FAMILIES // 2, f"race samplers at {calls} calls")
+        best = track.best([arm.base for _, arm in near], FAMILIES // len(FIRST), f"race samplers at {calls} calls")
         found += [near[k][0] for k in best]
     return list(dict.fromkeys(found))
 
