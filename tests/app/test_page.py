@@ -290,14 +290,35 @@ def test_time_is_drawn_from_what_was_measured_per_image_and_what_is_in_a_series_
 
 def test_a_finished_run_s_strip_stands_beside_its_reference_s_in_milliseconds_where_they_were_measured():
     plan, costs = plan_of_one(), {"full": Cost(macs=8, params=1, latency_ms=6.0, batch=4)}
-    reference = replace(ROW, macs=8 * 50)
-    found = _told_strip(plan, reference, costs)
+    beside = lambda macs, **more: Comparison(  # noqa: E731
+        about=replace(ABOUT, **more), plans={"reference": replace(ROW, macs=macs), "free": replace(ROW, macs=8 * 50)}
+    )
+    found = _told_strip(plan, beside(8 * 50), costs)
     assert found.unit == "ms" and found.costs == {"full": 1.5}
     assert found.against == {"the reference: 50 calls of 'full'": ("full",) * 50}
     searched = plan.replacing(replace(plan, rows=plan.rows * 50))
-    assert list(_told_strip(searched, reference, costs).against) == ["the reference: 50 DDIM calls of 'full'"]
-    assert _told_strip(plan, replace(reference, macs=9), costs).against == {}  # no uniform one, of which rows are known
-    assert _told_strip(plan, reference, {"full": Cost(macs=8, params=1)}).unit == "MMACs"
+    assert list(_told_strip(searched, beside(8 * 50), costs).against) == ["the reference: 50 DDIM calls of 'full'"]
+    assert list(_told_strip(plan, beside(8 * 50, free="free"), costs).against)[1] == "the best free: 50 calls of 'full'"
+    assert _told_strip(plan, beside(9), costs).against == {}  # no uniform one, of which rows are known
+    assert _told_strip(plan, beside(8 * 50), {"full": Cost(macs=8, params=1)}).unit == "MMACs"
+
+
+def test_the_sentence_and_the_table_of_a_plan_tell_both_references():
+    change = replace(CHANGE, share=-0.1, relative_low=-0.2, relative_high=-0.01)
+    plan = replace(
+        ROW, difference=change, verdict="held", free_difference=change, free_verdict="held", free_wall=0.25,
+        wall_share=0.0625, wall_ms=10.0, predicted_ms=10.4,
+    )  # fmt: skip
+    rows = {"reference": replace(ROW, wall_ms=160.0), "best free": replace(ROW, wall_ms=40.0, calls=12), "plan": plan}
+    record = Comparison(about=replace(ABOUT, free="best free"), plans=rows)
+    told = summary(record, plan_of_one())
+    assert "16.0 times as fast as what you run today" in told and "4.0 times as fast as the best that is free" in told
+    assert "its prices said 10" in told and "(12 calls, 40 ms)" in told
+    table = plans_table(record)
+    assert table.columns[6:8] == ("of the best free's time", "beside the best free")
+    assert table.rows[2][6:8] == ("25%", "-10% [-20%, -1.0%], held") and table.rows[1][6:8] == ("100%", "—")
+    alone = Comparison(about=replace(ABOUT, free="reference"), plans={"reference": ROW, "plan": plan})
+    assert "No stock sampler of the same net is as good in less time" in summary(alone, plan_of_one())
 
 
 def test_data_that_models_see_in_two_sizes_have_a_line_each():

@@ -400,15 +400,21 @@ def strip(
     )
 
 
-def _told_strip(plan: StepPlan, reference: PlanRow, costs: Mapping[str, Cost]) -> PlanChart:
-    """The strip of a finished run's plan, beside its reference's where that is one entry in every call."""
+def _told_strip(plan: StepPlan, record: Comparison, costs: Mapping[str, Cost]) -> PlanChart:
+    """The strip of a finished run's plan, beside those of what is run today and of the best free, where each is one
+    entry in every call."""
     ms = {name: one.latency_ms / one.batch for name, one in costs.items() if one.latency_ms and one.batch}
-    if reference.macs != reference.calls * plan.prices[plan.reference].macs:
-        return strip(plan, ms=ms)
-    what = f"{reference.calls} calls of {plan.reference!r}"
-    if plan.baseline and plan.baseline.price.macs == reference.macs:
+    ms |= {name: price.us / 1e3 for name, price in plan.prices.items() if price.us is not None}
+    today, one_call = record.reference, plan.prices[plan.reference].macs
+    what = f"{today.calls} calls of {plan.reference!r}"
+    if plan.baseline and plan.baseline.price.macs == today.macs:
         what = plan.baseline.what
-    return strip(plan, ms=ms, against={f"the reference: {what}": (plan.reference,) * reference.calls})
+    rows = {f"the reference: {what}": today}
+    if record.about.free and record.about.free != record.about.reference:
+        free = record.plans[record.about.free]
+        rows[f"the best free: {free.calls} calls of {plan.reference!r}"] = free
+    alone = {name: row for name, row in rows.items() if row.macs == row.calls * one_call}
+    return strip(plan, ms=ms, against={name: (plan.reference,) * row.calls for name, row in alone.items()})
 
 
 def training_curves(out: Path) -> list[Curve]:
@@ -482,7 +488,7 @@ def tell(out: Path) -> Path:
         figures=(
             time_pareto(record, free=free),
             pareto(record, searched, run.recipe.search.images),
-            *([_told_strip(plan, record.reference, costs)] if len(plan.nets) > 1 or not plan.corrected else []),
+            *([_told_strip(plan, record, costs)] if len(plan.nets) > 1 or not plan.corrected else []),
             *_correction_curves(plan),
             *([_heatmap(table)] if table else []),
             *_grid_curve(out),
