@@ -50,7 +50,7 @@ def priced(plan):
 @pytest.fixture
 def stage(judge, tmp_path):
     bank = judge.bank
-    track = Track(Converged(bank, converged_plan(bank, PROCESS, 20), judge.extractor, count=24, seed=1, batch=24))
+    track = Track(Converged(bank, converged_plan(bank, PROCESS, 20), judge.extractor, count=24, seed=1, batch=24), 6)
     return track, Stock(bank, PROCESS, priced), open_scores(judge, tmp_path)
 
 

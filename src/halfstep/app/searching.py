@@ -136,21 +136,21 @@ class Ground:
 
     @cached_property
     def track(self) -> Track:
-        judge = self.book.judge
+        judge, first = self.book.judge, self.recipe.search.race
         plan = converged_plan(self.bank, self.subject.process, CONVERGED, self.bank.prices())
         with self.watch.stage("converged pictures", 1) as told:
             converged = Converged(
                 self.bank,
                 plan,
                 judge.extractor,
-                count=ROUNDS[-1],
+                count=first * ROUNDS,
                 seed=stage_seed(self.recipe.seed, Stage.TABLE),
-                batch=ROUNDS[0],
+                batch=first,
                 labels=judge.class_of,
                 cache=self.out / "state",
             )
-            told(1, f"{ROUNDS[-1]} pictures by {plan.sampler.told}")
-        return Track(converged, self.executor, self.watch)
+            told(1, f"{first * ROUNDS} pictures by {plan.sampler.told}")
+        return Track(converged, first, self.executor, self.watch)
 
     @cached_property
     def families(self) -> list[SampleSpec]:
@@ -294,7 +294,7 @@ def work_of(goal: Goal, today: StepPlan, recipe: Recipe) -> list[Drawing]:
     limit = sorted(question.limits)[len(question.limits) // 2]
     share = min(1.0, limit / question.price(today))
     plan, arms = round(share * today.macs), spec.arms * len(question.limits)
-    races = 10 * 4 * ROUNDS[0] + CONVERGED * ROUNDS[-1] // 10
+    races = (60 + 30 * len(question.limits)) * spec.race + CONVERGED * spec.race * ROUNDS // 10
     return [
         Drawing(images=spec.images if recipe.eval.free else 0, plan=today),
         Drawing(images=4 * spec.images if recipe.eval.free else 0, macs=8 * dense),

@@ -237,6 +237,7 @@ class SearchSpec:
         Literal["frontier", "uniform", "random"], "NSGA-II's first plans: the frontier's, uniform + random, or random"
     ] = "frontier"
     genes: Annotated[Count, "stretches of rows that share one entry, at most"] = 6
+    race: Annotated[Count, "images of every sampler in the first round of a race; four times as many in the last"] = 16
     arms: Annotated[Count, "samplers with their steps whose rows are searched, for each budget"] = 4
     finalists: Annotated[Whole, "best plans measured again on fresh images, beside the dearest uniform one"] = 3
     converged: Annotated[Images, "converged pictures that are the data where a user brings none"] = 2048

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from halfstep.core.errors import RecipeError
-from halfstep.core.recipe import DataSpec, EvalSpec, ModelSpec, Recipe, SampleSpec, SearchSpec, SlimSpec, TrainSpec
+from halfstep.core.recipe import (
+    DataSpec,
+    EvalSpec,
+    ModelSpec,
+    Recipe,
+    SampleSpec,
+    SearchSpec,
+    ShrinkSpec,
+    SlimSpec,
+    TrainSpec,
+)
 from halfstep.core.typed import nearest
 
 
@@ -51,8 +61,9 @@ def fashion() -> Recipe:
         train=TrainSpec(steps=6000, batch=64, lr=1e-3, warmup=100, save_every=250, sample_every=3000),
         slim=SlimSpec(widths=(0.75, 0.5, 0.25), shared_noise=True),
         sample=SampleSpec(steps=50, batch=128),
-        search=SearchSpec(images=512, error_images=24, fit=12, genes=5, arms=3, finalists=2, final_images=1024),
-        eval=EvalSpec(images=1024, features="fashion", bootstrap=300),
+        search=SearchSpec(images=256, error_images=16, fit=12, genes=5, race=8, arms=2, finalists=2, final_images=512),
+        shrink=ShrinkSpec(scales=(0.96, 0.98, 0.99, 1.01)),
+        eval=EvalSpec(images=512, features="fashion", bootstrap=300),
     )
 
 

@@ -21,6 +21,7 @@ from halfstep.data.classes import in_turn, spread
 from halfstep.data.images import Images
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
+from halfstep.engine.device import side_by_side
 from halfstep.engine.profiling import TIMED_BATCH, interleave
 from halfstep.engine.sampling import Labels, cond_for, denoise, image_generators, sample_images, start_noise, to_images
 from halfstep.measure import sanity
@@ -198,9 +199,10 @@ def measure_plans(
     features, pictures = {}, {}
     first = next(iter(plans))
     with watch.stage("evaluate", len(plans) + 1) as told:
-        for i, (name, plan) in enumerate(plans.items()):
-            features[name], pictures[name] = judge.features(plan, count, seed, keep)
-            told(i + 1, name)
+        with side_by_side(judge.bank.device) as executor:
+            for i, (name, plan) in enumerate(plans.items()):
+                features[name], pictures[name] = judge.features(plan, count, seed, keep, executor)
+                told(i + 1, name)
         broken = judge.broken(plans[first], features[first], pictures[first], seed)
         times = judge.wall_ms(plans, batch=batch, repeats=repeats)
         told(len(plans) + 1, "")

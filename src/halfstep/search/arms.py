@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -28,8 +28,8 @@ COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40)
 """Network calls of the arms that are raced."""
 FIRST = (6, 9, 12)
 """Numbers of calls at which families are told apart first."""
-ROUNDS = (16, 64)
-"""Images of each arm after each round of a race."""
+ROUNDS = 4
+"""How many times as many images an arm has after the last round of a race as after the first."""
 FAMILIES = 9
 """Families (a sampler with its order and spacing) that go on to every number of calls."""
 
@@ -89,12 +89,13 @@ class Stock:
 
 @dataclass(frozen=True)
 class Track:
-    """Where arms are raced: against the converged pictures, on all processors at hand. `raced`: images drawn."""
+    """Where arms are raced: against the converged pictures, on all processors at hand; `first`: images of each in the
+    first round."""
 
     converged: Converged
+    first: int
     executor: Executor | None = None
     watch: Watch = SILENT
-    raced: list[int] = field(default_factory=list)
 
     def errors(self, plans: Sequence[StepPlan], first: int, last: int) -> list[np.ndarray]:
         """How far images first … last - 1 of each plan are from their converged twins, in features."""
@@ -102,12 +103,11 @@ class Track:
         def one(plan: StepPlan) -> np.ndarray:  # a sampler that draws noise is judged by one of its ways
             return self.converged.fidelities(plan, last, first=first, draws=1).of("features")
 
-        self.raced.append(len(plans) * (last - first))
         return each(one, plans, self.executor)
 
     def best(self, plans: Sequence[StepPlan], keep: int, what: str) -> list[int]:
         """The indices of at most `keep` plans, the nearest to the converged pictures first."""
-        rounds = [images for images in ROUNDS if images <= self.converged.count] or [self.converged.count]
+        rounds = sorted({min(self.first, self.converged.count), min(self.first * ROUNDS, self.converged.count)})
         most = [max(keep, len(plans) // 3)] * (len(rounds) - 1) + [keep]
         with self.watch.stage(what, len(rounds)) as told:
 
@@ -171,7 +171,7 @@ def best_free(
             near = [arm.base for _, arm in stock.at(calls, among)]
             if not near:
                 continue
-            errors = track.errors(near, 0, min(ROUNDS[0], track.converged.count))
+            errors = track.errors(near, 0, min(track.first, track.converged.count))
             best = near[int(np.argmin([float(one.mean()) for one in errors]))]
             found.append((best, scores(best, "free")))
             told(done + 2, f"{best.sampler.told}: {found[-1][1]:.3g} (today {start:.3g})")

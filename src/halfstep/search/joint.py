@@ -399,7 +399,7 @@ def prepared(track: Track, book: ScoreBook, arms: Sequence[Arm], question: Quest
             return found
 
         tables = each(one, range(len(arms)), book.executor)
-    errors = track.errors([arm.base for arm in arms], 0, min(32, track.converged.count))
+    errors = track.errors([arm.base for arm in arms], 0, track.converged.count)
     return [
         Searched(arm, space, question.fixed(arm.base), table, float(np.mean(error)))
         for arm, space, table, error in zip(arms, spaces, tables, errors, strict=True)
