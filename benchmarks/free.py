@@ -18,9 +18,10 @@ import argparse
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -181,22 +182,27 @@ def measured(
             known[record["plan"]] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
     fresh = {name: plan for name, plan in plans.items() if plan.digest not in known}
     extractor = judge.extractor
-    with (
-        ground.watch.stage("quality", len(fresh)) as told,
-        ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool,
-    ):
-        waiting = []
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=get_context("spawn"))
+    side = side_by_side(judge.bank.device, os.cpu_count())
+    with ground.watch.stage("quality", len(fresh)) as told, pool, side as executor:
+        waiting: list = []
+
+        def keep(plan: StepPlan, future: Future) -> None:
+            record = future.result()
+            disk.append_record(file, {"plan": plan.digest, **record})
+            known[plan.digest] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
+
         light = partial(_distances, judge.reference, extractor.name)
         for done, plan in enumerate(fresh.values()):
             if time.monotonic() - begun > seconds:
                 break
-            features, _ = judge.features(plan, images, seed)
+            features, _ = judge.features(plan, images, seed, executor=executor)
             waiting.append((plan, pool.submit(light, features, seed)))
             told(done + 1, plan.sampler.told)
-        for plan, future in waiting:
-            record = future.result()
-            disk.append_record(file, {"plan": plan.digest, **record})
-            known[plan.digest] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
+            while waiting and (waiting[0][1].done() or len(waiting) > 8):  # what was drawn is kept as it is drawn
+                keep(*waiting.pop(0))
+        for one in waiting:
+            keep(*one)
     return {name: known[plan.digest] for name, plan in plans.items() if plan.digest in known}
 
 
