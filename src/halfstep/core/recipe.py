@@ -270,6 +270,7 @@ class EvalSpec:
         Text,
         "own (a classifier trained on the data), fashion, digits, file:DIR, inception:FILE, dinov2, pixels (none)",
     ] = "own"
+    repeats: Annotated[Count, "timed trajectories of each plan, in turns"] = 5
     free: Annotated[bool, "look for the best stock sampler of the reference, and hold the plan against it too"] = True
     feature_steps: Annotated[Count, "training steps of the own classifier"] = 1500
     bootstrap: Annotated[Count, "resamples of an interval"] = 500

@@ -187,16 +187,16 @@ def measure_plans(
     *,
     free: str | None = None,
     keep: int = 32,
-    repeats: int = 5,
+    repeats: int | None = None,
     batch: int | None = None,
     watch: Watch = SILENT,
 ) -> Measured:
     """Quality with intervals, paired change from the first plan with its verdict, MACs and wall-clock of several plans,
-    same seeds; `free`: the one that all are held against besides. `batch`: images of a timed trajectory, the recipe's
-    `sample.timed` by default. Beside a broken first plan the verdict on all others is "broken reference"; what is wrong
-    is said, and stands in the record as `warnings`."""
+    same seeds; `free`: the one that all are held against besides. `batch`: images of a timed trajectory, and how often
+    each is timed (`repeats`): the recipe's `sample.timed` and `eval.repeats` by default. Beside a broken first plan the
+    verdict on all others is "broken reference"; what is wrong is said, and stands in the record as `warnings`."""
     seed, count, batch = stage_seed(recipe.seed, Stage.REPORT), recipe.eval.images, batch or recipe.sample.timed
-    features, pictures = {}, {}
+    features, pictures, repeats = {}, {}, repeats or recipe.eval.repeats
     first = next(iter(plans))
     with watch.stage("evaluate", len(plans) + 1) as told:
         with side_by_side(judge.bank.device) as executor:
