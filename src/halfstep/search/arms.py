@@ -26,11 +26,11 @@ from halfstep.search.scores import Scores
 
 COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40)
 """Network calls of the arms that are raced."""
-FIRST = (6, 9, 12)
+FIRST = (6, 11)
 """Numbers of calls at which families are told apart first."""
 ROUNDS = 4
 """How many times as many images an arm has after the last round of a race as after the first."""
-FAMILIES = 9
+FAMILIES = 8
 """Families (a sampler with its order and spacing) that go on to every number of calls."""
 
 T = TypeVar("T")

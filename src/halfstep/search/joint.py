@@ -321,15 +321,10 @@ class Drawn:
         return difference(one, other, judge.reference, judge.floor(self.images).high)
 
     def choose(self, plans: Sequence[StepPlan], prices: Sequence[int], tolerance: float) -> int:
-        """The index of the best plan, or of the cheapest that no interval tells from it and that is not worse by more
-        than the tolerance."""
+        """The index of the best plan, or of the cheapest that is as good: whose whole interval of the change from the
+        best lies within the tolerance. Few images show that of none, and then it is the best."""
         best = min(range(len(plans)), key=lambda k: self.distances[plans[k].digest].value)
-        tied = []
-        for k, plan in enumerate(plans):
-            change = self.change(plans[best], plan)
-            value, low, _, limit = change.against(tolerance)
-            if low <= 0 and value <= limit:
-                tied.append(k)
+        tied = [k for k, plan in enumerate(plans) if self.change(plans[best], plan).held(tolerance)]
         return min([*tied, best], key=lambda k: (prices[k], k != best))
 
 
