@@ -215,7 +215,11 @@ def test_own_is_the_sampler_that_the_model_came_with_whole(scheduler):
     assert type(found) is type(scheduler) and {key: found.config[key] for key in kept} == kept
 
 
-@pytest.mark.parametrize("own", [None, saved(DDPMScheduler()), saved(diffusers.DDPMParallelScheduler()), {}], ids=str)
+@pytest.mark.parametrize(
+    "own",
+    [None, saved(DDPMScheduler()), saved(diffusers.DDPMParallelScheduler()), {}],
+    ids=["none", "DDPM", "DDPM parallel", "empty"],  # a config's text hangs on the order of a set
+)
 def test_own_is_ddim_where_the_model_came_with_its_trainings_process(own):
     process = Process(clip_sample_range=0.5)
     found, wanted = (sampler_of(process, SampleSpec(scheduler=name), own) for name in ("own", "ddim"))
