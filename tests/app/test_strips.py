@@ -56,7 +56,7 @@ def test_costs_are_milliseconds_where_all_that_is_drawn_has_them_and_macs_otherw
     given = strip(untimed, ms=dict.fromkeys(PRICES, 2.0))
     assert given.unit == "ms" and calls_of(given)[-1].end == 2 * len(ROWS)
     partly = {name: 2.0 for name in PRICES if name != "w0.75"}
-    assert strip(untimed, ms=partly).unit == "MMACs" and "DPMSolverMultistep, 10 steps" in given.name
+    assert strip(untimed, ms=partly).unit == "MMACs" and "DPM-Solver++ 2, 10 steps" in given.name
 
 
 def test_bars_are_as_long_as_their_share_of_the_longest():

@@ -58,8 +58,12 @@ def test_a_comparison_is_written_with_the_fields_that_were_read_in_their_order(t
     change |= {name: CHANGE[name] for name in list(CHANGE)[8:]}
     quality = {name: one | {"raw": None} for name, one in QUALITY.items()}
     row = ROW | {"quality": quality, "difference": change, "verdict": "held", "decided_by": None}
-    names = "reference batch repeats seed n tolerance floor scale warnings data machine device dtype threads layout"
+    row |= {"free_difference": change, "free_verdict": "held", "free_wall": 0.25, "predicted_ms": 1.5}
+    names = (
+        "reference free batch repeats seed n tolerance floor scale warnings data machine device dtype threads layout"
+    )
     about = ABOUT | {"floor": {"raw": 1.5, "high": 2.5, "fresh": 1.75}, "scale": 1.5, "warnings": ["one"], "threads": 1}
+    about |= {"free": "plan"}
     for seconds in ({}, {"seconds": 2.5}):
         record = {"about": {name: about[name] for name in names.split()}, "plans": {"reference": row, "plan": row}}
         disk.write_json(tmp_path / "quality.json", record | seconds)

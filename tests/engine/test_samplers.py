@@ -37,6 +37,7 @@ BY_HAND = {
         for order in (2, 3)
         for word, options in {
             "": {},
+            " leading": {"timestep_spacing": "leading"},
             " trailing": {"timestep_spacing": "trailing"},
             " Karras": {"use_karras_sigmas": True},
             " log-SNR": {"use_lu_lambdas": True},
@@ -54,14 +55,20 @@ BY_HAND = {
     **{
         f"DEIS {order}{word}": DEIS(solver_order=order, **options)
         for order in (2, 3)
-        for word, options in {"": {}, " trailing": {"timestep_spacing": "trailing"}}.items()
+        for word, options in {
+            "": {},
+            " trailing": {"timestep_spacing": "trailing"},
+            " Karras": {"use_karras_sigmas": True},
+        }.items()
     },
     "Heun": HEUN(clip_sample=True, **BETAS),
+    "Heun trailing": HEUN(clip_sample=True, timestep_spacing="trailing", **BETAS),
     "Heun Karras": HEUN(clip_sample=True, use_karras_sigmas=True, **BETAS),
     "Euler": EULER(),
     "Euler trailing": EULER(timestep_spacing="trailing"),
     "Euler Karras": EULER(use_karras_sigmas=True),
     "PNDM": diffusers.PNDMScheduler(skip_prk_steps=True),
+    "PNDM trailing": diffusers.PNDMScheduler(skip_prk_steps=True, timestep_spacing="trailing"),
     "DDPM": DDPMScheduler(),
 }
 ARMS = {arm.sampler.short: arm for arm in free_arms(Process(), [STEPS])}
