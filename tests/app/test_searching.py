@@ -17,13 +17,15 @@ from halfstep.app.searching import (
     place_of,
     require_reachable,
     reuse_of,
+    with_reuse,
     work_of,
 )
-from halfstep.core.errors import PlanError, RecipeError
+from halfstep.core.errors import ModelError, PlanError, RecipeError
 from halfstep.core.plan import Price
 from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.results import Difference
+from halfstep.core.watch import SILENT
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import reference_plan
 from tiny import ode_unet, unet
@@ -123,6 +125,10 @@ def test_the_cuts_that_are_tried_cost_about_a_third_and_two_thirds():
     assert place_of("out") == "out" and place_of("2") == 2
     with pytest.raises(RecipeError, match=r"search\.reuse"):
         place_of("second")
+    with pytest.raises(ModelError, match="got cut 99, expected 0 to"):
+        with_reuse(BANK, ["99"], SILENT)
+    assert list(with_reuse(BANK, [], SILENT)) == list(BANK)  # which has another stand-in
+    assert "full~out" in with_reuse(Bank({"full": ode_unet()}, "full", "epsilon"), [], SILENT)
 
 
 def test_the_work_that_is_announced_holds_the_references_and_the_finals():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,9 +31,9 @@ from halfstep.engine.sampling import sample_images
 from halfstep.engine.subject import Subject
 from halfstep.measure.fidelity import Converged, converged_plan
 from halfstep.nets.denoiser import class_count
-from halfstep.nets.reuse import OUT, Place, cut_count
-from halfstep.search.arms import COUNTS, ROUNDS, Free, Stock, Track, best_free, raced_families
-from halfstep.search.joint import Answer, Question, search_joint
+from halfstep.nets.reuse import OUT, Place, cut_count, require_cut
+from halfstep.search.arms import COUNTS, ROUNDS, Arm, Free, Stock, Track, best_free, raced_families
+from halfstep.search.joint import Answer, Question, search_joint, too_small
 from halfstep.search.scores import ScoreBook, open_scores
 
 FREE = "best free"
@@ -186,19 +186,26 @@ class Ground:
         )
         disk.write_json(self.out / "free.json", record.to_json())
 
-    def reachable(self, question: Question) -> tuple[int, ...]:
-        """The limits that some plan meets; what is run today itself costs where it is small, and no part of it is."""
+    def reachable(self, goal: Goal) -> Question:
+        """What is asked for, as far as the cheapest plan there is (the cheapest entry in every row of the fewest calls)
+        allows: of a tolerated loss the limits that it meets, what is run today itself where it meets none.
+
+        Raises PlanError for a budget below it, with what it costs in the budget's unit.
+        """
+        question = goal.question(self.today, self.recipe.sample.timed)
         fewest = min(COUNTS[0], len(self.today.rows))
-        arms = [arm.base for _, arm in self.stock.at(fewest, self.families)] or [self.today]
-        least = min(question.price(base.uniform(name)) for base in arms for name in self.bank.computed)
-        return tuple(limit for limit in question.limits if limit >= least) or (question.price(self.today),)
+        arms = [arm for _, arm in self.stock.at(fewest)] or [Arm(self.today)]
+        names = self.bank.computed
+        least = min(question.price(arm.base.uniform(name)) for arm in arms for name in names)
+        limits = tuple(limit for limit in question.limits if limit >= least)
+        if not limits and goal.budget is not None:
+            raise too_small(question, arms, names)
+        return replace(question, limits=limits or (question.price(self.today),))
 
     def search(self, goal: Goal) -> Answer:
         """The plan for a goal. Raises PlanError where no plan meets a budget."""
-        question = goal.question(self.today, self.recipe.sample.timed)
-        if goal.max_loss is not None:
-            question = replace(question, limits=self.reachable(question))
-        answers = search_joint(self.track, self.book, self.stock, self.families, self.today, question, self.recipe)
+        question, recipe = self.reachable(goal), self.recipe
+        answers = search_joint(self.track, self.book, self.stock, self.families, self.today, question, recipe)
         chosen = answers[-1] if goal.max_loss is None else cheapest_that_holds(answers, goal.max_loss)
         return replace(chosen, plan=chosen.plan.replacing(self.today))
 
@@ -239,6 +246,7 @@ def searched(subject: Subject, bank: Bank, goal: Goal, out: Path, watch: Watch) 
     for warning in filter(None, (ground.book.judge.too_few(count, what) for what, count in counts.items())):
         watch.say(f"warning: {warning}")
     today = ground.today  # prices are measured as plans will run: before work is done side by side
+    ground.reachable(goal)  # or refused, before anything is drawn
     announce(watch, ground.book.judge.bank, work_of(goal, today, recipe), us=ground.us, batch=64)
     with side_by_side(ground.book.judge.bank.device) as executor:
         ground.executor = ground.book.executor = executor
@@ -326,6 +334,15 @@ def needed(bank: Bank, plan: StepPlan) -> Bank:
     """A bank without the reuse entries that a plan does not run: they cost nothing to add again."""
     kept = {name: bank.entries[name] for name in bank if name in bank.computed or name in plan.nets}
     return Bank(kept, bank.reference, bank.prediction_type, bank.vae, bank.classes)
+
+
+def with_reuse(bank: Bank, asked: Sequence[str], watch: Watch) -> Bank:
+    """A bank whose entries can be reused at the cuts that a recipe asks for; without any, where there is no other
+    stand-in, at those of `reuse_of`. Raises ModelError for a cut that the reference does not have."""
+    for cut in asked:
+        require_cut(bank[bank.reference], place_of(cut), "search.reuse")
+    cuts = asked or (reuse_of(bank) if len(bank.computed) == 1 else ())
+    return bank.with_reuse([place_of(cut) for cut in cuts], watch=watch)
 
 
 def place_of(cut: str) -> Place:

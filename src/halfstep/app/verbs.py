@@ -37,11 +37,10 @@ from halfstep.app.searching import (
     dense_control,
     named_free,
     needed,
-    place_of,
     require_reachable,
-    reuse_of,
     searched,
     with_free,
+    with_reuse,
 )
 from halfstep.app.story import tell, tell_spectra
 from halfstep.app.subject import open_model, open_subject
@@ -315,8 +314,7 @@ def tune(
         subject = open_subject(model, converged_data(subject, out, watch), recipe, watch=watch)
         require_measurable(subject.images, subject.recipe)
     bank, recipe = subject.stand_ins, subject.recipe
-    cuts = recipe.search.reuse or (reuse_of(bank) if len(bank.computed) == 1 else ())
-    return _planned(subject, bank.with_reuse([place_of(cut) for cut in cuts], watch=watch), goal, out, begun, watch)
+    return _planned(subject, with_reuse(bank, recipe.search.reuse, watch), goal, out, begun, watch)
 
 
 def _planned(subject: Subject, bank: Bank, goal: Goal, out: Path, begun: float, watch: Watch) -> Path:
@@ -356,7 +354,7 @@ def search(
     inputs = {"verb": "search", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     if recipe.search.reuse:
-        bank = bank.with_reuse([place_of(cut) for cut in recipe.search.reuse], watch=watch)
+        bank = with_reuse(bank, recipe.search.reuse, watch)
     plan = searched(subject, bank, goal, out, watch).answer.plan
     plan.save(out / "plan.json")
     StepAwarePipeline(needed(bank, plan), plan).save_pretrained(out / "pipeline")
