@@ -63,8 +63,8 @@ EDITS = """
 model.channels=8,16 model.groups=4 model.head_dim=8 data.size=8 data.channels=1 train.steps=2 train.batch=4
 train.warmup=0 train.save_every=1 train.log_every=1 slim.widths=0.5 sample.steps=4 sample.batch=8 search.images=8
 search.error_images=4 search.fit=2 search.population=4 search.generations=1 search.genes=2 search.finalists=1
-search.final_images=8 eval.images=8 eval.features=digits eval.bootstrap=4 shrink.images=8 shrink.final_images=8
-shrink.parts=1 shrink.scales=0.98,1.02 shrink.thresholds=0.01
+search.final_images=8 eval.images=8 eval.features=digits eval.bootstrap=4 eval.free=false
+shrink.images=8 shrink.final_images=8 shrink.parts=1 shrink.scales=0.98,1.02 shrink.thresholds=0.01
 """
 tiny = recipes(EDITS)
 

@@ -23,7 +23,7 @@ tiny = recipes("""
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
 train.save_every=4 train.log_every=4 train.sample_every=8 sample.steps=3 sample.batch=64 shrink.images=32
 shrink.final_images=32 shrink.scales=0.9 shrink.thresholds=0.1 regular.grid=0.1 continuous.base=4
-continuous.head_dim=4 continuous.steps=1,2 eval.images=64 eval.bootstrap=20 eval.features=digits
+continuous.head_dim=4 continuous.steps=1,2 eval.images=64 eval.bootstrap=20 eval.free=false eval.features=digits
 """)
 
 
