@@ -30,7 +30,8 @@ from tiny import recipes, unet
 
 tiny = recipes("""
 train.steps=4 train.batch=8 train.warmup=0 train.sample_every=0 slim.widths=1,0.5 sample.steps=3 sample.batch=32
-sample.layout=contiguous eval.features=pixels eval.images=24 eval.bootstrap=10 eval.free=false search.images=24 search.error_images=8
+sample.layout=contiguous eval.features=pixels eval.images=24 eval.bootstrap=10 eval.free=false
+search.images=24 search.error_images=8
 search.fit=2 search.genes=2 search.population=2 search.generations=1 search.final_images=24 search.finalists=1
 """)
 

@@ -42,7 +42,8 @@ tiny = recipes("""
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
 train.save_every=4 train.log_every=4 train.sample_every=8 slim.widths=1,0.5 sample.steps=4 sample.batch=64
 search.images=32 search.final_images=32 search.error_images=32 search.fit=2 search.population=2
-search.generations=1 search.genes=2 eval.images=64 eval.bootstrap=20 eval.free=false eval.feature_steps=20 spectral.reduction=2
+search.generations=1 search.genes=2 eval.images=64 eval.bootstrap=20 eval.free=false
+eval.feature_steps=20 spectral.reduction=2
 """)
 
 
