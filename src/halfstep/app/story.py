@@ -106,6 +106,7 @@ def plans_table(record: Comparison, title: str = "Reference, plan and controls",
         columns += ("of the best free's time", "beside the best free")
     alone = len(record.plans) == 1  # a dense model, which has no plan: nothing stands beside it
     if brief and not alone:  # the rest is detail, and lies beyond the edge of a narrow page
+        columns = columns[:6]
         rows = [row[: len(columns)] for row in rows]
     else:
         columns += ("MMACs", "ms", "KID", "precision", "recall")
