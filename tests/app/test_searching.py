@@ -133,9 +133,9 @@ def test_the_cuts_that_are_tried_cost_about_a_third_and_two_thirds():
 
 def test_the_work_that_is_announced_holds_the_references_and_the_finals():
     recipe = Recipe().edit(["search.images=100", "search.final_images=200", "eval.images=300"])
-    work = work_of(Goal.of("0.1t", None), TODAY, recipe)
+    work = work_of(Goal.of("0.1t", None).question(TODAY, 64), TODAY, recipe)
     assert sum(one.images for one in work if one.plan == TODAY) == 100 + 300
-    asked = work_of(Goal.of(None, 0.05), TODAY, recipe)
+    asked = work_of(Goal.of(None, 0.05).question(TODAY, 64), TODAY, recipe)
     assert sum(one.images for one in asked if one.plan == TODAY) == 100 + 200 + 300
-    without = work_of(Goal.of("0.1t", None), TODAY, recipe.edit(["eval.free=false"]))
+    without = work_of(Goal.of("0.1t", None).question(TODAY, 64), TODAY, recipe.edit(["eval.free=false"]))
     assert sum(one.images for one in without) < sum(one.images for one in work)

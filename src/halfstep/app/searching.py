@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,7 @@ TOLERATED = 0.05
 Asked = Budget | float | str | None
 """A budget as callers say it: a number alone is a share of the MACs, a text is read (`Budget.parse`)."""
 CONVERGED = 50
-"""Steps of the fine solver that samplers are raced against: twice as many as a raced one may have."""
+"""Steps of the fine solver that samplers are raced against: more than any raced one has."""
 LADDER = (32, 22, 16, 11, 8, 5.6)
 """Parts of what is run today that a search for the cheapest plan tries as limits."""
 
@@ -202,10 +203,17 @@ class Ground:
             raise too_small(question, arms, names)
         return replace(question, limits=limits or (question.price(self.today),))
 
-    def search(self, goal: Goal) -> Answer:
-        """The plan for a goal. Raises PlanError where no plan meets a budget."""
-        question, recipe = self.reachable(goal), self.recipe
-        answers = search_joint(self.track, self.book, self.stock, self.families, self.today, question, recipe)
+    @contextmanager
+    def side_by_side(self) -> Iterator[None]:
+        """Inside, plans are measured on all processors that torch may use; outside one alone, as it is timed."""
+        with side_by_side(self.book.judge.bank.device) as executor:
+            self.executor = self.book.executor = executor
+            yield
+        self.executor = self.book.executor = None
+
+    def search(self, goal: Goal, question: Question) -> Answer:
+        """The plan for a goal, of what is `reachable` for it. Raises PlanError where no plan meets a budget."""
+        answers = search_joint(self.track, self.book, self.stock, self.families, self.today, question, self.recipe)
         chosen = answers[-1] if goal.max_loss is None else cheapest_that_holds(answers, goal.max_loss)
         return replace(chosen, plan=chosen.plan.replacing(self.today))
 
@@ -246,13 +254,12 @@ def searched(subject: Subject, bank: Bank, goal: Goal, out: Path, watch: Watch) 
     for warning in filter(None, (ground.book.judge.too_few(count, what) for what, count in counts.items())):
         watch.say(f"warning: {warning}")
     today = ground.today  # prices are measured as plans will run: before work is done side by side
-    ground.reachable(goal)  # or refused, before anything is drawn
-    announce(watch, ground.book.judge.bank, work_of(goal, today, recipe), us=ground.us, batch=64)
-    with side_by_side(ground.book.judge.bank.device) as executor:
-        ground.executor = ground.book.executor = executor
+    question = ground.reachable(goal)  # or refused, before anything is drawn
+    work = work_of(question, today, recipe)
+    announce(watch, ground.book.judge.bank, work, us=ground.us, batch=recipe.sample.timed)
+    with ground.side_by_side():
         free = ground.free.plan if recipe.eval.free else today
-        found = Found(ground, ground.search(goal), free)
-    ground.executor = ground.book.executor = None  # times are those of one plan alone
+        found = Found(ground, ground.search(goal, question), free)
     watch.say(f"today {told_price(today)}; best free {told_price(free)}; plan {told_price(found.answer.plan)}")
     return found
 
@@ -278,10 +285,8 @@ def with_free(ground: Ground, plans: Mapping[str, StepPlan]) -> tuple[dict[str, 
     first, *others = plans.items()
     if not ground.recipe.eval.free:
         return dict(plans), None
-    with side_by_side(ground.book.judge.bank.device) as executor:
-        ground.executor = ground.book.executor = executor
+    with ground.side_by_side():
         free = ground.free.plan
-    ground.executor = ground.book.executor = None
     return named_free(first, free, dict(others))
 
 
@@ -295,10 +300,9 @@ def named_free(
     return {name: today, FREE: free, **others}, FREE
 
 
-def work_of(goal: Goal, today: StepPlan, recipe: Recipe) -> list[Drawing]:
+def work_of(question: Question, today: StepPlan, recipe: Recipe) -> list[Drawing]:
     """About what a search is to draw: the references, the races, the tables, the measured plans, the finals."""
     spec, dense = recipe.search, today.prices[today.reference].macs
-    question = goal.question(today, recipe.sample.timed)
     limit = sorted(question.limits)[len(question.limits) // 2]
     share = min(1.0, limit / question.price(today))
     plan, arms = round(share * today.macs), spec.arms * len(question.limits)
@@ -356,7 +360,7 @@ def place_of(cut: str) -> Place:
 
 def reuse_of(bank: Bank) -> list[str]:
     """The cuts of the reference that a tuning tries: those whose rows cost nearest to a third and to two thirds of a
-    call, and the whole output."""
+    call; of a net without cuts the whole output."""
     model = bank[bank.reference]
     try:
         count = cut_count(model)
