@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 from halfstep.core.disk import read_json, write_json
 from halfstep.core.errors import PlanError
 from halfstep.core.process import BETA_SCHEDULERS
-from halfstep.core.solvers import name_of
+from halfstep.core.solvers import WORDS, name_of
 from halfstep.core.typed import Bounds, build
 
 Name = Annotated[str, Bounds(1, 80)]
@@ -154,8 +154,9 @@ class StepPlan:
     `reference`: the bank's reference entry; `prices`: of one call of each entry. `fixed`: what a trajectory costs
     beside its calls (decoding latents); no share and no budget counts it. `baseline`: the plan that a search chose this
     one instead of; None where there was none.
-    Raises PlanError for a plan without rows, an entry or a guide without a price, a reference or a baseline that costs
-    nothing (shares are of it), and numbers out of the bounds of `Correction` and `Guide`.
+    Raises PlanError for a plan without rows, a sampler whose config is none, an entry or a guide without a price, a
+    reference or a baseline that costs nothing (shares are of it), and numbers out of the bounds of `Correction` and
+    `Guide`.
     """
 
     rows: tuple[Row, ...]
@@ -168,6 +169,10 @@ class StepPlan:
     def __post_init__(self) -> None:
         if not self.rows:
             raise _refused("no rows", "one row per step", "give at least one row")
+        for key, kind in WORDS.items():
+            said = self.sampler.config.get(key)
+            if said is not None and not isinstance(said, kind):
+                raise _refused(f"a sampler with {key} {said!r}", f"a {kind.__name__}", "use its scheduler's own config")
         for name in (self.reference, *self.nets):
             if name not in self.prices:
                 raise _refused(f"entry {name!r}", f"one of {', '.join(self.prices)}", "use the bank's names")

@@ -57,6 +57,10 @@ def solver_of(cls: str) -> Solver | None:
     return _BY_CLASS.get(cls)
 
 
+WORDS: dict[str, type] = {"timestep_spacing": str, "algorithm_type": str, "solver_order": int}
+"""What `name_of` reads from a config, each with what it has to be where it is given."""
+
+
 def name_of(cls: str, config: Mapping[str, Any], spacing: str | None) -> str:
     """A sampler as sentences have it, by its class and its config: "DPM-Solver++ 3 Karras", "DDIM trailing".
 
