@@ -29,3 +29,13 @@ def test_a_fingerprint_is_of_weights_and_config_alone():
     twin.load_state_dict(net.state_dict())
     assert fingerprint(net, {"b": 1, "a": (2,)}) == fingerprint(twin, {"a": [2], "b": 1, "_diffusers_version": "9"})
     assert fingerprint(net) != fingerprint(torch.nn.Linear(2, 2)) and fingerprint(None, net) != fingerprint(net)
+
+
+def test_a_fingerprint_of_a_condition_changes_with_any_bit_of_it():
+    text = torch.randn(2, 3000)  # more than a print shows
+    cond = {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": text[:, :4]}}
+    other = text.clone()
+    other[1, 1500] += 1e-6
+    assert fingerprint(cond) == fingerprint({**cond, "encoder_hidden_states": text.clone()})
+    assert fingerprint(cond) != fingerprint({**cond, "encoder_hidden_states": other})
+    assert fingerprint({"class_labels": torch.tensor([1, 2])}) == fingerprint({"class_labels": [1, 2]})

@@ -299,8 +299,7 @@ class Converged:
         """16 hex digits of what decides the converged pictures, but for their number and rounding."""
         weights = [self.bank.fingerprint(name) for name in sorted(self.plan.nets)]
         cond = cond_for(self.bank, 0, self.count, self.labels)
-        classes = {name: value.tolist() for name, value in cond.items()}
-        return fingerprint(self.plan.digest, weights, self.seed, str(self.bank.dtype), classes, self.bank.vae)
+        return fingerprint(self.plan.digest, weights, self.seed, str(self.bank.dtype), cond, self.bank.vae)
 
     def _drawn(self) -> Iterator[np.ndarray]:
         bank, plan, seed, batch = self.bank, self.plan, self.seed, self.batch

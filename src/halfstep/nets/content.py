@@ -20,7 +20,8 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor], *texts: str) -> str:
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change with any weight or setting of modules (None: absent) and JSON-like records.
+    """16 hex digits that change with any weight or setting of modules (None: absent), JSON-like records, and tensors in
+    these.
 
     What diffusers notes beside a config (its own version, the folder) makes no difference.
     """
@@ -36,4 +37,11 @@ def _digest(part: Any) -> str:
 def _text(record: Any) -> str:
     if isinstance(record, Mapping):
         record = {str(name): value for name, value in record.items() if not str(name).startswith("_")}
-    return json.dumps(record, sort_keys=True, default=repr)  # a text may leave out what a value holds
+    return json.dumps(record, sort_keys=True, default=_told)
+
+
+def _told(value: Any) -> Any:
+    """What a record tells of a value that is not JSON: class numbers as they are, of other tensors every bit."""
+    if isinstance(value, torch.Tensor):
+        return digest_tensors({"": value}) if value.is_floating_point() else value.tolist()
+    return repr(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +12,11 @@ from halfstep.core.errors import ModelError
 
 Model = TypeVar("Model", bound=nn.Module)
 
-Cond = Mapping[str, torch.Tensor]
-"""What a prediction is conditional on, by the keyword under which diffusers' networks take it: {}, or "class_labels"
-int64 [B]."""
+Cond = Mapping[str, Any]
+"""What a prediction is conditional on, by the keyword under which diffusers' networks take it: tensors [B, ...], alone
+or in mappings and lists, and plain numbers beside. {}, "class_labels" int64 [B], "encoder_hidden_states" [B, tokens,
+dim] with its "encoder_attention_mask" [B, tokens], "added_cond_kwargs" of "text_embeds" [B, dim] and "time_ids" [B, 6],
+"pooled_projections" [B, dim], "guidance" [B] …"""
 
 Kept = tuple[tuple[float, torch.Tensor], ...]
 """Features of the last calls at different timesteps, each with its timestep, the newest last."""
@@ -54,12 +56,23 @@ def cond_of(labels: torch.Tensor | None) -> Cond:
 
 def cond_to(cond: Cond, device: torch.device | str) -> Cond:
     """The same condition on a device."""
-    return {name: value.to(device) for name, value in cond.items()}
+    return {name: _changed(value, lambda one: one.to(device)) for name, value in cond.items()}
 
 
 def repeated(cond: Cond, count: int) -> Cond:
     """The condition of one sample, each tensor [1, ...], for `count` of them."""
-    return {name: value.expand(count, *value.shape[1:]) for name, value in cond.items()}
+    return {name: _changed(value, lambda one: one.expand(count, *one.shape[1:])) for name, value in cond.items()}
+
+
+def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same with every tensor in it changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _changed(one, change) for name, one in value.items()}
+    if isinstance(value, Sequence):
+        return [_changed(one, change) for one in value]
+    return value
 
 
 def clean_and_noise(
