@@ -13,6 +13,7 @@ from halfstep.core.plan import NONE, Price
 from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.seeds import Stage, stage_seed
+from halfstep.core.watch import SILENT
 from halfstep.data.images import load_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.samplers import at_calls, families
@@ -20,8 +21,9 @@ from halfstep.engine.sampling import reference_plan
 from halfstep.measure.features import load_features
 from halfstep.measure.fidelity import Converged, converged_plan
 from halfstep.measure.judge import Judge
+from halfstep.measure.quality import Distances
 from halfstep.search.arms import Arm, Stock, Track, best_free, raced_families
-from halfstep.search.joint import Joint, Question, prepared, screened, search_joint, sources_of, spearman
+from halfstep.search.joint import Drawn, Joint, Question, prepared, screened, search_joint, sources_of, spearman
 from halfstep.search.scores import open_scores
 from halfstep.search.space import Space
 from tiny import recipes, unet
@@ -86,7 +88,7 @@ def test_a_search_that_may_measure_every_plan_finds_the_best_of_all(unit, stage,
     assert set(every) <= set(joint.measured), "twenty measurements are enough for all of them"
     best = joint.within(question.limits[0])[0]
     assert scores[best] == min(scores.values())
-    [answer] = joint.answers(book, today)
+    [answer] = joint.answers(book, track, today)
     assert question.price(answer.plan) <= question.limits[0]
     assert answer.change.fd_a != answer.change.fd_b and answer.change.n == 64
 
@@ -138,6 +140,36 @@ def test_a_budget_that_no_plan_meets_is_told_with_the_cheapest_there_is(stage, j
         search_joint(track, book, stock, FEW, today, question, recipe())
     least = min(us(stock.arm(family, 2).base.uniform("w0.50")) for family in FEW)
     assert "10 ns" in str(error.value) and f"at least {least} ns" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spread, errors, prices, chosen",
+    [
+        (5.0, (9.0, 2.0, 1.0), (1, 2, 3), 1),  # undecided between the first two: the nearer one, not the cheapest
+        (5.0, (1.0, 2.0, 0.5), (3, 2, 1), 0),  # the third is shown to be worse, whatever its pictures and its price
+        (0.01, (9.0, 2.0, 1.0), (3, 2, 1), 0),  # decided: the best distance
+    ],
+)
+def test_where_distances_part_nothing_fidelity_chooses(stage, judge, spread, errors, prices, chosen):
+    """Of known distances 20, 21 and 90, whose paired changes spread by a known much."""
+    _, _, book = stage
+    plans = [today_of(judge, steps) for steps in (4, 5, 6)]
+    n, noise = judge.reference.least, np.random.default_rng(0).normal(size=(3, 400))
+    noise -= noise.mean(axis=1, keepdims=True)
+    drawn = Drawn(book, n, 0, 400, SILENT)
+    for plan, value, wave in zip(plans, (20.0, 21.5, 90.0), spread * noise, strict=True):
+        drawn.distances[plan.digest] = Distances(value, value + wave, n, 0)
+    assert drawn.choose(plans, prices, errors, 0.05) == chosen
+
+
+def test_a_cheaper_plan_that_is_shown_to_be_as_good_is_taken(stage, judge):
+    _, _, book = stage
+    plans = [today_of(judge, steps) for steps in (4, 5)]
+    n, wave = judge.reference.least, np.random.default_rng(0).normal(size=400)
+    drawn = Drawn(book, n, 0, 400, SILENT)
+    for plan, value in zip(plans, (20.0, 20.2), strict=True):
+        drawn.distances[plan.digest] = Distances(value, value + wave, n, 0)
+    assert drawn.choose(plans, (2, 1), (1.0, 2.0), 0.05) == 1
 
 
 def test_reused_rows_begin_fresh_in_every_gene(judge):

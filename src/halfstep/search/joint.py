@@ -2,7 +2,7 @@
 
 Arms (`arms.py`) are raced with each stand-in in every row; those that are left get an error table of their own and one
 error model in common, which is fitted to plans measured against the data; for every limit the best of them, corrected,
-are measured once more on fresh noise, compared by paired intervals.
+are measured once more on fresh noise, compared by paired intervals. Where those part nothing, fidelity chooses.
 """
 
 from __future__ import annotations
@@ -252,19 +252,21 @@ class Joint:
         modelled = self.best_of(model, limit)
         return list(dict.fromkeys([*best, *uniform, *([] if modelled is None else [modelled])]))
 
-    def answers(self, book: ScoreBook, today: StepPlan) -> list[Answer]:
-        """For every limit that a plan meets the choice among its finalists on fresh noise: the best, or a cheaper one
-        that cannot be told from it by the paired interval and is within the tolerance of it."""
+    def answers(self, book: ScoreBook, track: Track, today: StepPlan) -> list[Answer]:
+        """For every limit that a plan meets the choice among its finalists on fresh noise, see `Drawn.choose`."""
         model, seed = self.fitted(), stage_seed(self.recipe.seed, Stage.FINALS)
         images, tolerance = self.recipe.search.final_images, self.recipe.eval.tolerance
         candidates = {limit: self.finalists(limit, model) for limit in sorted(self.question.limits)}
         every = list(dict.fromkeys(itertools.chain(*candidates.values())))
         drawn = Drawn(book, images, seed, self.recipe.eval.bootstrap, self.watch)
         drawn.draw([*([today] if self.question.beside else []), *map(self.plan_of, every)])
+        far = track.errors([self.plan_of(one) for one in every], 0, track.converged.count)
+        errors = {one: float(error.mean()) for one, error in zip(every, far, strict=True)}
         found = []
         for limit, ones in candidates.items():
             if ones:
-                chosen = drawn.choose([self.plan_of(one) for one in ones], [self.price(one) for one in ones], tolerance)
+                prices = [self.price(one) for one in ones]
+                chosen = drawn.choose([self.plan_of(one) for one in ones], prices, [errors[o] for o in ones], tolerance)
                 found.append(self._answer(limit, ones[chosen], drawn, today))
         return found
 
@@ -320,12 +322,21 @@ class Drawn:
         one, other = self.distances[first.digest], self.distances[plan.digest]
         return difference(one, other, judge.reference, judge.floor(self.images).high)
 
-    def choose(self, plans: Sequence[StepPlan], prices: Sequence[int], tolerance: float) -> int:
-        """The index of the best plan, or of the cheapest that is as good: whose whole interval of the change from the
-        best lies within the tolerance. Few images show that of none, and then it is the best."""
+    def choose(
+        self, plans: Sequence[StepPlan], prices: Sequence[int], errors: Sequence[float], tolerance: float
+    ) -> int:
+        """The index of the plan that is taken: of those that are not shown to be worse than the best distance (no
+        paired interval lies beyond the tolerance) the one nearest to the converged pictures, `errors`; or a cheaper one
+        whose whole interval of the change from that one lies within the tolerance.
+
+        Few images part few plans; a distance then crowns a lucky one, whose pictures may be broken, and fidelity, which
+        compares picture by picture, does not.
+        """
         best = min(range(len(plans)), key=lambda k: self.distances[plans[k].digest].value)
-        tied = [k for k, plan in enumerate(plans) if self.change(plans[best], plan).held(tolerance)]
-        return min([*tied, best], key=lambda k: (prices[k], k != best))
+        unparted = [k for k in range(len(plans)) if self.change(plans[best], plans[k]).verdict(tolerance) != "not held"]
+        near = min({best, *unparted}, key=lambda k: errors[k])
+        tied = [k for k, plan in enumerate(plans) if self.change(plans[near], plan).held(tolerance)]
+        return min([*tied, near], key=lambda k: (prices[k], k != near))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -441,4 +452,4 @@ def search_joint(
     joint.fit(side=2)
     if joint.rank is not None:
         watch.say(f"the error model ranked {len(joint.foreseen)} plans, before they were measured, by {joint.rank:.2f}")
-    return joint.answers(book, today)
+    return joint.answers(book, track, today)
