@@ -17,7 +17,7 @@ from halfstep.core.plan import Guide, StepPlan
 from halfstep.core.process import BETA_SCHEDULERS
 from halfstep.core.recipe import SampleSpec
 from halfstep.engine.bank import Bank
-from halfstep.engine.entry import Entry, Reuse, Twin, phrase
+from halfstep.engine.entry import Entry, Reuse, Twin
 from halfstep.engine.networks import networks_of, require_fed
 from halfstep.engine.samplers import REFUSED, SCHEDULERS, scheduler_of
 from halfstep.engine.sampling import (
@@ -141,7 +141,7 @@ def test_pictures_do_not_hang_on_the_batch_they_are_drawn_in():
     bank = bank_of()
     plan = plan_of(bank, "full full full~0+ full~1 full~out full~0")
     whole, parts = (torch.cat(list(sample_images(bank, plan, 5, seed=3, batch=n))) for n in (5, 2))
-    assert torch.allclose(whole, parts, atol=1e-5)
+    assert torch.allclose(whole, parts, atol=1e-4)
 
 
 def test_two_trajectories_in_turns_do_not_mix():
@@ -263,16 +263,6 @@ def test_a_plan_runs_or_is_refused_by_the_count_of_rows_before(rows):
 
 
 BANK = bank_of()
-
-
-@given(st.sampled_from(sorted(BANK)), st.integers(0, 9))
-def test_a_phrase_runs_as_it_is(name, length):
-    rows = phrase(BANK.entries[name].weights, name, length)
-    assert len(rows) == length and set(rows) <= {name, BANK.entries[name].weights.of}
-    if rows:
-        require_fed(BANK, plan_of(BANK, " ".join(rows)))
-    assert name not in BANK.computed or set(rows) <= {name}
-    assert length < 3 or rows[-1] == name
 
 
 # --- entries ----------------------------------------------------------------------------------------------------------

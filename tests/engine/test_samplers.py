@@ -3,9 +3,12 @@ probability flow of a Gaussian in closed form."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from dataclasses import replace
-from typing import get_args
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import diffusers
 import pytest
@@ -13,11 +16,20 @@ import torch
 from diffusers import DDPMScheduler
 
 from halfstep.core.errors import PlanError
+from halfstep.core.plan import Sampler
 from halfstep.core.process import Process
 from halfstep.core.recipe import Order, SamplerName, SampleSpec, Spacing
 from halfstep.core.solvers import EVEN, SOLVERS, SPACED
 from halfstep.engine.bank import Bank
-from halfstep.engine.samplers import Arm, arm_of, free_arms, plain_config, sampler_of, settled
+from halfstep.engine.samplers import (
+    families,
+    plain_config,
+    rehearse,
+    sampler_of,
+    scheduler_of,
+    settled,
+    with_timesteps,
+)
 from halfstep.engine.sampling import denoise, image_generators, reference_plan, start_noise
 from tiny import unet
 
@@ -71,6 +83,42 @@ BY_HAND = {
     "PNDM trailing": diffusers.PNDMScheduler(skip_prk_steps=True, timestep_spacing="trailing"),
     "DDPM": DDPMScheduler(),
 }
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A sampler and its number of steps: what a recipe says of it, what a plan says, and how many `calls` of the
+    network a trajectory takes, which are more than its steps under Heun (2n - 1) and PNDM (n + 1)."""
+
+    spec: SampleSpec
+    sampler: Sampler
+    calls: int
+
+    @property
+    def told(self) -> str:
+        """Its name and its steps: "DPM-Solver++ 3 trailing, 10 steps"."""
+        return self.sampler.told
+
+
+def arm_of(process: Process, sample: SampleSpec, own: Mapping[str, Any] | None = None) -> Arm:
+    """The arm of a recipe's sampler, rehearsed. Raises PlanError as `sampler_of` and `rehearse`."""
+    scheduler = sampler_of(process, sample, own)
+    sampler = Sampler(type(scheduler).__name__, plain_config(scheduler), sample.steps)
+    fresh = with_timesteps(scheduler_of(sampler.name, sampler.config), sample.steps)
+    rehearse(fresh)
+    return Arm(sample, sampler, len(fresh.timesteps))
+
+
+def free_arms(process: Process, steps: Sequence[int]) -> list[Arm]:
+    """Every family at each of these numbers of steps, of several arms that are one and the same there the first."""
+    found: dict[Sampler, Arm] = {}
+    for family, count in itertools.product(families(process), steps):
+        with contextlib.suppress(PlanError):
+            arm = arm_of(process, replace(family, steps=count))
+            found.setdefault(arm.sampler, arm)
+    return list(found.values())
+
+
 ARMS = {arm.sampler.short: arm for arm in free_arms(Process(), [STEPS])}
 
 

@@ -208,13 +208,6 @@ def sources_first(weights: Mapping[str, Weights]) -> list[str]:
     return sorted(weights, key=lambda name: (weights[name].of is not None) + isinstance(weights[name], Reuse))
 
 
-def phrase(weights: Weights, name: str, length: int) -> tuple[str, ...]:
-    """The entries of `length` rows that run entry `name` with these weights as far as they can: those of a reuse entry
-    begin with the rows of its source that it needs, e.g. full, full~2, full~2."""
-    first = (weights.of,) * weights.rows_before if isinstance(weights, Reuse) else ()
-    return (*first, *[name] * length)[:length]
-
-
 # --------------------------------------------------------------------------------------------------------------- entry
 
 

@@ -9,14 +9,13 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import torch
 
 from halfstep.core.errors import PlanError
-from halfstep.core.plan import Sampler
 from halfstep.core.process import Process
 from halfstep.core.recipe import Order, SamplerName, SampleSpec, Spacing
 from halfstep.core.solvers import SOLVERS, SPACED, Solver, solver_of
@@ -170,21 +169,6 @@ def _or(names: Sequence[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A sampler and its number of steps: what a recipe says of it, what a plan says, and how many `calls` of the
-    network a trajectory takes, which are more than its steps under Heun (2n - 1) and PNDM (n + 1)."""
-
-    spec: SampleSpec
-    sampler: Sampler
-    calls: int
-
-    @property
-    def told(self) -> str:
-        """Its name and its steps: "DPM-Solver++ 3 trailing, 10 steps"."""
-        return self.sampler.told
-
-
 FREE: tuple[tuple[SamplerName, tuple[Order, ...], tuple[Spacing, ...]], ...] = (
     ("ddim", (0,), ("own", "trailing")),
     ("dpmsolver++", (2, 3), ("own", "leading", "trailing", "karras", "lambdas")),
@@ -198,15 +182,6 @@ FREE: tuple[tuple[SamplerName, tuple[Order, ...], tuple[Spacing, ...]], ...] = (
 """What a user gets for a word: stock samplers, with the orders and the spacings that are worth a try."""
 
 
-def arm_of(process: Process, sample: SampleSpec, own: Mapping[str, Any] | None = None) -> Arm:
-    """The arm of a recipe's sampler, rehearsed. Raises PlanError as `sampler_of` and `rehearse`."""
-    scheduler = sampler_of(process, sample, own)
-    sampler = Sampler(type(scheduler).__name__, plain_config(scheduler), sample.steps)
-    fresh = with_timesteps(scheduler_of(sampler.name, sampler.config), sample.steps)
-    rehearse(fresh)
-    return Arm(sample, sampler, len(fresh.timesteps))
-
-
 def families(process: Process) -> list[SampleSpec]:
     """Every sampler of `FREE` with its order and spacing, but those that cannot be put on the process. A process that
     is not of betas has none: its own samplers will stand here beside these when such processes are carried."""
@@ -218,16 +193,6 @@ def families(process: Process) -> list[SampleSpec]:
                 sampler_of(process, spec)
                 found.append(spec)
     return found
-
-
-def free_arms(process: Process, steps: Sequence[int]) -> list[Arm]:
-    """Every family at each of these numbers of steps, of several arms that are one and the same there the first."""
-    found: dict[Sampler, Arm] = {}
-    for family, count in itertools.product(families(process), steps):
-        with contextlib.suppress(PlanError):
-            arm = arm_of(process, replace(family, steps=count))
-            found.setdefault(arm.sampler, arm)
-    return list(found.values())
 
 
 FEW = 4
