@@ -28,3 +28,10 @@ def test_a_condition_of_one_sample_is_repeated_inside_of_mappings_too():
     assert torch.equal(three["added_cond_kwargs"]["text_embeds"], COND["added_cond_kwargs"]["text_embeds"].expand(3, 4))
     assert three["added_cond_kwargs"]["image_embeds"][0].shape == (3, 2, 3)
     assert three["cross_attention_kwargs"] == {"scale": 0.5}
+
+
+def test_only_what_is_no_integer_takes_a_dtype():
+    moved = cond_to(
+        {"class_labels": torch.tensor([3]), "encoder_hidden_states": torch.ones(1, 2, 3)}, "cpu", torch.half
+    )
+    assert moved["class_labels"].dtype == torch.int64 and moved["encoder_hidden_states"].dtype == torch.half

@@ -27,7 +27,8 @@ from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.machine import cpu_name
 from halfstep.core.results import Cost
 from halfstep.data.latents import decode
-from halfstep.nets.denoiser import Cond, Memo, cond_of, cond_to, eager, predictor, sample_shape
+from halfstep.nets.architectures import example_of
+from halfstep.nets.denoiser import Cond, Memo, cond_to, eager, predictor, sample_shape
 from halfstep.nets.reuse import OUT, Place, Reused
 
 Layout = Literal["contiguous", "channels_last"]
@@ -46,13 +47,17 @@ class Inputs(NamedTuple):
 
 
 def example_inputs(
-    model: nn.Module, batch: int = 1, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    batch: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    tokens: int | None = None,
 ) -> Inputs:
     """What one call of a diffusers denoiser takes, read from its config.
 
     `sample` [B, in_channels, H, W], standard normal (always the same numbers; the global generators are left alone);
-    `timestep` [B] of ones; classes where the config asks for them: [B] integers, or [B, 4 * channels] for
-    class_embed_type "identity". `device` and `dtype` are the model's own where not given.
+    `timestep` [B] of ones; the condition that its family takes, a text of `tokens` tokens where it takes one
+    (`Architecture.example`). `device` and `dtype` are the model's own where not given.
     Raises ModelError where the config lacks the shape, or the model needs other inputs.
     """
     model = eager(model)
@@ -67,13 +72,8 @@ def example_inputs(
     random = torch.Generator().manual_seed(0)
     sample = torch.randn(sample_shape(config, batch), generator=random).to(device, dtype)
     timestep = torch.ones(batch, dtype=torch.long, device=device)  # not zero: Fourier embeddings take its logarithm
-    labels, kind = None, getattr(config, "class_embed_type", None)
-    if kind == "identity":
-        size = getattr(config, "time_embedding_dim", None) or 4 * config["block_out_channels"][0]
-        labels = torch.zeros(batch, size, device=device, dtype=dtype)
-    elif kind is not None or getattr(config, "num_class_embeds", None) is not None:
-        labels = torch.zeros(batch, dtype=torch.long, device=device)
-    inputs = Inputs(sample, timestep, cond_of(labels))
+    called = model.model if isinstance(model, Reused) else model
+    inputs = Inputs(sample, timestep, cond_to(example_of(called, batch, tokens), device, dtype))
     _check_inputs(model, inputs)
     return inputs
 

@@ -17,7 +17,7 @@ from halfstep.core.errors import ModelError
 from halfstep.nets import unet, uvit, wavelet
 from halfstep.nets.channels import Free
 from halfstep.nets.continuous import ContinuousUNet2DModel
-from halfstep.nets.denoiser import Cond, eager
+from halfstep.nets.denoiser import Cond, class_example, eager
 from halfstep.nets.slices import Pieces
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.nets.wavelet import SpectralUNet2DModel
@@ -79,6 +79,9 @@ class Architecture:
     `gated`: the class with the same layout that resamples by wavelets.
     `cuts`: where its deep features can be reused.
     `parts`: which of its layers stand apart.
+    `example(config, batch, tokens)`: a condition [B, ...] as its calls take it, float32 on the CPU, for prices and
+    checks; `tokens`: how long a text is, by default as the family's pipelines have it; raises ModelError for one that
+    is not known.
     `word`: what a recipe's `model.kind` calls it. `fresh`: the config for (spec, size, channels, classes, timesteps).
     """
 
@@ -90,6 +93,7 @@ class Architecture:
     gated: type[ModelMixin] | None = None
     cuts: Cuts | None = None
     parts: Parts = Parts()
+    example: Callable[[Config, int, int | None], Cond] = class_example
     word: str = ""
     fresh: Callable[..., dict[str, Any]] | None = None
 
@@ -156,6 +160,14 @@ def architecture_of(model: Any, rows: Iterable[Architecture] = ROWS) -> Architec
             return row
     names = " or ".join(row.name for row in rows)
     raise ModelError(got=f"a {type(model).__name__}", expected=names, where="the model", do="bring one of these")
+
+
+def example_of(model: Any, batch: int, tokens: int | None = None) -> Cond:
+    """A condition as the model's calls take it, see `Architecture.example`; for a model of no family one on classes,
+    as its config says."""
+    model = eager(model)
+    example = next((row.example for row in ROWS if isinstance(model, row.kind)), class_example)
+    return example(model.config, batch, tokens)
 
 
 def require(family: Architecture, ability: Ability, rows: Iterable[Architecture] = ROWS) -> Any:

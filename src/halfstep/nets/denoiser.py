@@ -54,9 +54,24 @@ def cond_of(labels: torch.Tensor | None) -> Cond:
     return {} if labels is None else {"class_labels": labels}
 
 
-def cond_to(cond: Cond, device: torch.device | str) -> Cond:
-    """The same condition on a device."""
-    return {name: _changed(value, lambda one: one.to(device)) for name, value in cond.items()}
+def class_example(config: Mapping[str, Any], batch: int, tokens: int | None = None) -> Cond:
+    """A condition on classes for `batch` samples, where the config asks for them: "class_labels", [B] integers, or what
+    the net embeds in their place, [B, size]; {} where it does not. `tokens`: of a text, which there is none of here."""
+    kind, count = config.get("class_embed_type"), config.get("num_class_embeds")
+    if kind in ("identity", "projection", "simple_projection"):
+        given = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+        size = given if kind == "identity" else config["projection_class_embeddings_input_dim"]
+        return cond_of(torch.zeros(batch, size))
+    return cond_of(None if kind is None and count is None else torch.zeros(batch, dtype=torch.long))
+
+
+def cond_to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
+    """The same condition on a device; where a dtype is given, all of it that is no integers in that."""
+
+    def moved(one: torch.Tensor) -> torch.Tensor:
+        return one.to(device, dtype if one.is_floating_point() else None)
+
+    return {name: _changed(value, moved) for name, value in cond.items()}
 
 
 def repeated(cond: Cond, count: int) -> Cond:

@@ -22,8 +22,8 @@ from halfstep.core.process import Process
 from halfstep.core.sums import require_whole
 from halfstep.core.typed import near, shown
 from halfstep.data.classes import read_classes
-from halfstep.nets.architectures import ARCHITECTURES
-from halfstep.nets.denoiser import Memo, class_count, cond_of, predictor
+from halfstep.nets.architectures import ARCHITECTURES, example_of
+from halfstep.nets.denoiser import Memo, class_count, cond_to, predictor
 from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
 MODEL_CLASSES: dict[str, type[ModelMixin]] = {name: family.kind for name, family in ARCHITECTURES.items()}
@@ -174,9 +174,11 @@ def _require_runs(model: Any, sides: Sequence[int], where: object) -> None:
     what cannot be called."""
     sample = torch.empty(1, model.config.in_channels, *sides, device="meta")
     step = torch.zeros(1, dtype=torch.long, device="meta")
-    cond = cond_of(step if model.config.num_class_embeds else None)
     try:
+        cond = cond_to(example_of(model, 1), "meta")
         found = tuple(predictor(model)(sample, step, cond, Memo()).shape[2:])
+    except ModelError:
+        raise
     except Exception as error:  # whatever torch makes of layers that do not fit together
         raise _unusable(f"a network that does not run ({error})", "layers that fit together", where) from error
     if found != tuple(sides):

@@ -22,7 +22,7 @@ from torch import nn
 
 from halfstep.core.errors import ModelError
 from halfstep.nets.architectures import Cuts, architecture_of, require
-from halfstep.nets.denoiser import Cond, Kept, Memo, Predict, cond_of, eager, predictor
+from halfstep.nets.denoiser import Cond, Kept, Memo, Predict, eager, predictor
 
 OUT: Literal["out"] = "out"
 """The cut behind the whole network: what is reused is its prediction, and nothing is computed."""
@@ -151,12 +151,9 @@ class Reused(nn.Module):
         return eager(self.model).config
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        return_dict: bool = True,
+        self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True, **cond: Any
     ) -> tuple[torch.Tensor]:
+        """`cond`: whatever keywords the model takes."""
         known = [(float(k), self.features[: len(sample)]) for k in range(self.order + 1)]
         features = forecast(known, self.order + 1.0, self.order)
-        return (shallow(self.model, sample, timestep, cond_of(class_labels), self.cut, features),)
+        return (shallow(self.model, sample, timestep, cond, self.cut, features),)
