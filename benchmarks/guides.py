@@ -316,7 +316,7 @@ def solvers_table(drawn: Drawn, process: Process, count: int, bootstrap: int, wa
     judge, rows = drawn.judge, []
     finest = Converged(
         judge.bank, converged_plan(judge.bank, process, 2 * FINE), judge.extractor, count=count, seed=FLOW,
-        batch=judge.batch, labels=judge.class_of, cache=drawn.folder,
+        batch=judge.batch, conditions=judge.conditions, cache=drawn.folder,
     )  # fmt: skip
     found = list(solvers(judge.bank, process))
     with watch.stage("solvers", len(found)) as told:
@@ -382,7 +382,7 @@ def main() -> None:
     tried = tried_plans(bank, process, args.plans)
     target = Converged(
         bank, converged_plan(bank, process), judge.extractor, count=min(args.near, args.truth), seed=GUIDES,
-        batch=batch, labels=judge.class_of, cache=work,
+        batch=batch, conditions=judge.conditions, cache=work,
     )  # fmt: skip
     drawn, bootstrap = Drawn(judge, work, target), recipe.eval.bootstrap
     truth = truths(drawn, tried, args.truth, bootstrap, watch)

@@ -19,6 +19,7 @@ from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.data.classes import listed, numbers_of, read_classes, spread
 from halfstep.data.images import Images
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan, sample_images
 from halfstep.measure.features import Extractor
 from halfstep.measure.judge import Judge
@@ -93,18 +94,22 @@ def test_a_judge_draws_the_classes_of_its_images_and_the_error_table_too():
     bank = bank_of()
     data = images([0] * 9 + [2] * 3, ("cat", "dog", "eel"))
     judge = Judge(bank, data, Extractor("pixels", 64, lambda x: x.flatten(1)), cache=None, batch=3)
-    drawn = [judge.class_of(k) for k in range(24)]
+    drawn = judge.conditions.at(0, 24)["class_labels"].tolist()
     assert [drawn.count(c) for c in range(3)] == [18, 0, 6]
     plan = pipeline_of(bank).plan
-    wanted = torch.cat(list(sample_images(bank, plan, 8, seed=4, labels=lambda k: drawn[k])))
+    wanted = torch.cat(list(sample_images(bank, plan, 8, seed=4, conditions=Conditions.of_classes(drawn))))
     np.testing.assert_allclose(judge.features(plan, 8, 4)[0], wanted.flatten(1), atol=1e-5)
     twin = Bank({"full": conditional(), "other": net(num_class_embeds=3)}, "full", "epsilon")
     plan = reference_plan(twin, DDPMScheduler().config, SampleSpec(steps=2), {"full": 2, "other": 1})
     seen = []
     space = Space.of(plan, twin.names, 1)
-    list(error_table(twin, plan, space, lambda x, y: seen.append(x) or 0.0, images=8, seed=4, labels=judge.class_of))
+    list(
+        error_table(
+            twin, plan, space, lambda x, y: seen.append(x) or 0.0, images=8, seed=4, conditions=judge.conditions
+        )
+    )
     assert torch.allclose(
-        seen[0], torch.cat(list(sample_images(twin, plan, 8, seed=4, labels=judge.class_of))), atol=1e-5
+        seen[0], torch.cat(list(sample_images(twin, plan, 8, seed=4, conditions=judge.conditions))), atol=1e-5
     )
 
 

@@ -20,6 +20,7 @@ from halfstep.core.process import BETA_SCHEDULERS
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.sums import write_sums
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions
 from halfstep.engine.samplers import REFUSED, SCHEDULERS
 from halfstep.engine.sampling import (
     StepAwarePipeline,
@@ -304,7 +305,7 @@ def test_class_labels_reach_every_call_of_every_entry():
     for t, name in zip(scheduler.timesteps, plan.entries, strict=True):
         x = scheduler.step(bank[name](x, t, class_labels=torch.tensor([2, 0, 3])).sample, t, x).prev_sample
     assert torch.equal(mine, (x / 2 + 0.5).clamp(0, 1))
-    images = torch.cat(list(sample_images(bank, plan, 5, seed=2, labels=lambda k: 3 - k % 2)))
+    images = torch.cat(list(sample_images(bank, plan, 5, seed=2, conditions=Conditions.of_classes([3, 2]))))
     theirs = pipeline(bank, plan)(5, class_labels=[3, 2, 3, 2, 3], seed=2, output_type="pt").images
     assert torch.equal(images / 2 + 0.5, theirs)
 

@@ -20,6 +20,7 @@ from halfstep.core.plan import Sampler
 from halfstep.core.process import BETA_SCHEDULERS, Process
 from halfstep.core.results import Fidelity
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions
 from halfstep.engine.samplers import REFUSED, plain_config
 from halfstep.engine.sampling import image_generators, plan_for, sample_images, start_noise
 from halfstep.measure.features import Extractor
@@ -189,7 +190,7 @@ def test_what_is_kept_is_known_by_content_and_drawn_again_where_it_is_damaged(ba
 
 def test_classes_are_part_of_what_a_picture_is():
     bank = bank_of(num_class_embeds=3)
-    in_turn, one = converged(bank), converged(bank, labels=lambda k: 1)
+    in_turn, one = converged(bank), converged(bank, conditions=Conditions.of_classes([1]))
     assert in_turn.target != one.target and not np.allclose(in_turn.pictures, one.pictures)
     assert np.allclose(in_turn.pictures[[1, 4]], one.pictures[[1, 4]], atol=1e-5)
     assert one.distance(one.plan).mse.value == 0

@@ -216,7 +216,7 @@ def test_a_table_of_the_measure_of_before_is_measured_again_and_a_cut_search_kee
         yield 1, 1, ErrorTable.from_json(record)
 
     monkeypatch.setattr(driver, "error_table", measure)
-    judge.moved = judge.class_of = None
+    judge.moved = judge.conditions = None
     search_plan(open_scores(judge, tmp_path), PLAN, recipe(), tmp_path, budget=0.5)
     assert not told
     (tmp_path / "errors.json").write_text(json.dumps(old))

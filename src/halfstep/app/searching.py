@@ -22,7 +22,6 @@ from halfstep.core.results import FreeArm, FreeRecord
 from halfstep.core.seeds import STAGES, Stage, stage_seed
 from halfstep.core.watch import Watch
 from halfstep.data.arrays import save_arrays
-from halfstep.data.classes import in_turn
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device, side_by_side
@@ -147,7 +146,7 @@ class Ground:
                 count=first * ROUNDS,
                 seed=stage_seed(self.recipe.seed, Stage.TABLE),
                 batch=first,
-                labels=judge.class_of,
+                conditions=judge.conditions,
                 cache=self.out / "state",
             )
             told(1, f"{first * ROUNDS} pictures by {plan.sampler.told}")
@@ -388,6 +387,6 @@ def converged_data(subject: Subject, out: Path, watch: Watch) -> str:
                 told(sum(map(len, parts)))
         arrays = {"images": np.concatenate(parts).transpose(0, 2, 3, 1)}
         if classes := class_count(bank.config):
-            arrays["labels"] = np.array([in_turn(range(classes), k) for k in range(count)])
+            arrays["labels"] = np.arange(count) % classes  # as they are drawn: in turn
         disk.write_atomic(file, lambda path: save_arrays(path, arrays))
     return f"npz:{file}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,10 @@ from halfstep.core.results import Comparison, Cost
 from halfstep.core.seeds import Stage, own_random, seeded, stage_seed
 from halfstep.core.sums import write_sums
 from halfstep.core.watch import SILENT, Watch
-from halfstep.data.classes import in_turn, listed, numbers_of, write_classes
+from halfstep.data.classes import listed, numbers_of, write_classes
 from halfstep.data.pictures import picture, picture_grid, to_uint8
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
 from halfstep.engine.reading import about_bank
 from halfstep.engine.sampling import StepAwarePipeline, fewer_steps, sample_images
@@ -455,8 +455,8 @@ def sample(
     begun, done = time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:
-        labels = partial(in_turn, asked)
-        for images in sample_images(bank, plan, count, seed=recipe.seed, batch=recipe.sample.batch, labels=labels):
+        wanted = Conditions.of_classes(asked) if asked else None
+        for images in sample_images(bank, plan, count, seed=recipe.seed, batch=recipe.sample.batch, conditions=wanted):
             pixels = to_uint8(images)
             shown.append(pixels[: max(0, 64 - done)])
             for i, one in enumerate(pixels):

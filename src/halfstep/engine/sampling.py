@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from halfstep.core.plan import Price, Row, Sampler, StepPlan
 from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.sums import require_whole, write_sums
-from halfstep.data.classes import in_turn, numbers_of, read_classes, write_classes
+from halfstep.data.classes import numbers_of, read_classes, write_classes
 from halfstep.data.latents import decode
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions, cond_for
 from halfstep.engine.networks import Networks, networks_of, require_fed
 from halfstep.engine.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
 from halfstep.nets.denoiser import (
@@ -38,10 +38,6 @@ from halfstep.nets.denoiser import (
 )
 from halfstep.nets.models import load_vae
 from halfstep.nets.weights import require_safetensors
-
-Labels = Callable[[int], int]
-"""The number of an image -> its class"""
-
 
 Prices = Mapping[str, Price | int]
 """Of one call of each entry, per image; a number alone is its MACs."""
@@ -239,29 +235,18 @@ def sample_images(
     *,
     seed: int,
     batch: int = 256,
-    labels: Labels | None = None,
+    conditions: Conditions | None = None,
     first: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Images first … first + count - 1 of a seed, as batches in [-1, 1] (clamped), decoded where they are latents.
 
-    `labels`: image number -> class, for class-conditional models (default: the classes in turn).
+    `conditions`: which image is drawn under what (default: the classes in turn).
     """
     for begin in range(first, first + count, batch):
         n = min(batch, first + count - begin)
         generators = image_generators(seed, begin, n)
         noise = start_noise(bank, generators)
-        yield to_images(bank, denoise(bank, plan, noise, generators, cond_for(bank, begin, n, labels)))
-
-
-def cond_for(bank: Bank, first: int, count: int, labels: Labels | None = None) -> Cond:
-    """The condition of images first … first + count - 1: their classes in turn, unless `labels` says which image has
-    which; {} for an unconditional bank."""
-    classes = class_count(bank.config)
-    if not classes:
-        return {}
-    choose = labels or partial(in_turn, range(classes))
-    numbers = torch.tensor([choose(k) for k in range(first, first + count)], device=bank.device)
-    return cond_of(numbers)
+        yield to_images(bank, denoise(bank, plan, noise, generators, cond_for(bank, begin, n, conditions)))
 
 
 def to_images(bank: Bank, sample: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,10 @@ from halfstep.core.recipe import SampleSpec
 from halfstep.core.results import Fidelity, Interval
 from halfstep.data.arrays import open_array, open_cached, write_cached
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions, cond_for
 from halfstep.engine.samplers import LEAST_SIGNAL, scheduler_of, step_options, with_timesteps
 from halfstep.engine.sampling import (
-    Labels,
     Prices,
-    cond_for,
     denoise,
     image_generators,
     reference_plan,
@@ -213,7 +212,7 @@ class Converged:
     """The converged pictures of images 0 … count - 1 of a seed, drawn once, and how far plans are from them.
 
     `plan`: a fine, deterministic one (`converged_plan`). `extractor`: None leaves features out. `batch`: images per
-    call. `labels`: image number -> class, as of `sample_images`. `cache`: a folder (of a run: state/) in which the
+    call. `conditions`: as of `sample_images`. `cache`: a folder (of a run: state/) in which the
     pictures are kept, by the content of all that they hang on; a file there that is cut or changed is drawn again.
     Raises PlanError for a plan whose sampler draws noise, DataError for a count below 1.
     """
@@ -227,7 +226,7 @@ class Converged:
         count: int,
         seed: int,
         batch: int = 256,
-        labels: Labels | None = None,
+        conditions: Conditions | None = None,
         cache: Path | None = None,
     ):
         if stochastic(plan.sampler):
@@ -235,7 +234,7 @@ class Converged:
         if count < 1:
             raise DataError(got=f"{count} images", expected="at least one", where="fidelity", do="take some dozens")
         self.bank, self.plan, self.extractor = bank, plan, extractor
-        self.count, self.seed, self.batch, self.labels = count, seed, batch, labels
+        self.count, self.seed, self.batch, self.conditions = count, seed, batch, conditions
         self.target = self._content()
         self.pictures = self._kept(cache)
         """float32 [count, C, H, W] in [-1, 1], in the machine's memory or on its disk."""
@@ -277,7 +276,7 @@ class Converged:
         rows = slice(begin, min(begin + self.batch, count))
         generators = image_generators(self.seed, begin, rows.stop - begin)
         noise = start_noise(self.bank, generators)
-        cond = cond_for(self.bank, begin, len(generators), self.labels)
+        cond = cond_for(self.bank, begin, len(generators), self.conditions)
         total: list[np.ndarray] = []
         for _ in range(draws):  # the generators go on: each way's noise is fresh, and image k's hangs on k alone
             found = to_images(self.bank, denoise(self.bank, plan, noise, generators, cond))
@@ -298,12 +297,12 @@ class Converged:
     def _content(self) -> str:
         """16 hex digits of what decides the converged pictures, but for their number and rounding."""
         weights = [self.bank.fingerprint(name) for name in sorted(self.plan.nets)]
-        cond = cond_for(self.bank, 0, self.count, self.labels)
+        cond = cond_for(self.bank, 0, self.count, self.conditions)
         return fingerprint(self.plan.digest, weights, self.seed, str(self.bank.dtype), cond, self.bank.vae)
 
     def _drawn(self) -> Iterator[np.ndarray]:
         bank, plan, seed, batch = self.bank, self.plan, self.seed, self.batch
-        for images in sample_images(bank, plan, self.count, seed=seed, batch=batch, labels=self.labels):
+        for images in sample_images(bank, plan, self.count, seed=seed, batch=batch, conditions=self.conditions):
             yield images.float().cpu().numpy()
 
     def _kept(self, cache: Path | None) -> np.ndarray:

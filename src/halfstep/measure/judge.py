@@ -17,13 +17,13 @@ from halfstep.core.recipe import Recipe
 from halfstep.core.results import About, Comparison, Difference, Floor, PlanRow, Quality, Verdict
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT, Watch
-from halfstep.data.classes import in_turn, spread
 from halfstep.data.images import Images
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import cond_for, mix_of
 from halfstep.engine.device import side_by_side
 from halfstep.engine.profiling import TIMED_BATCH, interleave
-from halfstep.engine.sampling import Labels, cond_for, denoise, image_generators, sample_images, start_noise, to_images
+from halfstep.engine.sampling import denoise, image_generators, sample_images, start_noise, to_images
 from halfstep.measure import sanity
 from halfstep.measure.features import Extractor, load_features, raw_pixels
 from halfstep.measure.quality import (
@@ -37,23 +37,20 @@ from halfstep.measure.quality import (
     frechet_distance,
     reference_stats,
 )
-from halfstep.nets.denoiser import class_count
 from halfstep.nets.fit import fit
 
 
 class Judge:
     """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
 
-    `class_of`: the class of generated image k, by k alone, in the data's mix of classes; None without classes. A judge
-    can be pickled, for a pool of processes: each has a bank of its own then.
+    `conditions`: of generated images, in the data's mix of classes; None without any. A judge can be pickled, for a
+    pool of processes: each has a bank of its own then.
     """
 
     def __init__(self, bank: Bank, images: Images, extractor: Extractor, *, cache: Path | None, batch: int):
         images = fit(bank.config, images, bank.vae, bank.classes).images
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
-        self.class_of: Labels | None = None
-        if class_count(bank.config) and images.labels is not None:
-            self.class_of = partial(in_turn, spread(images.labels))
+        self.conditions = mix_of(images.labels, bank.config)
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
         self._floors: dict[int, Floor] = {}
 
@@ -87,7 +84,9 @@ class Judge:
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Of the batch that begins at image `begin`: its features, and as uint8 those of the first `keep` images."""
         size = min(self.batch, count - begin)
-        [images] = sample_images(self.bank, plan, size, seed=seed, batch=self.batch, labels=self.class_of, first=begin)
+        [images] = sample_images(
+            self.bank, plan, size, seed=seed, batch=self.batch, conditions=self.conditions, first=begin
+        )
         pictures = to_uint8(images[: keep - begin].cpu()) if begin < keep else None
         return extract(self.extractor, [images]), pictures
 
@@ -149,7 +148,7 @@ class Judge:
         return interleave(calls, repeats=repeats, warmup=1)
 
     def _trajectory(self, plan: StepPlan, batch: int) -> Callable[[], torch.Tensor]:
-        cond = cond_for(self.bank, 0, batch, self.class_of)
+        cond = cond_for(self.bank, 0, batch, self.conditions)
 
         def call() -> torch.Tensor:
             generators = image_generators(0, 0, batch)

@@ -74,6 +74,11 @@ def cond_to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = 
     return {name: _changed(value, moved) for name, value in cond.items()}
 
 
+def picked(cond: Cond, rows: torch.Tensor) -> Cond:
+    """The condition of these samples, int64 [N], of those that it holds."""
+    return {name: _changed(value, lambda one: one[rows.to(one.device)]) for name, value in cond.items()}
+
+
 def repeated(cond: Cond, count: int) -> Cond:
     """The condition of one sample, each tensor [1, ...], for `count` of them."""
     return {name: _changed(value, lambda one: one.expand(count, *one.shape[1:])) for name, value in cond.items()}

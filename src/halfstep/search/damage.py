@@ -21,10 +21,9 @@ from halfstep.core.errors import RunError
 from halfstep.core.plan import StepPlan
 from halfstep.core.typed import build
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions, cond_for
 from halfstep.engine.sampling import (
-    Labels,
     build_scheduler,
-    cond_for,
     image_generators,
     last,
     start_noise,
@@ -123,12 +122,12 @@ def error_table(
     images: int,
     seed: int,
     batch: int = 256,
-    labels: Labels | None = None,
+    conditions: Conditions | None = None,
 ) -> Iterator[tuple[int, int, ErrorTable | None]]:
     """Measure the table on `images` trajectories of the plan's own sampler; yields (done, total, None), then the table.
 
     Each gene is swapped alone: the reference runs up to it, the entry inside it, the reference after it.
-    `labels`: as in `sample_images`.
+    `conditions`: as in `sample_images`.
     """
     swaps = [(k, e) for k in range(len(space.rows)) for e in range(len(space.entries)) if e != space.reference]
     starts = np.cumsum([0, *space.rows])
@@ -137,7 +136,7 @@ def error_table(
     finals: dict[tuple[int, int], list[torch.Tensor]] = {swap: [] for swap in [*swaps, (0, space.reference)]}
     for first in range(0, images, batch):
         n = min(batch, images - first)
-        walk = _ReferenceWalk(bank, plan, space, seed, first, n, labels)
+        walk = _ReferenceWalk(bank, plan, space, seed, first, n, conditions)
         local += walk.local * n / images
         finals[0, space.reference].append(walk.final)
         for k, e in swaps:
@@ -157,10 +156,12 @@ def error_table(
 class _ReferenceWalk:
     """One batch of reference trajectories, with what is needed to leave them at the start of any gene."""
 
-    def __init__(self, bank: Bank, plan: StepPlan, space: Space, seed: int, first: int, n: int, labels: Labels | None):
+    def __init__(
+        self, bank: Bank, plan: StepPlan, space: Space, seed: int, first: int, n: int, conditions: Conditions | None
+    ):
         self.bank, self.seed, self.first = bank, seed, first
         self.generators = image_generators(seed, first, n)
-        self.cond = cond_for(bank, first, n, labels)
+        self.cond = cond_for(bank, first, n, conditions)
         self.saved: dict[int, tuple[torch.Tensor, Any, list[torch.Tensor]]] = {}
         self.local = np.zeros((len(plan.rows), len(space.entries)))
         starts = {int(s) for s in np.cumsum([0, *space.rows[:-1]])}

@@ -112,7 +112,7 @@ def measured_table(
         images=recipe.search.error_images,
         seed=stage_seed(recipe.seed, Stage.TABLE),
         batch=judge.batch,
-        labels=judge.class_of,
+        conditions=judge.conditions,
     )
     found = None
     with watch.stage("error table", 1) as told:

@@ -421,7 +421,14 @@ def table_of(book: ScoreBook, arm: Arm, space: Space, recipe: Recipe) -> ErrorTa
     if file.is_file():
         return ErrorTable.load(file)
     steps = error_table(
-        judge.bank, arm.base, space, judge.moved, images=count, seed=seed, batch=judge.batch, labels=judge.class_of
+        judge.bank,
+        arm.base,
+        space,
+        judge.moved,
+        images=count,
+        seed=seed,
+        batch=judge.batch,
+        conditions=judge.conditions,
     )
     *_, (_, _, found) = steps
     assert found is not None
