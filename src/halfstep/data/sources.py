@@ -65,7 +65,7 @@ def reading(where: object, expected: str) -> Iterator[None]:
         raise bad(where, f"what cannot be read ({reason})", expected, "repair or replace it") from error
 
 
-def _names(root: Path) -> list[PurePosixPath]:
+def names_below(root: Path) -> list[PurePosixPath]:
     """Every file below a folder, relative and sorted; a system's folders by their own name, without looking inside.
 
     Runs of ours are no data, so that `--out` may lie inside. Links are followed; a loop, a closed folder and what is no
@@ -113,7 +113,7 @@ def file_stats(scheme: str, place: str) -> list:
             if scheme in schemes and not right():
                 got = f"no {kind}" if path.exists() else "nothing there"
                 raise bad(path, got, f"a {kind} for {scheme}:", "check the path")
-        names = [""] if path.is_file() else [str(name) for name in _names(path) if not is_system(name.name)]
+        names = [""] if path.is_file() else [str(name) for name in names_below(path) if not is_system(name.name)]
         stats = [(name, (path / name).stat()) for name in names]
         return [str(path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
 
@@ -282,7 +282,7 @@ def _fashion(place: str, split: str) -> Source:
 def _folder(place: str, split: str) -> Source:
     """Image files at any depth; folders by the names of splits are splits; the first sub-folder is the class."""
     root = Path(place).expanduser()
-    names = _names(root)
+    names = names_below(root)
     pictures, left_out = sift(names, root)
     found = arrange([names[i] for i in pictures], split, root)
     files = [(str(root / names[pictures[i]]), root / names[pictures[i]]) for i in found.chosen]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ def read_table(place: str, split: str) -> Source:
     where = f"hub:{place}"
     local = Path(place).expanduser()
     inside = local.exists()
-    with reading(where, "a dataset"), _quiet(place, hub=not inside):
-        splits = datasets.load_dataset(str(local) if inside else place)
+    splits = _tables(place)
     table = _split(splits, split, where)
     column = _picture_column(table, where)
     typed = isinstance(table.features[column], datasets.Image)
@@ -46,6 +45,27 @@ def read_table(place: str, split: str) -> Source:
         classes=classes,
         left_out=(printable(f"{len(rest)} column{'s' * (len(rest) > 1)} ({', '.join(rest)})", 120),) if rest else (),
     )
+
+
+def read_texts(place: str, split: str, columns: Sequence[str]) -> list[Any]:
+    """The column of a table that has one of these names, row by row, as `read_table` has them. Raises: DataError."""
+    where = f"hub:{place}"
+    table = _split(_tables(place), split, where)
+    found = [name for name in columns if name in table.column_names]
+    if len(found) != 1:
+        got = f"columns {', '.join(map(printable, table.column_names))}"
+        raise bad(where, got, f"one of {', '.join(columns)}", "name the captions' column")
+    return list(table[found[0]])
+
+
+def _tables(place: str) -> Mapping[str, Any]:
+    """The splits of a dataset by name."""
+    import datasets
+
+    local = Path(place).expanduser()
+    inside = local.exists()
+    with reading(f"hub:{place}", "a dataset"), _quiet(place, hub=not inside):
+        return datasets.load_dataset(str(local) if inside else place)
 
 
 @contextmanager

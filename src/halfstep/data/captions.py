@@ -1,0 +1,207 @@
+"""Captions and prompts: what pictures show in words, one text for every image, read and checked as images are.
+
+    folder:DIR      metadata.jsonl (file_name, text), the imagefolder convention, or a .txt beside each picture
+    hub:NAME        a column of texts
+    prompts:FILE    one prompt a line (.txt), or JSON lines with a text and, where wanted, its class (.jsonl)
+
+Texts are refused rather than repaired: missing for some pictures, empty, of several lines, named twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from halfstep.core.disk import MAX_RECORDS, parse_json, read_bytes
+from halfstep.core.errors import DataError
+from halfstep.core.typed import near, shown
+from halfstep.data.layout import arrange, sift
+from halfstep.data.sources import bad, names_below
+from halfstep.data.tables import read_texts
+
+METADATA = "metadata.jsonl"
+COLUMNS = ("text", "caption", "prompt")
+"""Under which names the ecosystem keeps captions."""
+MAX_LETTERS = 10_000
+SCHEMES = ("folder", "hub", "prompts")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Captions:
+    """A text for every image, of image k by k alone.
+
+    texts: the different ones, in the order in which they first come.  order: int64 [N], image k has
+    texts[order[k % N]].  labels: int64 [N], the class number of each, where the file tells it.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    order: np.ndarray
+    labels: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, every: Iterable[str], name: str) -> Captions:
+        """Those of images 0, 1, …; raises DataError for one that is no text, and for none at all."""
+        found: dict[str, int] = {}
+        order = [found.setdefault(text_of(one, f"{name}: image {k}"), len(found)) for k, one in enumerate(every)]
+        if not order:
+            raise bad(name, "no captions", "at least one", "give another file")
+        return cls(name=name, texts=tuple(found), order=np.array(order, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, k: int) -> str:
+        """The caption of image k; after the last one they begin again."""
+        return self.texts[self.order[k % len(self.order)]]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of texts, order and labels."""
+        labels = None if self.labels is None else self.labels.tolist()
+        content = json.dumps([self.texts, self.order.tolist(), labels])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def mixed(self, seed: int = 0) -> Captions:
+        """The same in an order drawn by `seed`, so that every beginning has the mix of the whole, up to chance: files
+        are often sorted by class. Pictures that are compared with the data have this order."""
+        drawn = np.random.default_rng(seed).permutation(len(self))
+        return replace(self, order=self.order[drawn], labels=None if self.labels is None else self.labels[drawn])
+
+
+def read_captions(source: str, *, split: str = "train", column: str | None = None) -> Captions:
+    """The captions of a source of images, of image k of `load_images(source, split=split)`, or prompts of a file.
+
+    source: `folder:DIR`, `hub:NAME` or `prompts:FILE`.  column: the column of a table or field of JSON lines that holds
+    the text; None: the one of `COLUMNS` that is there. Raises: DataError.
+    """
+    scheme, _, place = source.partition(":")
+    if scheme not in SCHEMES or not place:
+        meant = near(scheme, SCHEMES)
+        expected = "one of " + ", ".join(f"{name}:…" for name in SCHEMES)
+        do = f"did you mean {meant}:…?" if meant else "put the pictures into a folder with a metadata.jsonl"
+        raise bad("captions", f"source {source!r}", expected, do)
+    if scheme == "prompts":
+        return _prompts(Path(place).expanduser(), column, source)
+    if scheme == "hub":
+        return Captions.of(read_texts(place, split, (column,) if column else COLUMNS), source)
+    return _of_folder(Path(place).expanduser(), split, column, source)
+
+
+def text_of(value: Any, where: object) -> str:
+    """One caption without the spaces around it. Raises DataError unless it is one line of text."""
+    if not isinstance(value, str):
+        raise bad(where, shown(value), "a text", "write the caption as a text")
+    text = value.strip()
+    if not text or len(text.splitlines()) > 1 or len(text) > MAX_LETTERS:
+        got = "an empty caption" if not text else f"{len(text.splitlines())} lines of {len(text)} letters"
+        raise bad(where, got, f"one line of at most {MAX_LETTERS:,} letters", "write what the picture shows in a line")
+    return text
+
+
+# ---- files of prompts ----------------------------------------------------------------------------------------------
+
+
+def _prompts(file: Path, column: str | None, name: str) -> Captions:
+    """One prompt a line, or JSON lines, told apart by the file's suffix."""
+    suffix = file.suffix.lower()
+    if suffix not in (".txt", ".jsonl"):
+        raise bad(file, f"a {suffix or 'nameless'} file", "prompts in .txt or .jsonl", "write one prompt a line")
+    lines = _lines(file, "prompts, one a line")
+    if suffix == ".txt":
+        return Captions.of((text_of(line, f"{file}: line {n}") for n, line in enumerate(lines, start=1)), name)
+    records = [_record(line, f"{file}: line {n}") for n, line in enumerate(lines, start=1)]
+    texts = [_field(one, column, f"{file}: line {n}") for n, one in enumerate(records, start=1)]
+    labels = [one.get("label") for one in records]
+    told = sum(label is not None for label in labels)
+    if told and not all(type(label) is int and 0 <= label < 1 << 16 for label in labels):
+        line = next(n for n, label in enumerate(labels, start=1) if type(label) is not int or not 0 <= label < 1 << 16)
+        expected = "a class number in every line, or in none"
+        raise bad(f"{file}: line {line}", f"label {shown(labels[line - 1])}", expected, "mend that line")
+    found = Captions.of(texts, name)
+    return replace(found, labels=np.array(labels, dtype=np.int64)) if told else found
+
+
+def _lines(file: Path, what: str) -> list[str]:
+    """The lines of a text file in UTF-8. Raises DataError for a file without any."""
+    content = read_bytes(file, MAX_RECORDS, what=what, do="check the path", error=DataError)
+    try:
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise bad(
+            file, f"bytes that are no UTF-8 ({error.reason} at {error.start})", what, "save it as UTF-8"
+        ) from error
+    if lines == [""]:
+        raise bad(file, "an empty file", what, "write at least one")
+    return lines
+
+
+def _record(line: str, where: str) -> dict:
+    return parse_json(line.encode(), where=where, what="a JSON object", do="mend that line", error=DataError)
+
+
+def _field(record: Mapping[str, Any], column: str | None, where: str) -> str:
+    """The text of a record, in the field of this name or in the one of `COLUMNS` that it has."""
+    known = (column,) if column else COLUMNS
+    found = [name for name in known if name in record]
+    if len(found) != 1:
+        got = f"fields {', '.join(map(str, record)) or 'none'}"
+        raise bad(where, got, f"one of {', '.join(known)}", "name the text's field so")
+    return text_of(record[found[0]], where)
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+def _of_folder(root: Path, split: str, column: str | None, name: str) -> Captions:
+    """From every metadata.jsonl below a folder, or else from the .txt of the same name beside each picture."""
+    names = names_below(root)
+    pictures, _ = sift(names, root)
+    chosen = [names[pictures[i]] for i in arrange([names[i] for i in pictures], split, root).chosen]
+    tables = [one for one in names if one.name == METADATA]
+    if tables:
+        told = _told_by(root, tables, column, set(names))
+        how = f"a line in {METADATA}"
+    else:
+        beside = {one.with_suffix("") for one in names if one.suffix == ".txt"}
+        told = {one: _beside(root, one) for one in chosen if one.with_suffix("") in beside}
+        how = f"a .txt of its name, or a {METADATA}"
+    without = [one for one in chosen if one not in told]
+    if without:
+        some = f"{len(without)} of {len(chosen)} pictures without a caption, the first {without[0]}"
+        got = some if told else "pictures without captions"
+        raise bad(root, got, f"for every picture {how}", "write the missing ones, or remove these pictures")
+    return Captions.of((told[one] for one in chosen), name)
+
+
+def _beside(root: Path, picture: PurePosixPath) -> str:
+    file = root / picture.with_suffix(".txt")
+    lines = _lines(file, "a caption")
+    return text_of("\n".join(lines), file)
+
+
+def _told_by(
+    root: Path, tables: list[PurePosixPath], column: str | None, there: set[PurePosixPath]
+) -> dict[PurePosixPath, str]:
+    """The caption of each picture that these tables name, by its path below `root`."""
+    told: dict[PurePosixPath, str] = {}
+    for table in tables:
+        for number, line in enumerate(_lines(root / table, "lines of JSON"), start=1):
+            where = f"{root / table}: line {number}"
+            record = _record(line, where)
+            given = record.get("file_name")
+            picture = table.parent / given if isinstance(given, str) else None
+            if picture is None or picture not in there:
+                raise bad(
+                    where, f"file_name {shown(given)}", "a picture that lies beside or below it", "mend that line"
+                )
+            if picture in told:
+                raise bad(where, f"{given} for the second time", "one line for each picture", "remove one of them")
+            told[picture] = _field(record, column, where)
+    return told
