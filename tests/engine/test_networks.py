@@ -137,6 +137,68 @@ def test_a_guide_leaves_features_and_takes_them():
     assert torch.allclose(drawn(bank, plan), wanted, atol=1e-4)
 
 
+GUIDED = {  # rows, and what guides each: an entry under the null condition, or - for none
+    "one net": ("full full full slim", "full full - full"),
+    "reuse of both branches, in one call": ("full full~0 full full~0+", "full full~0 full full~0+"),
+    "a branch that skips rows": ("full full~0 full~1 full full~0", "full - full~1 full full~0"),
+    "features of other timesteps": ("full full full~0+ full full~0", "full - full~0 - full~0"),
+    "a cheaper guide": ("full full~0 full full~0 slim", "slim slim slim~1 full slim~1"),
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+@torch.no_grad()
+def test_guides_run_under_the_null_condition_with_features_of_their_own(name):
+    """Oracle: the straight loop, both branches apart: null + w (own - null), arXiv 2207.12598, equation 6."""
+    null, labels = {"class_labels": torch.tensor([3])}, torch.tensor([1, 2])
+    bank = bank_of(num_class_embeds=4).with_null(null)
+    plan = plan_of(bank, GUIDED[name][0])
+    plan = plan.with_guides([None if one == "-" else Guide(one, 2.5) for one in GUIDED[name][1].split()])
+    generators = image_generators(0, 0, 2)
+    noise = start_noise(bank, generators)
+    scheduler = build_scheduler(plan)
+    sample, kept = noise * scheduler.init_noise_sigma, ({}, {})
+
+    def called(name, branch, inputs, t):
+        cond = {"class_labels": torch.tensor([3, 3]) if branch else labels}
+        link = bank.entries[name].weights
+        if not isinstance(link, Reuse):
+            found, features = tapped(bank[name], inputs, t, cond, [0, 1])
+            for cut, one in features.items():
+                kept[branch][name, cut] = {**kept[branch].get((name, cut), {}), float(t): one}
+            return found
+        known = sorted(kept[branch][link.of, link.cut].items(), reverse=True)
+        return shallow(bank[link.of], inputs, t, cond, link.cut, forecast(known, float(t), link.order))
+
+    for row, t in zip(plan.rows, scheduler.timesteps, strict=True):
+        found = called(row.entry, 0, sample, t)
+        if row.guide:
+            other = called(row.guide.entry, 1, sample, t)
+            found = other + 2.5 * (found - other)
+        sample = scheduler.step(found, t, sample, return_dict=False)[0]
+    assert torch.allclose(denoise(bank, plan, noise, generators, {"class_labels": labels}), sample, atol=1e-4)
+
+
+def test_a_guide_takes_no_features_of_own_calls_where_it_has_a_condition_of_its_own():
+    bank = bank_of(num_class_embeds=4).with_null({"class_labels": torch.tensor([3])})
+    plan = plan_of(bank, "full full full").with_guides([None, Guide("full~0", 2.0), None])
+    with pytest.raises(PlanError, match="full~0"):
+        require_fed(bank, plan)
+
+
+def test_the_null_condition_is_stored_with_the_bank(tmp_path):
+    null = {"encoder_hidden_states": torch.randn(1, 3, 4), "added_cond_kwargs": {"time_ids": torch.ones(1, 6)}}
+    bank = bank_of().with_null(null)
+    bank.save_pretrained(tmp_path / "bank")
+    found = Bank.from_pretrained(tmp_path / "bank", checked=True).null
+    assert torch.equal(found["encoder_hidden_states"], null["encoder_hidden_states"])
+    assert torch.equal(found["added_cond_kwargs"]["time_ids"], torch.ones(1, 6))
+    assert bank.fingerprint("full") != bank.with_null(None).fingerprint("full")
+    (tmp_path / "bank" / "null.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match="null"):
+        Bank.from_pretrained(tmp_path / "bank", checked=True)
+
+
 def test_pictures_do_not_hang_on_the_batch_they_are_drawn_in():
     bank = bank_of()
     plan = plan_of(bank, "full full full~0+ full~1 full~out full~0")
@@ -172,21 +234,16 @@ def test_no_scheduler_writes_into_what_is_kept(kind):
 # --- who leaves what --------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_without_reuse_makes_one_network_for_each_entry_and_no_more():
-    bank = bank_of()
-    networks = networks_of(bank, plan_of(bank, "full slim full slim"))
-    assert all(one is networks[0] for one in networks) and set(networks[0]) == {"full", "slim"}
-
-
 def test_only_rows_whose_features_are_wanted_leave_any():
     bank = bank_of()
     plan = plan_of(bank, "full full full full~0+ slim full full~1 full full")
     sample, t, left = torch.randn(1, 1, 8, 8), torch.tensor(500), []
-    for one in networks_of(bank, plan):
-        memo: Memo = {}
-        one["full"](sample, t, {}, memo)
-        left.append([cut for _, cut in memo])
-    assert left == [[], ["0"], ["0"], [], [], ["1"], [], [], []]
+    for one, row in zip(networks_of(bank, plan), plan.rows, strict=True):
+        if row.entry == "full":
+            memo: Memo = {}
+            one(sample, t, {}, memo)
+            left.append([cut for _, cut in memo])
+    assert left == [[], ["0"], ["0"], ["1"], [], []]
 
 
 @torch.no_grad()
@@ -199,7 +256,7 @@ def test_of_two_rows_at_one_timestep_the_newer_leaves_the_features():
     memo: Memo = {}
     left = []
     for i in range(3):
-        networks[i]["full"](sample + i, torch.tensor(plan.rows[i].timestep), {}, memo)
+        networks[i](sample + i, torch.tensor(plan.rows[i].timestep), {}, memo)
         left.append([time for time, _ in memo.get(("full", "0"), ())])
     times = [row.timestep for row in plan.rows]
     assert left == [[times[0]], [times[0]], [times[0], times[2]]]  # row 1 is not asked for its features

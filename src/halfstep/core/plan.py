@@ -61,10 +61,12 @@ NONE = Correction()
 
 
 class Guide(NamedTuple):
-    """Another, worse entry that a prediction is led away from: guide + weight * (own - guide), under the same
-    conditions. A finite weight: 1 is unguided, more leads away from the guide.
+    """Another prediction that a row's is led away from: guide + weight * (own - guide). A finite weight: 1 is unguided,
+    more leads away from the guide.
 
-    Autoguidance (arXiv 2406.02507): D_w = w D_1 + (1 - w) D_0.
+    Where the bank has a null condition, the entry runs under it: classifier-free guidance (arXiv 2207.12598), of the
+    row's own entry or of a cheaper one. Where it has none, a worse entry runs under the row's own condition:
+    autoguidance (arXiv 2406.02507), D_w = w D_1 + (1 - w) D_0.
     """
 
     entry: Name

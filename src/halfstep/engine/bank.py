@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
+from safetensors.torch import save_file
 
 from halfstep.core.disk import read_record, write_atomic
 from halfstep.core.errors import ModelError
@@ -31,13 +32,14 @@ from halfstep.engine.profiling import (
     reused_macs,
 )
 from halfstep.nets.content import fingerprint
-from halfstep.nets.denoiser import Memo, class_count, eager, predictor
+from halfstep.nets.denoiser import Cond, Memo, class_count, eager, flattened, nested, predictor
 from halfstep.nets.reuse import Order, Place, Reused, require_cut
-from halfstep.nets.weights import require_safetensors
+from halfstep.nets.weights import open_weights, require_finite, require_safetensors
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
 """What an entry may be called: it becomes a folder's name, on any file system."""
 MAX_ENTRIES = 256
+NULL_FILE = "null.safetensors"
 
 
 class Bank(torch.nn.Module):
@@ -45,7 +47,9 @@ class Bank(torch.nn.Module):
 
     `entries`: name -> `Entry`, or a diffusers model with weights of its own. `prediction_type`: what all of them
     predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their samples, where they work on latents;
-    `classes`: the names of their classes by number, where they are known (the pipeline stores both).
+    `classes`: the names of their classes by number, where they are known (the pipeline stores both). `null`: the
+    condition of one sample, each tensor [1, ...], that stands for none, where the model was trained with one: guides
+    run under it (classifier-free guidance, arXiv 2207.12598).
     `bank[name]` is the model, `bank.entries[name]` the entry. An entry that reuses another's features (`entry.Reuse`)
     runs in a trajectory only: `bank[name]` refuses it, for its model alone is its source's; `computed` leaves it out.
     Raises ModelError when an entry's input, output or class conditioning differs from the reference's, when its weights
@@ -60,6 +64,7 @@ class Bank(torch.nn.Module):
         prediction_type: str,
         vae: torch.nn.Module | None = None,
         classes: Sequence[str] = (),
+        null: Cond | None = None,
     ):
         super().__init__()
         check_names(entries, "bank")
@@ -73,7 +78,7 @@ class Bank(torch.nn.Module):
             )
         self.reference = reference
         self.prediction_type = prediction_type
-        self.vae, self.classes = vae, tuple(classes)
+        self.vae, self.classes, self.null = vae, tuple(classes), null
         self._entries = {name: Entry.of(given) for name, given in entries.items()}
         require_sources({name: entry.weights for name, entry in self._entries.items()}, "bank")
         for name, entry in self._entries.items():
@@ -221,6 +226,8 @@ class Bank(torch.nn.Module):
         key, entry = (name, self.dtype), self._entries.get(name)
         if key not in self._fingerprints:
             told: dict[str, Any] = {"prediction_type": self.prediction_type}
+            if self.null is not None:
+                told["null"] = fingerprint(self.null)
             if entry is not None and isinstance(entry.weights, Reuse):
                 source = self.fingerprint(entry.weights.of)
                 self._fingerprints[key] = fingerprint(source, {**told, **entry.weights.to_json()})
@@ -244,7 +251,11 @@ class Bank(torch.nn.Module):
 
     def with_vae(self, vae: torch.nn.Module | None, classes: Sequence[str] = ()) -> Bank:
         """The same entries, with what decodes their samples (None: they are pictures) and the names of classes."""
-        return Bank(self._entries, self.reference, self.prediction_type, vae, classes)
+        return Bank(self._entries, self.reference, self.prediction_type, vae, classes, self.null)
+
+    def with_null(self, null: Cond | None) -> Bank:
+        """The same entries with the condition that guides run under; None: under the own call's."""
+        return Bank(self._entries, self.reference, self.prediction_type, self.vae, self.classes, null)
 
     def with_entry(self, name: str, entry: Entry | torch.nn.Module, prediction_type: str) -> Bank:
         """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
@@ -259,7 +270,8 @@ class Bank(torch.nn.Module):
 
     def _with(self, more: Mapping[str, Entry | torch.nn.Module]) -> Bank:
         """A bank with more entries, or others of these names; of the rest, what is known stays known."""
-        bank = Bank({**self._entries, **more}, self.reference, self.prediction_type, self.vae, self.classes)
+        every = {**self._entries, **more}
+        bank = Bank(every, self.reference, self.prediction_type, self.vae, self.classes, self.null)
         kept = {name for name, one in self._entries.items() if not {name, one.weights.of} & set(more)}
         bank._prices = {name: price for name, price in self._prices.items() if name in kept}
         bank._fingerprints = {key: found for key, found in self._fingerprints.items() if key[0] in kept}
@@ -316,6 +328,8 @@ class Bank(torch.nn.Module):
             "entries": list(self.names),
         }
         (folder / "bank.json").write_text(json.dumps(record, indent=2) + "\n")
+        if self.null is not None:
+            save_file(dict(flattened(self.null)), folder / NULL_FILE, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(
@@ -345,7 +359,8 @@ class Bank(torch.nn.Module):
         entries: dict[str, Entry] = {}
         for name in sources_first({name: one.weights for name, one in stored.items()}):
             entries[name] = stored[name].restore(entries)
-        bank = cls({name: entries[name] for name in stored}, record.reference, record.prediction_type)
+        null = _read_null(folder / NULL_FILE)
+        bank = cls({name: entries[name] for name in stored}, record.reference, record.prediction_type, null=null)
         return bank if torch_dtype is None else bank.to(torch_dtype)
 
 
@@ -375,6 +390,17 @@ class _Record:
     format: Annotated[int, Bounds(1, 2)] = 1
 
 
+def _read_null(file: Path) -> Cond | None:
+    """The null condition of a bank's folder; None where it has none. Raises ModelError for one that is broken."""
+    if not file.is_file():
+        return None
+    with open_weights(file, what="a whole null condition") as opened:
+        names = opened.keys()
+        found = {name: opened.get_tensor(name) for name in names}
+    require_finite(found, file)
+    return nested(found)
+
+
 def check_names(names: Iterable[object], where: object) -> None:
     """Raise ModelError unless each entry's name is plain text that makes a folder of its own inside the bank's.
 
@@ -387,7 +413,7 @@ def check_names(names: Iterable[object], where: object) -> None:
     names = list(names)
     if len(names) > MAX_ENTRIES:
         raise refuse(f"{len(names)} entries", f"at most {MAX_ENTRIES}")
-    taken = {"bank.json": "bank.json"}
+    taken = {name: name for name in ("bank.json", NULL_FILE)}
     for name in names:
         if not (isinstance(name, str) and NAME.fullmatch(name)):
             letters = "up to 80 plain letters, digits, spaces and .,:+@=~_()-, the first a letter or digit"

@@ -1,46 +1,140 @@
 """What each row of a plan calls, and which features it leaves in the trajectory's memo for later rows or takes from it.
 
 A row whose entry reuses another's features takes those of the last rows before it that ran its source, as the row's own
-call or as its guide. Which rows these are stands in the plan: they alone leave any.
+call or as its guide. Which rows these are stands in the plan: they alone leave any. Where a bank has a null condition,
+guides run under it, and what they leave is theirs: own calls and guides take none of one another's features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
 
 from halfstep.core.errors import PlanError
 from halfstep.core.plan import Row, StepPlan
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Reuse
-from halfstep.nets.denoiser import Predict, predictor
-from halfstep.nets.reuse import Place, leaving, taking
+from halfstep.nets.denoiser import Cond, Memo, Predict, cond_to, joined, predictor, repeated
+from halfstep.nets.reuse import Place, keep, leaving, taking
 
-Networks = Sequence[Mapping[str, Predict]]
-"""By row, by entry: what the row calls."""
+RowCall = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], tuple[torch.Tensor, torch.Tensor | None]]
+"""(sample [B,C,H,W], timestep, condition, memo) -> what the row's entry predicts and what its guide does, each of the
+sample's shape; None without a guide."""
+
+NULL = "null "
+"""Before the name of a source in a memo: what it left under the null condition."""
 
 
-def networks_of(bank: Bank, plan: StepPlan, start: int = 0) -> Networks:
-    """What the rows from `start` on call. Raises PlanError as `require_fed`."""
+@dataclass(frozen=True)
+class Part:
+    """What a row runs for itself or as its guide: the entry, its link where it reuses features, the cuts at which it
+    leaves its own, the row's timestep, and a prefix of the names in the memo."""
+
+    bank: Bank
+    entry: str
+    link: Reuse | None
+    leaves: frozenset[Place]
+    time: float
+    prefix: str = ""
+
+    @property
+    def source(self) -> str:
+        """Whose features it takes or leaves, as the memo has it."""
+        return self.prefix + (self.entry if self.link is None else self.link.of)
+
+    def predict(self, leaves: frozenset[Place] | None = None) -> Predict:
+        """Its call; `leaves`: other cuts than its own."""
+        if self.link is not None:
+            return taking(self.bank[self.link.of], self.source, self.link.cut, self.link.order, self.time)
+        model, cuts = self.bank[self.entry], self.leaves if leaves is None else leaves
+        return leaving(model, self.source, cuts, self.time) if cuts else predictor(model)
+
+
+def networks_of(bank: Bank, plan: StepPlan, start: int = 0) -> Sequence[RowCall]:
+    """What the rows call, those from `start` on. Raises PlanError as `require_fed`."""
     links = reuses(bank, plan)
-    plain = {name: predictor(bank[name]) for name in plan.nets if name not in links}
-    if not links:
-        return [plain] * len(plan.rows)
-    wanted = _wanted(plan.rows, links, start)
-    rows: list[Mapping[str, Predict]] = []
+    own, guides = _wanted(bank, plan.rows, links, start)
+    null = None if bank.null is None else cond_to(bank.null, bank.device, bank.dtype)
+    found: list[RowCall] = []
     for i, row in enumerate(plan.rows):
-        special = {name: leaving(bank[name], name, cuts, row.timestep) for name, cuts in wanted[i].items()}
-        for name in set(_called(row)) & set(links):
-            link = links[name]
-            special[name] = taking(bank[link.of], link.of, link.cut, link.order, row.timestep)
-        rows.append({**plain, **special} if special else plain)
-    return rows
+        part = partial(_part, bank, links, row.timestep)
+        guide = None
+        if row.guide is not None:
+            guide = part(row.guide.entry, guides[i], "" if null is None else NULL)
+        found.append(row_call(part(row.entry, own[i]), guide, null))
+    return found
+
+
+def _part(
+    bank: Bank, links: Mapping[str, Reuse], time: float, name: str, wanted: Mapping[str, set[Place]], prefix: str = ""
+) -> Part:
+    return Part(bank, name, links.get(name), frozenset(wanted.get(name, ())), time, prefix)
+
+
+def row_call(own: Part, guide: Part | None, null: Cond | None) -> RowCall:
+    """One row as a call. Both parts of a row are one call of twice the batch where they run one entry."""
+    if guide is None:
+        return alone(own.predict())
+    if null is None:
+        return partial(_one_after_other, own.predict(), guide.predict(), None)
+    apart = partial(_one_after_other, own.predict(), guide.predict(), null)
+    return partial(_together, own, guide, null, apart) if own.entry == guide.entry else apart
+
+
+def alone(predict: Predict) -> RowCall:
+    """A row that calls one network, without a guide."""
+    return lambda sample, timestep, cond, memo: (predict(sample, timestep, cond, memo), None)
+
+
+def _one_after_other(
+    own: Predict,
+    guide: Predict,
+    null: Cond | None,
+    sample: torch.Tensor,
+    timestep: torch.Tensor,
+    cond: Cond,
+    memo: Memo,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    other = cond if null is None else repeated(null, len(sample))
+    return own(sample, timestep, cond, memo), guide(sample, timestep, other, memo)
+
+
+def _together(
+    own: Part, guide: Part, null: Cond, apart: RowCall,
+    sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Both in one call of twice the batch; one after the other where features to be taken are of other timesteps."""
+    both = Memo()
+    if own.link is not None:
+        key = str(own.link.cut)
+        mine, theirs = memo.get((own.source, key), ()), memo.get((guide.source, key), ())
+        if [time for time, _ in mine] != [time for time, _ in theirs]:
+            return apart(sample, timestep, cond, memo)
+        both[own.source, key] = tuple((t, torch.cat([a, b])) for (t, a), (_, b) in zip(mine, theirs, strict=True))
+    predict = own.predict(own.leaves | guide.leaves)
+    found = predict(torch.cat([sample, sample]), timestep, joined(cond, repeated(null, len(sample))), both)
+    if own.link is None:
+        for (_, cut), kept in both.items():
+            for source, features in zip((own.source, guide.source), kept[-1][1].chunk(2), strict=True):
+                keep(memo, source, cut, own.time, features)
+    mine_now, theirs_now = found.chunk(2)
+    return mine_now, theirs_now
+
+
+# ------------------------------------------------------------------------------------------------ who leaves features
+
+Wanted = Sequence[Mapping[str, set[Place]]]
+"""By row: the entries that must leave features there, with the cuts."""
 
 
 def require_fed(bank: Bank, plan: StepPlan, start: int = 0) -> None:
     """Raise PlanError where a row reuses features of an entry that fewer rows than it needs have run before it, from
     `start` on."""
     if links := reuses(bank, plan):
-        _wanted(plan.rows, links, start)
+        _wanted(bank, plan.rows, links, start)
 
 
 def reuses(bank: Bank, plan: StepPlan) -> dict[str, Reuse]:
@@ -49,13 +143,25 @@ def reuses(bank: Bank, plan: StepPlan) -> dict[str, Reuse]:
     return {name: weights for name, weights in found if isinstance(weights, Reuse)}
 
 
-def _called(row: Row) -> tuple[str, ...]:
+def _wanted(bank: Bank, rows: Sequence[Row], links: Mapping[str, Reuse], start: int) -> tuple[Wanted, Wanted]:
+    """What own calls must leave, and what guides must: one and the same where they share a condition."""
+    if bank.null is None:
+        found = wanted_of(rows, links, start)
+        return found, found
+    guides = [None if row.guide is None else Row(row.timestep, row.guide.entry) for row in rows]
+    return wanted_of([replace(row, guide=None) for row in rows], links, start), wanted_of(guides, links, start)
+
+
+def _called(row: Row | None) -> tuple[str, ...]:
     """What a row calls, in order."""
+    if row is None:
+        return ()
     return (row.entry,) if row.guide is None else (row.entry, row.guide.entry)
 
 
-def _wanted(rows: Sequence[Row], links: Mapping[str, Reuse], start: int) -> list[dict[str, set[Place]]]:
-    """By row: the entries that must leave features there, with the cuts."""
+def wanted_of(rows: Sequence[Row | None], links: Mapping[str, Reuse], start: int = 0) -> Wanted:
+    """What the rows from `start` on must leave; None stands for a row that calls nothing. Raises PlanError as
+    `require_fed`."""
     wanted: list[dict[str, set[Place]]] = [{} for _ in rows]
     fresh: dict[str, dict[int, None]] = {}
     for i in range(start, len(rows)):
@@ -72,12 +178,14 @@ def _wanted(rows: Sequence[Row], links: Mapping[str, Reuse], start: int) -> list
     return wanted
 
 
-def _last_times(rows: Sequence[Row], known: Sequence[int], count: int) -> list[int]:
+def _last_times(rows: Sequence[Row | None], known: Sequence[int], count: int) -> list[int]:
     """Of rows in order, the last of each of the last `count` different timesteps."""
     times: dict[float, int] = {}
     for k in reversed(known):
         if len(times) < count:
-            times.setdefault(rows[k].timestep, k)
+            row = rows[k]
+            assert row is not None, "it called something"
+            times.setdefault(row.timestep, k)
     return list(times.values())
 
 

@@ -27,7 +27,7 @@ from halfstep.core.plan import Price, StepPlan
 from halfstep.core.typed import Bounds
 from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank, calls_of
-from halfstep.engine.networks import Networks, networks_of
+from halfstep.engine.networks import RowCall, networks_of
 from halfstep.engine.profiling import interleave
 from halfstep.engine.sampling import build_scheduler, cond_for, image_generators, last, start_noise, to_images, walk
 from halfstep.nets.denoiser import sample_shape
@@ -55,7 +55,7 @@ def typical(times: Sequence[float]) -> float:
     return fmean(sorted(times)[cut : len(times) - cut])
 
 
-def drawing(bank: Bank, plan: StepPlan, batch: int, networks: Networks | None = None) -> torch.Tensor:
+def drawing(bank: Bank, plan: StepPlan, batch: int, networks: Sequence[RowCall] | None = None) -> torch.Tensor:
     """One whole batch of a plan, from its noise to its pictures, [batch,C,H,W]: what is timed. `networks`: instead of
     the bank's."""
     generators = image_generators(0, 0, batch)
@@ -72,7 +72,7 @@ def fixed_us(
     """Microseconds per image of a trajectory beside its calls: noise, set-up and steps of the scheduler, guides' and
     corrections' arithmetic, decoding. The plan is walked with networks that cost nothing: they predict zeros."""
     zeros = torch.zeros(sample_shape(bank.config, batch), device=bank.device, dtype=bank.dtype)
-    free = [dict.fromkeys(plan.nets, lambda sample, timestep, cond, memo: zeros)] * len(plan.rows)
+    free: list[RowCall] = [lambda sample, timestep, cond, memo: (zeros, zeros)] * len(plan.rows)
     times = interleave(
         {"fixed": partial(drawing, bank, plan, batch, free)}, repeats=repeats, warmup=warmup, clock=clock
     )

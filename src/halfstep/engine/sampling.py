@@ -25,7 +25,7 @@ from halfstep.data.classes import numbers_of, read_classes, write_classes
 from halfstep.data.latents import decode
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for
-from halfstep.engine.networks import Networks, networks_of, require_fed
+from halfstep.engine.networks import RowCall, networks_of, require_fed
 from halfstep.engine.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
 from halfstep.nets.denoiser import (
     Cond,
@@ -161,7 +161,7 @@ def trajectory(
 
 @torch.inference_mode()  # around each row, not around what its caller does between two of them
 def walk(
-    networks: Networks,
+    networks: Sequence[RowCall],
     rows: Sequence[Row],
     scheduler: Any,
     sample: torch.Tensor,
@@ -171,7 +171,7 @@ def walk(
 ) -> Iterator[Step]:
     """The one sampling loop: row after row a call, its guide's, its correction, and the scheduler's step.
 
-    networks: by row and entry, those of the row and of its guide.  scheduler: its timesteps are those of the rows; it
+    networks: by row, what it calls, its guide with it.  scheduler: its timesteps are those of the rows; it
     stands at row `start`.
     """
     kind, timesteps, cond, memo = scheduler.config.prediction_type, scheduler.timesteps, cond or {}, Memo()
@@ -181,9 +181,8 @@ def walk(
         row, t = rows[i], timesteps[i]
         inputs = scheduler.scale_model_input(sample, t)
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
-        found = used = networks[i][row.entry](inputs, t, cond, memo)
-        if row.guide is not None:
-            used = guided(found, networks[i][row.guide.entry](inputs, t, cond, memo), row.guide.weight)
+        found, other = networks[i](inputs, t, cond, memo)
+        used = found if row.guide is None or other is None else guided(found, other, row.guide.weight)
         if row.corrected:
             used = corrected_as(kind, used, inputs, levels[i], *row.correction)
         after = scheduler.step(used, t, sample, return_dict=False, **options)[0]

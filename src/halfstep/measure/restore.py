@@ -32,6 +32,7 @@ from diffusers import DDIMScheduler
 from halfstep.core.errors import DataError, HalfstepError, ModelError, PlanError
 from halfstep.core.plan import Row
 from halfstep.core.process import Process
+from halfstep.engine.networks import alone
 from halfstep.engine.profiling import interleave
 from halfstep.engine.samplers import with_timesteps
 from halfstep.engine.sampling import image_generators, last, walk
@@ -101,7 +102,7 @@ def restore(
 
     rows = [Row(float(t), "restored") for t in scheduler.timesteps]
     sample = scheduler.alphas_cumprod[-1].sqrt() * noisy
-    return last(walk([{"restored": there}] * len(rows), rows, scheduler, sample, cond=cond))
+    return last(walk([alone(there)] * len(rows), rows, scheduler, sample, cond=cond))
 
 
 def _respaced(process: Process, levels: torch.Tensor) -> DDIMScheduler:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -74,9 +74,42 @@ def cond_to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = 
     return {name: _changed(value, moved) for name, value in cond.items()}
 
 
+def flattened(cond: Cond, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Its tensors by the path of their names, "added_cond_kwargs.time_ids", contiguous and on the CPU."""
+    for name, value in cond.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value.detach().cpu().contiguous()
+
+
+def nested(flat: Mapping[str, torch.Tensor]) -> Cond:
+    """The condition of tensors by path, see `flattened`."""
+    found: dict[str, Any] = {}
+    for path, value in flat.items():
+        *outer, name = path.split(".")
+        place = found
+        for one in outer:
+            place = place.setdefault(one, {})
+        place[name] = value
+    return found
+
+
 def picked(cond: Cond, rows: torch.Tensor) -> Cond:
     """The condition of these samples, int64 [N], of those that it holds."""
     return {name: _changed(value, lambda one: one[rows.to(one.device)]) for name, value in cond.items()}
+
+
+def joined(one: Cond, other: Cond) -> Cond:
+    """The condition of one batch and of another after it. Raises ModelError where they are of different kinds."""
+    if one.keys() != other.keys():
+        got, expected = f"a condition on {', '.join(other) or 'nothing'}", f"one on {', '.join(one) or 'nothing'}"
+        raise ModelError(got=got, expected=expected, where="condition", do="give both the same parts")
+
+    def both(a: Any, b: Any) -> Any:
+        return joined(a, b) if isinstance(a, Mapping) else torch.cat([a, b])
+
+    return {name: both(value, other[name]) for name, value in one.items()}
 
 
 def repeated(cond: Cond, count: int) -> Cond:

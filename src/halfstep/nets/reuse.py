@@ -22,7 +22,7 @@ from torch import nn
 
 from halfstep.core.errors import ModelError
 from halfstep.nets.architectures import Cuts, architecture_of, require
-from halfstep.nets.denoiser import Cond, Kept, Memo, Predict, eager, predictor
+from halfstep.nets.denoiser import Cond, Memo, Predict, eager, predictor
 
 OUT: Literal["out"] = "out"
 """The cut behind the whole network: what is reused is its prediction, and nothing is computed."""
@@ -99,8 +99,7 @@ def leaving(model: nn.Module, source: str, cuts: Collection[Place], time: float)
     def predict(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
         prediction, found = tapped(model, sample, timestep, cond, cuts)
         for cut, features in found.items():
-            key = source, str(cut)
-            memo[key] = _newest(memo.get(key, ()), time, features)
+            keep(memo, source, cut, time, features)
         return prediction
 
     return predict
@@ -120,9 +119,12 @@ def taking(model: nn.Module, source: str, cut: Place, order: int, time: float) -
     return predict
 
 
-def _newest(known: Kept, time: float, features: torch.Tensor) -> Kept:
-    """With what is new. Of one timestep the newer call counts alone: two (Heun's) have no slope between them."""
-    return (*(one for one in known if one[0] != time), (time, features))[-len(ORDERS) :]
+def keep(memo: Memo, source: str, cut: Place | str, time: float, features: torch.Tensor) -> None:
+    """Leave features in the memo, beside the newest of before. Of one timestep the newer call counts alone: two
+    (Heun's) have no slope between them."""
+    key = source, str(cut)
+    before = (one for one in memo.get(key, ()) if one[0] != time)
+    memo[key] = (*before, (time, features))[-len(ORDERS) :]
 
 
 def _cuts(model: nn.Module) -> Cuts:
