@@ -7,6 +7,7 @@ take, how it is read back, and what it refuses. The bank knows names, and none o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from halfstep.engine.profiling import Layout, layout_of
 from halfstep.nets.denoiser import eager
 from halfstep.nets.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
 from halfstep.nets.models import WEIGHTS, empty_model, filled_model, load_model, read_config
-from halfstep.nets.reuse import ORDERS, Order, Place, require_cut
+from halfstep.nets.reuse import ORDERS, OUT, Order, Place, require_cut
 from halfstep.nets.slices import Pieces, cut_all, require_inside, slices_to_json
 from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
 
@@ -183,6 +184,18 @@ class Reuse:
 
 Weights = Own | Cut | Twin | Reuse
 _KINDS: dict[str, type[Weights]] = {kind.kind: kind for kind in (Own, Cut, Twin, Reuse)}
+
+
+_REUSE = re.compile(r"(?P<of>.+)~(?P<cut>\d{1,4}|out)(?P<plus>\+?)")
+
+
+def reuse_named(name: str) -> Reuse | None:
+    """The reuse that an entry of this name is: what `Reuse.name` says, read back; None for other names."""
+    found = _REUSE.fullmatch(name)
+    if found is None:
+        return None
+    cut: Place = OUT if found["cut"] == OUT else int(found["cut"])
+    return Reuse(found["of"], cut, 1 if found["plus"] else 0)
 
 
 def require_sources(weights: Mapping[str, Weights], where: object) -> None:

@@ -176,7 +176,7 @@ def walk(
     """
     kind, timesteps, cond, memo = scheduler.config.prediction_type, scheduler.timesteps, cond or {}, Memo()
     options = step_options(scheduler, generators)
-    levels = _levels(scheduler) if kind != "epsilon" and any(row.corrected for row in rows) else timesteps
+    levels = levels_of(scheduler) if kind != "epsilon" and any(row.corrected for row in rows) else timesteps
     for i in range(start, len(rows)):
         row, t = rows[i], timesteps[i]
         inputs = scheduler.scale_model_input(sample, t)
@@ -212,7 +212,7 @@ def guided(own: torch.Tensor, guide: torch.Tensor, weight: float) -> torch.Tenso
     return guide + weight * (own - guide)  # w D_1 + (1 - w) D_0
 
 
-def _levels(scheduler: Any) -> torch.Tensor:
+def levels_of(scheduler: Any) -> torch.Tensor:
     """alphas_cumprod at every call, [rows]: what the network's input is mixed by, once the scheduler has scaled it."""
     if hasattr(scheduler, "sigmas"):  # of float timesteps too
         return 1 / (1 + scheduler.sigmas[: len(scheduler.timesteps)].square())
