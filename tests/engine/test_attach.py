@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    ModelMixin,
+    UNet2DConditionModel,
 )
 from PIL import Image
 
 import pipelines
-from halfstep import Guide, Price, attach, attached, detach, plan_for
+from banks import slim_bank
+from halfstep import Correction, Guide, Price, StepPlan, attach, attached, detach, plan_for
+from halfstep.core.errors import HalfstepError, ModelError, PlanError
 from halfstep.engine.attach import Attached
 from halfstep.engine.pipelines import denoiser_of
+from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.sampling import plan_for as sampler_plan
 from halfstep.nets.architectures import ARCHITECTURES
-from halfstep.nets.denoiser import eager
+from halfstep.nets.denoiser import corrected, eager
 from halfstep.nets.reuse import shallow, tapped
 
 STEPS = 5
@@ -217,3 +227,350 @@ def test_guidance_off_from_a_callback_on_is_what_a_plan_skips():
         np.testing.assert_array_equal(draw(pipe, name, guidance_scale=5.0), wanted)
     with attached(pipe, plan):  # callbacks stay what they are
         np.testing.assert_array_equal(draw(pipe, name, guidance_scale=5.0, **callback), wanted)
+
+
+@pytest.mark.parametrize("cut", [0, "out"])
+def test_a_cheaper_unconditional_branch_runs_its_half_alone(cut):
+    """Rows: both halves whole; then the conditional half whole and the other one from its own features."""
+    pipe, name, left = pipelines.stable_diffusion(), "stable_diffusion", {}
+    net = pipe.unet
+
+    def split(given):
+        given = dict(given)
+        return given.pop("sample"), given.pop("timestep"), given
+
+    def how(turn, plain, own, other, both):
+        if turn % 2:
+            sample, timestep, cond = split(other)
+            found = left["out"] if cut == "out" else shallow(net, sample, timestep, cond, cut, left["cut"])
+            return [plain(own), found]
+        if cut == "out":
+            left["out"], mine = plain(both).chunk(2)
+            return [mine, left["out"]]
+        sample, timestep, cond = split(both)
+        found, kept = tapped(net, sample, timestep, cond, [cut])
+        left["cut"] = kept[cut].chunk(2)[0]
+        return list(found.chunk(2))[::-1]
+
+    if cut == 0 and not can_be_cut(name):
+        pytest.skip("no cuts")
+    with torch.no_grad():
+        wanted = guided_as(pipe, name, how, guidance_scale=4.0)
+    plan = plan_of(pipe, name)
+    cheap = f"full~{cut}"
+    plan = replace(plan, prices={**plan.prices, cheap: Price(1)})
+    guides = [Guide("full", 4.0), Guide(cheap, 4.0)] * 3
+    with attached(pipe, plan.with_guides(guides[: len(plan.rows)])):
+        np.testing.assert_array_equal(draw(pipe, name, guidance_scale=2.0), wanted)
+
+
+def test_both_halves_reuse_their_own_features_in_one_call():
+    pipe, name = pipelines.stable_diffusion(), "stable_diffusion"
+    plan = plan_of(pipe, name, phrase=["full", "full~out", "full~out"])
+    with attached(pipe, plan):
+        wanted = draw(pipe, name, guidance_scale=4.0)
+    guides = [Guide(row.entry, 4.0) for row in plan.rows]
+    with attached(pipe, plan.with_guides(guides)):
+        np.testing.assert_array_equal(draw(pipe, name, guidance_scale=4.0), wanted)
+
+
+def test_a_correction_is_of_what_the_network_predicts():
+    pipe, name = pipelines.ddpm(), "ddpm"
+
+    def forward(plain, given):
+        found = plain(given)
+        return corrected(found, 0.9, 0.05) if float(given["timestep"]) == times[1] else found
+
+    plan = plan_of(pipe, name)
+    times = [row.timestep for row in plan.rows]
+    with called_as(pipe, forward):
+        wanted = draw(pipe, name)
+    with attached(pipe, plan.with_corrections([Correction(), Correction(0.9, 0.05), *[Correction()] * 3])):
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+
+
+# ------------------------------------------------------------------------------------------- what pipelines bring along
+
+
+def with_lora(pipe, folder):
+    """The pipeline with a LoRA of its denoiser, loaded from a file as users do."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet = copy.deepcopy(pipe.unet)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    pipe.save_lora_weights(folder, unet_lora_layers=weights)
+    pipe.load_lora_weights(folder, adapter_name="shoes")
+    return pipe
+
+
+def test_a_lora_stays_with_its_scale_and_its_verbs(tmp_path):
+    name, scale = "stable_diffusion", {"cross_attention_kwargs": {"scale": 0.5}}
+    without = draw(pipelines.stable_diffusion(), name)
+    torch.manual_seed(3)
+    stock = with_lora(pipelines.stable_diffusion(), tmp_path)
+    torch.manual_seed(3)
+    pipe = with_lora(pipelines.stable_diffusion(), tmp_path)
+    whole, half = draw(stock, name), draw(stock, name, **scale)
+    assert np.abs(whole - without).max() > 1e-4 and np.abs(half - whole).max() > 1e-4
+    with attached(pipe, plan_of(pipe, name)):
+        np.testing.assert_array_equal(draw(pipe, name), whole)
+        np.testing.assert_array_equal(draw(pipe, name, **scale), half)
+        pipe.fuse_lora(lora_scale=0.5)
+        stock.fuse_lora(lora_scale=0.5)
+        np.testing.assert_array_equal(draw(pipe, name), draw(stock, name))
+        pipe.unfuse_lora()
+        pipe.disable_lora()
+        np.testing.assert_allclose(draw(pipe, name), without, atol=1e-5)
+    pipe.unload_lora_weights()
+    np.testing.assert_allclose(draw(pipe, name), without, atol=1e-5)
+
+
+def test_a_lora_counts_in_reuse_too(tmp_path):
+    if not can_be_cut("stable_diffusion"):
+        pytest.skip("no cuts")
+    name, scale = "stable_diffusion", {"cross_attention_kwargs": {"scale": 0.5}}
+    pipe = with_lora(pipelines.stable_diffusion(), tmp_path)
+    wanted = two_stage(pipe, name, 0, **scale)
+    with attached(pipe, plan_of(pipe, name, phrase=["full", "full~0"])):
+        np.testing.assert_array_equal(draw(pipe, name, **scale), wanted)
+        assert np.abs(draw(pipe, name) - wanted).max() > 1e-5
+
+
+def test_a_lora_can_be_loaded_while_a_plan_is_attached(tmp_path):
+    name = "stable_diffusion"
+    torch.manual_seed(3)
+    wanted = draw(with_lora(pipelines.stable_diffusion(), tmp_path), name)
+    pipe = pipelines.stable_diffusion()
+    with attached(pipe, plan_of(pipe, name)):
+        pipe.load_lora_weights(tmp_path, adapter_name="shoes")
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+    np.testing.assert_array_equal(draw(pipe, name), wanted)
+
+
+def test_what_pipelines_ask_of_their_denoiser_is_its_own(tmp_path):
+    pipe = pipelines.stable_diffusion()
+    net = pipe.unet
+    attach(pipe, plan_of(pipe))
+    assert isinstance(pipe.unet, UNet2DConditionModel) and isinstance(pipe.unet, ModelMixin)
+    assert pipe.unet.config is net.config and pipe.unet.dtype == net.dtype and pipe.unet.device == net.device
+    assert list(pipe.unet.state_dict()) == list(net.state_dict())
+    assert [id(p) for p in pipe.unet.parameters()] == [id(p) for p in net.parameters()]
+    assert dict(pipe.config)["unet"] == ("diffusers", "UNet2DConditionModel")
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = type(pipe).from_pretrained(tmp_path / "pipe", local_files_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), net.parameters(), strict=True))
+    pipe.to(torch.bfloat16)
+    assert net.dtype == torch.bfloat16
+    assert draw(pipe, "stable_diffusion").dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_half_precision_finds_its_rows(name):
+    pipe = made(name).to(torch.bfloat16)
+    wanted, plan = draw(pipe, name), plan_of(pipe, name)
+    with attached(pipe, plan):
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+
+
+def test_hooks_of_accelerate_run_before_a_part_of_a_network_does():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    pipe, name = pipelines.ddpm(), "ddpm"
+    hook, plan = Counting(), plan_of(pipe, name, phrase=["full", "full~0"])
+    add_hook_to_module(pipe.unet, hook)
+    wanted = two_stage(pipe, name, 0)
+    hook.calls = 0
+    with attached(pipe, plan):
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+        assert hook.calls == STEPS
+        add_hook_to_module(pipe.unet, outer := Counting())  # as enable_model_cpu_offload does
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+        assert outer.calls == STEPS
+        remove_hook_from_module(pipe.unet)
+
+
+# --------------------------------------------------------------------------------------------------------- trajectories
+
+
+def calls_of(pipe, steps=STEPS, seed=0, start=0):
+    """A hand-written loop: the prediction of every step, on the pipeline's own scheduler."""
+    pipe.scheduler.set_timesteps(steps)
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for t in pipe.scheduler.timesteps[start:]:
+        with torch.no_grad():
+            yield pipe.unet(noise, t, return_dict=False)[0]
+
+
+def test_interleaved_pipelines_and_images_of_a_batch_do_not_mix():
+    pipe, other = pipelines.ddpm(), pipelines.ddpm()
+    other.unet = pipe.unet  # one network under two pipelines
+    plan = plan_of(pipe, phrase=["full", "full~0", "full~out"])
+    attach(pipe, plan), attach(other, plan)
+    alone = [list(calls_of(pipe, seed=0)), list(calls_of(other, seed=1))]
+    turns = list(zip(calls_of(pipe, seed=0), calls_of(other, seed=1), strict=True))
+    for (first, second), *each in zip(turns, *alone, strict=True):
+        assert torch.equal(first, each[0]) and torch.equal(second, each[1])
+
+
+def test_a_call_that_begins_anew_knows_nothing_of_the_one_before():
+    pipe = pipelines.ddpm()
+    attach(pipe, plan_of(pipe, phrase=["full", "full~0", "full~0"]))
+    wanted = list(calls_of(pipe, seed=0))
+    aborted = calls_of(pipe, seed=1)
+    next(aborted), next(aborted)  # and never to its end
+    assert all(torch.equal(a, b) for a, b in zip(calls_of(pipe, seed=0), wanted, strict=True))
+    late = list(calls_of(pipe, seed=0, start=2))  # row 2 would reuse what row 0 left: it computes
+    assert torch.equal(late[0], next(iter_plain(pipe, 2)))
+    assert pipe.unet.director._runs == {}  # nothing is held when a call is over
+
+
+def iter_plain(pipe, start):
+    """What the network itself predicts in `calls_of`."""
+    plain = pipelines.ddpm()
+    plain.scheduler.set_timesteps(STEPS)
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in plain.scheduler.timesteps[start:]:
+        with torch.no_grad():
+            yield plain.unet(noise, t, return_dict=False)[0]
+
+
+def test_a_batch_of_another_size_begins_anew():
+    pipe = pipelines.ddpm()
+    attach(pipe, plan_of(pipe, phrase=["full", "full~out", "full~out"]))
+    pipe.scheduler.set_timesteps(STEPS)
+    noise = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        pipe.unet(noise, pipe.scheduler.timesteps[0])
+        one = pipe.unet(noise[:1], pipe.scheduler.timesteps[1]).sample
+        assert torch.equal(one, pipelines.ddpm().unet(noise[:1], pipe.scheduler.timesteps[1]).sample)
+
+
+# ------------------------------------------------------------------------------------------------------------ from disk
+
+
+def test_a_pipeline_folder_is_a_plan_with_its_bank(tmp_path):
+    bank = slim_bank()
+    scheduler = DDIMScheduler(clip_sample=True)
+    plan = sampler_plan(bank, scheduler, 4).with_entries(["full", "w0.50", "w0.25", "full"])
+    StepAwarePipeline(bank, plan).save_pretrained(tmp_path / "pipeline")
+    pipe = pipelines.quiet(DDPMPipeline(copy.deepcopy(bank["full"]), DDIMScheduler(clip_sample=True)))
+    size = bank.config["sample_size"]
+    noise = torch.randn(2, bank.config["in_channels"], size, size, generator=torch.Generator().manual_seed(0))
+
+    def predictions(unet, scheduler):
+        scheduler.set_timesteps(4)
+        with torch.no_grad():
+            return [unet(i, noise, t) for i, t in enumerate(scheduler.timesteps)]
+
+    wanted = predictions(lambda i, x, t: bank[plan.entries[i]](x, t).sample, DDIMScheduler(clip_sample=True))
+    for given in (tmp_path, tmp_path / "pipeline", tmp_path / "pipeline" / "plan.json"):
+        if given == tmp_path:
+            plan.save(tmp_path / "plan.json")
+        with attached(pipe, given):
+            found = predictions(lambda i, x, t: pipe.unet(x, t).sample, pipe.scheduler)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    with attached(pipe, plan, bank):
+        found = predictions(lambda i, x, t: pipe.unet(x, t).sample, pipe.scheduler)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    with torch.no_grad():
+        next(pipe.unet.parameters()).add_(1)
+    with pytest.raises(ModelError, match="other weights"):
+        attach(pipe, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+def refused(pipe, *what, match, error=PlanError):
+    before = dict(pipe.components)
+    with pytest.raises(error, match=match) as caught:
+        attach(pipe, *what)
+    assert dict(pipe.components) == before and "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_is_refused_and_the_pipeline_stays_what_it_was(tmp_path):
+    pipe, ddpm = pipelines.stable_diffusion(), pipelines.ddpm()
+    plan = plan_of(pipe)
+    refused(ddpm, plan, match="another process")  # other betas
+    refused(pipelines.sd3(), plan, match="FlowMatchEulerDiscreteScheduler")
+    refused(pipe, plan_of(pipelines.sd3(), "sd3"), match="FlowMatch")
+    bare = replace(plan, prices={**plan.prices, "w0.50": Price(1)})
+    refused(pipe, bare.with_entries(["w0.50"] * len(plan.rows)), match=r"weights of their own: w0\.50")
+    unfed = replace(plan, prices={**plan.prices, "full~out": Price(1)}).with_entries(["full~out"] * len(plan.rows))
+    refused(pipe, unfed, match="row 0")
+    refused(ddpm, plan_of(ddpm).with_guides([Guide("full", 2.0)] * STEPS), match="guides for a DDPMPipeline")
+    flux = pipelines.flux()
+    refused(flux, plan_of(flux, "flux").with_guides([Guide("full", 2.0)] * STEPS), match="guides for a FluxPipeline")
+    refused(flux, plan_of(flux, "flux").with_corrections([Correction(0.9)] * STEPS), match="corrections")
+    refused(pipe, tmp_path, match="plan.json", error=HalfstepError)
+    attach(pipe, plan)
+    refused(pipe, plan, match="has a plan")
+    with pytest.raises(PlanError, match="has a plan"):
+        plan_for(pipe, 5)
+    detach(pipe)
+    with pytest.raises(PlanError, match="without a plan"):
+        detach(pipe)
+
+
+def test_a_denoiser_that_is_not_known_is_refused_by_name():
+    pipe = pipelines.ddpm()
+    pipe.unet = torch.nn.Conv2d(3, 3, 1)
+    for call in (lambda: attach(pipe, plan_of(pipelines.ddpm())), lambda: detach(pipe), lambda: plan_for(pipe, 5)):
+        with pytest.raises(ModelError, match=r"unet Conv2d, expected a UNet2DModel.*FluxTransformer2DModel"):
+            call()
+
+
+def test_calls_that_do_not_fit_the_plan_are_refused():
+    pipe, name = pipelines.stable_diffusion(), "stable_diffusion"
+    guided = plan_of(pipe).with_guides([Guide("full", 3.0)] * (STEPS + 1))  # PNDM has a row more
+    with attached(pipe, plan_of(pipe)):
+        with pytest.raises(PlanError, match="num_inference_steps=7, expected 5"):
+            draw(pipe, name, num_inference_steps=7)
+        plans_own, pipe.scheduler = pipe.scheduler, DDIMScheduler.from_config(pipe.scheduler.config)
+        with pytest.raises(PlanError, match="another DDIMScheduler"):
+            draw(pipe, name)
+        pipe.scheduler = plans_own
+    with attached(pipe, guided), pytest.raises(PlanError, match="without guidance"):
+        draw(pipe, name, guidance_scale=1.0)
+    ldm = pipelines.ldm()
+    guided = plan_of(ldm).with_guides([Guide("full", 3.0)] * STEPS)
+    with attached(ldm, guided), pytest.raises(PlanError, match="without guidance"):
+        draw(ldm, "ldm", guidance_scale=1.0)
+    flux = pipelines.flux()
+    with attached(flux, plan_of(flux, "flux")), pytest.raises(PlanError, match=r"timestep .* at the size"):
+        draw(flux, "flux", height=64)
+    sd3 = pipelines.sd3()
+    plan = plan_of(sd3, "sd3").with_guides([Guide("full", 7.0)] * STEPS)
+    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.9}
+    with attached(sd3, plan), pytest.raises(PlanError, match="a second call at row"):
+        draw(sd3, "sd3", **skipping)
+
+
+# ------------------------------------------------------------------------------------------------------------- plan_for
+
+
+def test_phrases_are_laid_one_after_the_other_the_last_again_and_again():
+    pipe = pipelines.ddpm()
+    plan = plan_for(pipe, 8, phrases=[["full"] * 3, ["full", "full~0", "full~0"]])
+    assert plan.entries == ("full", "full", "full", "full", "full~0", "full~0", "full", "full~0")
+    assert plan.prices["full"].macs > plan.prices["full~0"].macs > 0
+    assert StepPlan.from_json(plan.to_json()) == plan
+    for phrases in ([], [["full"], []]):
+        with pytest.raises(PlanError, match="empty phrase"):
+            plan_for(pipe, 5, phrases=phrases)
+    with pytest.raises(PlanError, match=r"w0\.50"):
+        plan_for(pipe, 5, phrases=[["full", "w0.50"]])
+    with pytest.raises(ModelError, match="cut 9"):
+        plan_for(pipe, 5, phrases=[["full", "full~9"]])
+    with pytest.raises(PlanError, match="another process"):
+        plan_for(pipe, 5, sampler=DDIMScheduler(beta_end=0.03))

@@ -29,6 +29,7 @@ from halfstep.engine.calls import Call, Part, Run, joined, parted, parts_of, pos
 from halfstep.engine.entry import Reuse
 from halfstep.engine.networks import wanted_of
 from halfstep.engine.pipelines import (
+    DROPS_VARIANCE,
     TIMES_1000,
     conditional_half,
     denoiser_of,
@@ -88,6 +89,7 @@ def attach(pipe: Any, plan: StepPlan | str | Path, bank: Bank | None = None) -> 
     wanted_of([Row(row.timestep, row.entry) for row in plan.rows], links, 0)  # refuses what is not fed
     wanted_of(list(_guide_rows(dict(enumerate(plan.rows))).values()), links, 0)
     half = conditional_half(pipe) if any(plan.guides) else None
+    _require_one_prediction(pipe, plan, net)
     _require_corrects(plan, scheduler, net)
     runner = Attached(net, _Director(plan, models, links, scheduler, half), pipe)
     _swap(pipe, role, runner, scheduler)
@@ -195,13 +197,30 @@ def _require_same_model(net: Any, bank: Bank, own: str) -> None:
         )
 
 
+def _has_variance(net: Any) -> bool:
+    """Whether the network puts out a learned variance beside its prediction."""
+    return net.config.get("out_channels") == 2 * net.config["in_channels"]
+
+
+def _require_one_prediction(pipe: Any, plan: StepPlan, net: Any) -> None:
+    """Raise PlanError for a network with a learned variance whose pipeline uses it: only the plain call has one."""
+    names = {cls.__name__ for cls in type(pipe).__mro__}
+    plain = len(plan.nets) == 1 and not plan.corrected and not any(plan.guides)
+    if _has_variance(net) and not plain and not names & set(DROPS_VARIANCE):
+        raise PlanError(
+            got=f"reuse, guides or corrections for a {type(pipe).__name__}, which uses a learned variance",
+            expected=f"plain rows, or one of {', '.join(DROPS_VARIANCE)}",
+            where="plan",
+            do="attach a plan of 'full' alone",
+        )
+
+
 def _require_corrects(plan: StepPlan, scheduler: Any, net: Any) -> None:
     """Raise PlanError where the plan corrects predictions that no correction is known for."""
-    kind, config = scheduler.config.get("prediction_type"), net.config
-    variance = (config.get("out_channels") or 0) > config["in_channels"]
-    if plan.corrected and (kind not in PREDICTIONS or variance):
+    kind = scheduler.config.get("prediction_type")
+    if plan.corrected and kind not in PREDICTIONS:
         raise PlanError(
-            got=f"corrections of {'a prediction with its variance' if variance else kind or 'a flow'}",
+            got=f"corrections of {kind or 'a flow'}",
             expected=" or ".join(PREDICTIONS),
             where="plan",
             do="leave the corrections out of the plan",
@@ -231,6 +250,7 @@ class _Director:
         self.plan, self.models, self.links = plan, models, links
         self.scheduler, self.half = scheduler, half
         self.net = models[plan.reference]
+        self.variance = _has_variance(self.net)
         self.branch = ""
         self._times: torch.Tensor | None = None
         self._passed: dict[torch.dtype, list[float]] = {}
@@ -248,7 +268,7 @@ class _Director:
             found = self._corrected(found, call, i)
         if i == len(self.plan.rows) - 1:
             del self._runs[self.branch]  # with what it holds
-        return found
+        return torch.cat([found, torch.zeros_like(found)], dim=1) if self.variance else found  # which is not used
 
     # ------------------------------------------------------------------------------------------------- where a call is
 
@@ -316,7 +336,11 @@ class _Director:
     # ---------------------------------------------------------------------------------------------- what it comes to
 
     def _predict(self, part: Part, row: Row, call: Call, memo: Memo) -> torch.Tensor:
-        """What one entry predicts of a call."""
+        """What one entry predicts of a call, without the variance beside it."""
+        found = self._called(part, row, call, memo)
+        return found[:, : self.net.config["in_channels"]] if self.variance else found
+
+    def _called(self, part: Part, row: Row, call: Call, memo: Memo) -> torch.Tensor:
         link = self.links.get(part.entry)
         if link is not None:
             model = self.models[link.of]

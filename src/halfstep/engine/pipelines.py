@@ -57,6 +57,9 @@ CONDITIONAL_HALF: Mapping[str, int] = {
 """Pipelines that guide by one call of a doubled batch, and which half of it is the conditional one. Flux is none: its
 true guidance makes two calls, and keeps its scale to itself."""
 
+DROPS_VARIANCE = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
+"""Pipelines that leave a learned variance unused."""
+
 TIMES_1000 = ("FluxTransformer2DModel",)
 """Denoisers that take the scheduler's timesteps divided by 1000."""
 
