@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from halfstep.core.recipe import Recipe
+from halfstep.nets.architectures import example_of
 from halfstep.nets.continuous import ContinuousUNet2DModel
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.nets.wavelet import SpectralUNet2DModel
@@ -38,6 +39,42 @@ def unet(
         "up_block_types": (*["AttnUpBlock2D"] * attend, *plain[1]),
     }  # fmt: skip
     return UNet2DModel(**(small | changes)).eval()
+
+
+def text_unet(seed: int = 0, **config) -> UNet2DConditionModel:
+    """Stable Diffusion's U-Net of two levels, the lower with cross-attention, no weight of which is trivial."""
+    torch.manual_seed(seed)
+    small = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32), "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 2, "norm_num_groups": 8, "cross_attention_dim": 12,
+    }  # fmt: skip
+    model = UNet2DConditionModel(**(small | config)).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+SDXL = {
+    "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2), "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32,
+}  # fmt: skip
+"""What makes `text_unet` one as Stable Diffusion XL has it."""
+
+
+def cond_for_net(model, batch: int = 2, seed: int = 0):
+    """A condition as the net takes it, class numbers 0, 1 …, all else random."""
+    random = torch.Generator().manual_seed(seed)
+
+    def drawn(value):
+        if isinstance(value, dict):
+            return {name: drawn(one) for name, one in value.items()}
+        if not value.is_floating_point():
+            return torch.arange(batch)
+        return torch.randn(value.shape, generator=random)
+
+    return drawn(dict(example_of(model, batch, 5)))
 
 
 def uvit(seed: int = 0, **config) -> UViT2DModel:

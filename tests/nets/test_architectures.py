@@ -33,7 +33,7 @@ from halfstep.nets.channels import between
 from halfstep.nets.denoiser import copy_of
 from halfstep.nets.models import build_model
 from halfstep.nets.slices import cut_all
-from tiny import ode_unet, unet, uvit, wavelet_unet
+from tiny import cond_for_net, ode_unet, text_unet, unet, uvit, wavelet_unet
 
 plain_unet = partial(unet, channels=(16, 32), attend=True, norm_num_groups=8, attention_head_dim=8)
 SOURCE = Path(__file__).parents[2] / "src" / "halfstep"
@@ -47,6 +47,7 @@ def small(name: str):
         "UViT2DModel": uvit,
         "SpectralUNet2DModel": wavelet_unet,
         "ContinuousUNet2DModel": ode_unet,
+        "UNet2DConditionModel": text_unet,
     }[name]
     model = make().eval()
     for p in model.parameters():
@@ -56,11 +57,11 @@ def small(name: str):
 
 def ran(model, weights=None) -> torch.Tensor:
     torch.manual_seed(1)
-    given = (torch.randn(2, 1, 8, 8), torch.tensor([3, 700]))
+    given, cond = (torch.randn(2, 1, 8, 8), torch.tensor([3, 700])), cond_for_net(model)
     with torch.no_grad():
         if weights is None:
-            return model(*given).sample
-        return torch.func.functional_call(model, weights, given).sample
+            return model(*given, **cond).sample
+        return torch.func.functional_call(model, weights, given, cond).sample
 
 
 def having(ability: str) -> list[str]:
@@ -136,7 +137,7 @@ def reads_of(model) -> list[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_ends_are_the_layers_at_the_picture_and_time_is_what_reads_no_picture(name):
+def test_ends_are_the_layers_at_the_picture_and_time_and_text_are_what_reads_no_picture(name):
     """Oracle: the net's own calls, on two pictures."""
     model, parts = small(name), ARCHITECTURES[name].parts
     is_in = lambda key, globs: any(fnmatch.fnmatchcase(key, glob) for glob in globs)  # noqa: E731
@@ -145,7 +146,7 @@ def test_ends_are_the_layers_at_the_picture_and_time_is_what_reads_no_picture(na
     second = reads_of(model)
     seen = [key for (key, a), (_, b) in zip(first, second, strict=True) if not torch.equal(a, b)]
     assert is_in(seen[0], parts.ends) and is_in(seen[-1], parts.ends)
-    assert all(is_in(key, parts.time) == (key not in seen) for key, _ in first)
+    assert all(is_in(key, (*parts.time, *parts.text)) == (key not in seen) for key, _ in first)
 
 
 @pytest.mark.parametrize("name", having("fresh"))

@@ -13,12 +13,12 @@ from torch import nn
 
 from halfstep.core.errors import ModelError
 from halfstep.nets.architectures import ROWS, narrowed, slices_for
-from halfstep.nets.denoiser import Memo, cond_of, predictor
+from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.models import filled_model
 from halfstep.nets.reuse import OUT, cut_count, forecast, leaving, require_cut, shallow, taking, tapped
 from halfstep.nets.slices import cut_all
-from tiny import ode_unet, unet, uvit, wavelet_unet
+from tiny import SDXL, cond_for_net, ode_unet, text_unet, unet, uvit, wavelet_unet
 
 deep = partial(unet, channels=(8, 16, 16), size=16, attend=True)
 MODELS = {
@@ -39,6 +39,8 @@ MODELS = {
     "classes": partial(deep, num_class_embeds=3),
     "U-ViT": partial(uvit, sample_size=16, depth=6),
     "U-ViT of classes": partial(uvit, sample_size=16, num_class_embeds=3, mlp_time_embed=True),
+    "text": partial(text_unet, sample_size=16, layers_per_block=2),
+    "text with sizes": partial(text_unet, sample_size=16, **SDXL),
     "wavelets": partial(wavelet_unet, sample_size=16, layers_per_block=2, num_class_embeds=3),
 }
 
@@ -54,8 +56,7 @@ def made(name: str) -> nn.Module:
 def inputs_of(model, seed: int = 0):
     draw = torch.Generator().manual_seed(seed)
     size = model.config.sample_size
-    labels = torch.tensor([0, 2]) if model.config.num_class_embeds else None
-    return torch.randn(2, 1, size, size, generator=draw), torch.tensor([3, 700]), cond_of(labels)
+    return torch.randn(2, 1, size, size, generator=draw), torch.tensor([3, 700]), cond_for_net(model, 2, seed)
 
 
 def plain(model, inputs):
@@ -116,7 +117,7 @@ def test_a_shallow_pass_runs_less_the_lower_the_cut_and_leaves_the_middle_out(na
     assert net.mid_block is None or not set(net.mid_block.modules()) & set(parts[-1])
 
 
-@pytest.mark.parametrize("name", ["two", "U-ViT", "wavelets"])
+@pytest.mark.parametrize("name", ["two", "U-ViT", "text", "wavelets"])
 @torch.no_grad()
 def test_features_of_another_input_are_the_deep_part_of_that_input(name):
     """Oracle: the cut at the middle block, by a hook that puts the other input's state there."""
@@ -135,7 +136,7 @@ def test_features_of_another_input_are_the_deep_part_of_that_input(name):
 @pytest.mark.parametrize("row", [row for row in ROWS if row.slim and row.cuts], ids=lambda row: row.name)
 @torch.no_grad()
 def test_slices_and_masks_are_cut_like_any_net(row):
-    model = made("U-ViT" if row.name.startswith("UViT") else "two")
+    model = made({"UViT2DModel": "U-ViT", "UNet2DConditionModel": "text"}.get(row.name, "two"))
     inputs = inputs_of(model)
     narrow = row.kind.from_config(narrowed(row, model.config, 0.5)).eval()
     narrow.load_state_dict(cut_all(model.state_dict(), slices_for(row, model.config, 0.5)))
@@ -159,7 +160,7 @@ class _Called(nn.Module):
         return self.call(self.model, *given)
 
 
-@pytest.mark.parametrize("name", ["two", "U-ViT", "wavelets"])
+@pytest.mark.parametrize("name", ["two", "U-ViT", "text", "wavelets"])
 def test_weights_of_elsewhere_run_and_are_reached_by_gradients(name):
     model, other = made(name), MODELS[name](seed=5)
     inputs = inputs_of(model)

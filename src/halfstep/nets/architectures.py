@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from halfstep.core.errors import ModelError
-from halfstep.nets import unet, uvit, wavelet
+from halfstep.nets import unet, unet_condition, uvit, wavelet
 from halfstep.nets.channels import Free
 from halfstep.nets.continuous import ContinuousUNet2DModel
 from halfstep.nets.denoiser import Cond, class_example, eager
@@ -43,11 +43,13 @@ class Slimming:
 class Parts:
     """Convolutions and linear layers of a family that stand apart from the bulk of it, as globs of their names.
 
-    `ends`: the first and the last ones. `time`: the embeddings of time and class. `skips`: those of long skips.
+    `ends`: the first and the last ones. `time`: the embeddings of time and class, and of what is added to them.
+    `text`: those that read the text alone. `skips`: those of long skips.
     """
 
     ends: tuple[str, ...] = ()
     time: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
     skips: tuple[str, ...] = ()
 
 
@@ -136,6 +138,19 @@ ROWS = (
     ),
     Architecture(
         ContinuousUNet2DModel, own_checks=True, parts=Parts(ends=("stem.*", "head"), time=("*.film", "*.stage.*"))
+    ),
+    Architecture(
+        UNet2DConditionModel,
+        slim=Slimming(unet_condition.narrow_config, unet_condition.slice_exceptions),
+        free=unet_condition.free_channels,
+        levels=unet.levels,
+        cuts=Cuts(unet_condition.cut_count, unet_condition.tapped, unet_condition.shallow),
+        parts=Parts(
+            ends=("conv_in", "conv_out"),
+            time=("time_*", "*.time_emb_proj", "class_embedding*", "add_embedding*"),
+            text=("*.attn2.to_k", "*.attn2.to_v", "encoder_hid_proj*"),
+        ),
+        example=unet_condition.example,
     ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in ROWS}

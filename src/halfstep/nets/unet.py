@@ -77,6 +77,14 @@ def levels(model: UNet2DModel) -> list[nn.Module]:
 
 def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
     """The `UNet2DModel` config at `width` in (0, 1]. Raises ModelError when a level gets no whole channel groups."""
+    narrow = narrow_sizes(config, width)
+    if head := config.get("attention_head_dim"):  # a head must not be wider than the narrowest attended level
+        narrow["attention_head_dim"] = min(head, *(_attended(config, narrow["block_out_channels"]) or [head]))
+    return narrow
+
+
+def narrow_sizes(config: Mapping[str, Any], width: float) -> dict[str, Any]:
+    """The same config with narrower levels and time embedding, its attention as it is. Raises ModelError."""
     narrow = {key: value for key, value in config.items() if not key.startswith("_")}
     groups = config["norm_num_groups"] or 1
     channels = []
@@ -84,7 +92,7 @@ def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
         c = round(full * width, 2)  # so that 1/3 may be written 0.333333, as the message below does
         if c != int(c) or c < 1 or c % groups:
             expected = f"a multiple of the model's {groups} norm groups"
-            raise _refused_width(config, f"{full} channels x {width} = {c:g}", expected)
+            raise refused_width(config, f"{full} channels x {width} = {c:g}", expected)
         channels.append(int(c))
     _require_whole_frequencies(config, channels[0], width)
     narrow["block_out_channels"] = tuple(channels)
@@ -92,8 +100,6 @@ def narrow_config(config: Mapping[str, Any], width: float) -> dict[str, Any]:
         narrow["time_embedding_dim"] = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
     elif config.get("time_embedding_dim"):
         narrow["time_embedding_dim"] = max(2, round(config["time_embedding_dim"] * width))
-    if head := config.get("attention_head_dim"):  # a head must not be wider than the narrowest attended level
-        narrow["attention_head_dim"] = min(head, *(_attended(config, channels) or [head]))
     return narrow
 
 
@@ -102,10 +108,10 @@ def _require_whole_frequencies(config: Mapping[str, Any], first: int, width: flo
     full = config["block_out_channels"][0]
     if first % 2 and first != full and config.get("time_embedding_type", "positional") == "positional":
         got = f"{full} channels x {width} = {first} in the first level"
-        raise _refused_width(config, got, "an even number, for the sines and cosines of its time embedding")
+        raise refused_width(config, got, "an even number, for the sines and cosines of its time embedding")
 
 
-def _refused_width(config: Mapping[str, Any], got: str, expected: str) -> ModelError:
+def refused_width(config: Mapping[str, Any], got: str, expected: str) -> ModelError:
     groups, full = config["norm_num_groups"] or 1, config["block_out_channels"]
     shared = math.gcd(*(c // groups for c in full))
     even = config.get("time_embedding_type", "positional") == "positional"
@@ -132,10 +138,10 @@ def slice_exceptions(
     """The dimensions that are no plain prefix, as (parameter, dimension, pieces)."""
     for name in shapes:
         if name in ("time_embedding.linear_1.weight", "class_embedding.linear_1.weight"):
-            yield name, 1, _time_columns(config, narrow)
+            yield name, 1, time_columns(config, narrow)
         if ".time_emb_proj." in name and config.get("resnet_time_scale_shift") == "scale_shift":
             half = shapes[name][0] // 2  # scale and shift are the two halves of one output
-            yield name, 0, ((0, half), (_full_out(config, name), half))
+            yield name, 0, ((0, half), (config["block_out_channels"][level_of(config, name)], half))
     if concat == "leading":
         return
     for name, shape in shapes.items():
@@ -157,17 +163,16 @@ def _hidden_channels(channels: Sequence[int], block: int, resnet: int) -> int:
     return upward[max(0, block - 1)] if resnet == 0 else upward[block]
 
 
-def _full_out(config: Mapping[str, Any], name: str) -> int:
-    """Output channels of the full ResNet block that owns a `time_emb_proj` parameter."""
+def level_of(config: Mapping[str, Any], name: str) -> int:
+    """The level of the block that owns a parameter, 0 at the full size."""
     where, *rest = name.split(".")
-    channels = list(config["block_out_channels"])
+    last = len(config["block_out_channels"]) - 1
     if where == "mid_block":
-        return channels[-1]
-    level = int(rest[0])
-    return channels[level] if where == "down_blocks" else channels[::-1][level]
+        return last
+    return int(rest[0]) if where == "down_blocks" else last - int(rest[0])
 
 
-def _time_columns(config: Mapping[str, Any], narrow: Mapping[str, Any]) -> Pieces:
+def time_columns(config: Mapping[str, Any], narrow: Mapping[str, Any]) -> Pieces:
     """Columns of the first time layer: the features that the narrow net's own time embedding has."""
     full, slim = config["block_out_channels"][0], narrow["block_out_channels"][0]
     kind = config.get("time_embedding_type", "positional")
