@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from halfstep.core.errors import ModelError
 from halfstep.data.classes import in_turn, spread
 from halfstep.engine.bank import Bank
+from halfstep.nets.architectures import example_of
 from halfstep.nets.denoiser import Cond, class_count, cond_of, cond_to, picked
 
 
@@ -49,4 +51,8 @@ def cond_for(bank: Bank, first: int, count: int, conditions: Conditions | None =
     if conditions is None:
         classes = class_count(bank.config)
         conditions = Conditions.of_classes(range(classes)) if classes else None
+        more = [name for name in example_of(bank[bank.reference], 1) if name != "class_labels"]
+        if more:
+            expected = f"{' and '.join(more)} for every image"
+            raise ModelError(got="no conditions", expected=expected, where="the model's calls", do="give prompts")
     return {} if conditions is None else cond_to(conditions.at(first, count), bank.device, bank.dtype)

@@ -28,8 +28,8 @@ from halfstep.core.typed import Bounds
 from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank, calls_of
 from halfstep.engine.networks import RowCall, networks_of
-from halfstep.engine.profiling import interleave
-from halfstep.engine.sampling import build_scheduler, cond_for, image_generators, last, start_noise, to_images, walk
+from halfstep.engine.profiling import example_inputs, interleave
+from halfstep.engine.sampling import build_scheduler, image_generators, last, start_noise, to_images, walk
 from halfstep.nets.denoiser import sample_shape
 
 Clock = Callable[[], float]
@@ -63,7 +63,8 @@ def drawing(bank: Bank, plan: StepPlan, batch: int, networks: Sequence[RowCall] 
     scheduler = build_scheduler(plan, noise.device)
     called = networks_of(bank, plan) if networks is None else networks
     start = noise * scheduler.init_noise_sigma
-    return to_images(bank, last(walk(called, plan.rows, scheduler, start, generators, cond_for(bank, 0, batch))))
+    cond = example_inputs(bank[bank.reference], batch, tokens=bank.tokens).cond
+    return to_images(bank, last(walk(called, plan.rows, scheduler, start, generators, cond)))
 
 
 def fixed_us(
