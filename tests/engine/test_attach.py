@@ -350,6 +350,50 @@ def test_a_lora_can_be_loaded_while_a_plan_is_attached(tmp_path):
     np.testing.assert_array_equal(draw(pipe, name), wanted)
 
 
+def ip_adapter(unet):
+    """Random weights of an IP-Adapter, as its files have them."""
+    draw, text = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
+    inner = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    sizes = [unet.get_submodule(name).inner_dim for name in inner]
+    halves = {f"{2 * i + 1}.to_{part}_ip.weight": torch.randn(size, text, generator=draw)
+              for i, size in enumerate(sizes) for part in "kv"}  # fmt: skip
+    proj = {"proj.weight": torch.randn(4 * text, 8, generator=draw), "proj.bias": torch.zeros(4 * text),
+            "norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}  # fmt: skip
+    return {"image_proj": proj, "ip_adapter": halves}
+
+
+def test_an_ip_adapter_stays_and_its_images_are_halved_with_the_batch():
+    pipe, name = pipelines.stable_diffusion(), "stable_diffusion"
+    without = draw(pipe, name, guidance_scale=4.0)
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    images = {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(2))]}
+    wanted, plan = draw(pipe, name, guidance_scale=4.0, **images), plan_of(pipe, name)
+    assert np.abs(wanted - without).max() > 1e-4
+    with attached(pipe, plan):
+        np.testing.assert_array_equal(draw(pipe, name, guidance_scale=4.0, **images), wanted)
+        pipe.set_ip_adapter_scale(0.0)
+        assert np.abs(draw(pipe, name, guidance_scale=4.0, **images) - wanted).max() > 1e-4
+        pipe.set_ip_adapter_scale(1.0)
+    with attached(pipe, plan.with_guides([Guide("full", 1.0)] * len(plan.rows))):
+        found = draw(pipe, name, guidance_scale=4.0, **images)
+    halves = {"ip_adapter_image_embeds": [images["ip_adapter_image_embeds"][0][1:]]}
+    np.testing.assert_array_equal(found, draw(pipe, name, guidance_scale=1.0, **halves))
+
+
+def test_offloading_moves_to_what_stands_in_the_pipeline():
+    pipe, name = pipelines.stable_diffusion(), "stable_diffusion"
+    wanted, net = draw(pipe, name), pipe.unet
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(net, "_hf_hook")
+    attach(pipe, plan_of(pipe, name))
+    assert hasattr(pipe.unet, "_hf_hook") and not hasattr(net, "_hf_hook")
+    for _ in range(2):  # after each call pipelines hook their parts anew
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+    detach(pipe)
+    assert pipe.unet is net and hasattr(net, "_hf_hook")
+    np.testing.assert_array_equal(draw(pipe, name), wanted)
+
+
 def test_what_pipelines_ask_of_their_denoiser_is_its_own(tmp_path):
     pipe = pipelines.stable_diffusion()
     net = pipe.unet

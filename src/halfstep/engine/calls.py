@@ -60,7 +60,7 @@ class Call:
                 _require_of_all(name, value)
                 first[name] = second[name] = value
             else:
-                first[name], second[name] = _halved(value, len(self.sample))
+                first[name], second[name] = _halved(name, value, len(self.sample))
         return replace(self, given=first), replace(self, given=second)
 
 
@@ -71,16 +71,26 @@ def _signature(kind: Any) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def _halved(value: Any, batch: int) -> tuple[Any, Any]:
-    """A value for either half of a batch: tensors [batch, ...] are halved, those in mappings and lists too."""
+def _halved(name: str, value: Any, batch: int) -> tuple[Any, Any]:
+    """A value for either half of a batch: tensors [batch, ...] are halved, those in mappings and lists too, those of no
+    axes or [1, ...] are of all images. Raises PlanError for others."""
     if isinstance(value, torch.Tensor):
-        both = value.chunk(2) if value.ndim and len(value) == batch else (value, value)
+        if value.ndim == 0 or len(value) == 1 < batch:
+            return value, value
+        if len(value) != batch:
+            raise PlanError(
+                got=f"{name} of {len(value)}",
+                expected=f"{batch}, as the sample, or 1",
+                where="the pipeline's call",
+                do="give one for every image, or attach a plan without guides",
+            )
+        both = value.chunk(2)
         return both[0], both[1]
     if isinstance(value, Mapping):
-        pairs = {name: _halved(one, batch) for name, one in value.items()}
-        return {name: one[0] for name, one in pairs.items()}, {name: one[1] for name, one in pairs.items()}
+        pairs = {key: _halved(f"{name}.{key}", one, batch) for key, one in value.items()}
+        return {key: one[0] for key, one in pairs.items()}, {key: one[1] for key, one in pairs.items()}
     if isinstance(value, list | tuple):
-        each = [_halved(one, batch) for one in value]
+        each = [_halved(name, one, batch) for one in value]
         return type(value)(one[0] for one in each), type(value)(one[1] for one in each)
     return value, value
 
