@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,14 +24,17 @@ from PIL import Image
 
 import pipelines
 from banks import slim_bank
-from halfstep import Correction, Guide, Price, StepPlan, attach, attached, detach, plan_for
+from halfstep import Bank, Correction, Entry, Guide, Price, StepPlan, attach, attached, detach, plan_for
 from halfstep.core.errors import HalfstepError, ModelError, PlanError
 from halfstep.engine.attach import Attached
+from halfstep.engine.entry import Cut, Twin
 from halfstep.engine.pipelines import denoiser_of
 from halfstep.engine.sampling import StepAwarePipeline
 from halfstep.engine.sampling import plan_for as sampler_plan
+from halfstep.methods.slimmable import Supernet
 from halfstep.nets.architectures import ARCHITECTURES
-from halfstep.nets.denoiser import corrected, eager
+from halfstep.nets.denoiser import copy_of, corrected, eager
+from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.reuse import shallow, tapped
 
 STEPS = 5
@@ -52,6 +56,7 @@ CALLS = {
 }
 FIRST = {"img2img": 2}
 """The row at which a call begins: strength 0.6 of 5 steps leaves out two."""
+SLIM = ["ddpm", "stable_diffusion", "img2img", "inpaint", "sdxl", "ldm"]
 GUIDED = [name for name in CALLS if name not in ("flux", "ddpm")]
 
 
@@ -132,13 +137,12 @@ def called_as(pipe, forward):
 def two_stage(pipe, name, cut, first=0, **changes):
     """Stock pictures where every other call of the network, or of either branch where guidance makes two, runs from a
     cut on: an evaluation without plan, memo or wrapper."""
-    net, kept, times = denoiser_of(pipe)[1], {}, []
+    net, kept, calls = denoiser_of(pipe)[1], {}, iter(range(10_000))
+    branches = 2 if name == "flux" else 1
 
     def forward(plain, given):
-        now = float(given["timestep"].flatten()[0])
-        branch = "second" if times and times[-1] == now else "first"
-        times.append(now)
-        turn = first + len(set(times)) - 1
+        call = next(calls)
+        turn, branch = first + call // branches, call % branches
         sample = next(iter(given.values()))
         cond = {key: value for key, value in list(given.items())[1:] if key != "timestep"}
         if turn % 2 and branch in kept:
@@ -306,6 +310,7 @@ def with_lora(pipe, folder):
     return pipe
 
 
+@pytest.mark.slow
 def test_a_lora_stays_with_its_scale_and_its_verbs(tmp_path):
     name, scale = "stable_diffusion", {"cross_attention_kwargs": {"scale": 0.5}}
     without = draw(pipelines.stable_diffusion(), name)
@@ -502,34 +507,68 @@ def test_a_batch_of_another_size_begins_anew():
 # ------------------------------------------------------------------------------------------------------------ from disk
 
 
-def test_a_pipeline_folder_is_a_plan_with_its_bank(tmp_path):
-    bank = slim_bank()
-    scheduler = DDIMScheduler(clip_sample=True)
-    plan = sampler_plan(bank, scheduler, 4).with_entries(["full", "w0.50", "w0.25", "full"])
-    StepAwarePipeline(bank, plan).save_pretrained(tmp_path / "pipeline")
-    pipe = pipelines.quiet(DDPMPipeline(copy.deepcopy(bank["full"]), DDIMScheduler(clip_sample=True)))
-    size = bank.config["sample_size"]
-    noise = torch.randn(2, bank.config["in_channels"], size, size, generator=torch.Generator().manual_seed(0))
+def bank_of(net, folder):
+    """A bank over a pipeline's denoiser: half its width, and a mask of its weights, read from disk."""
+    supernet = Supernet(copy_of(net), (1.0, 0.5))
+    names = tuple(name for name in net.state_dict() if name.endswith(("conv2.weight", "to_q.weight")))
+    masked = copy_of(net)
+    masked.load_state_dict(mask_all(net.state_dict(), names, Pattern(2, 4)))
+    bank = Bank(
+        {
+            "full": copy_of(net), "w0.50": Entry(supernet.subnet(0.5), Cut("full", supernet.slices[0.5])),
+            "2:4": Entry(masked, Twin("full"), Masking(Pattern(2, 4), names)),
+        }, "full", "epsilon",
+    )  # fmt: skip
+    bank.save_pretrained(folder)
+    return Bank.from_pretrained(folder)
 
-    def predictions(unet, scheduler):
-        scheduler.set_timesteps(4)
-        with torch.no_grad():
-            return [unet(i, noise, t) for i, t in enumerate(scheduler.timesteps)]
 
-    wanted = predictions(lambda i, x, t: bank[plan.entries[i]](x, t).sample, DDIMScheduler(clip_sample=True))
-    for given in (tmp_path, tmp_path / "pipeline", tmp_path / "pipeline" / "plan.json"):
-        if given == tmp_path:
-            plan.save(tmp_path / "plan.json")
-        with attached(pipe, given):
-            found = predictions(lambda i, x, t: pipe.unet(x, t).sample, pipe.scheduler)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    with attached(pipe, plan, bank):
-        found = predictions(lambda i, x, t: pipe.unet(x, t).sample, pipe.scheduler)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+@pytest.mark.parametrize("name", [one if one == "ddpm" else pytest.param(one, marks=pytest.mark.slow) for one in SLIM])
+def test_widths_and_masks_of_a_bank_are_its_entries_called_by_hand(name, tmp_path):
+    pipe, entries = made(name), ["full", "w0.50", "2:4", "w0.50", "full"]
+    bank = bank_of(denoiser_of(pipe)[1], tmp_path / "bank")
+    plan = plan_of(pipe, name)
+    plan = replace(plan, prices={one: Price(1) for one in bank}).with_entries([*entries, "full"][: len(plan.rows)])
+    turns = iter(plan.entries[FIRST.get(name, 0) :])
+    with called_as(pipe, lambda plain, given: bank[next(turns)](**given, return_dict=False)[0]):
+        wanted = draw(pipe, name)
+    assert np.abs(draw(pipe, name) - wanted).max() > 1e-4
+    plan.save(tmp_path / "plan.json")
+    for given in ((plan, bank), (tmp_path,), (tmp_path / "plan.json",)):
+        with attached(pipe, *given):
+            np.testing.assert_array_equal(draw(pipe, name), wanted)
     with torch.no_grad():
-        next(pipe.unet.parameters()).add_(1)
-    with pytest.raises(ModelError, match="other weights"):
-        attach(pipe, tmp_path)
+        next(denoiser_of(pipe)[1].parameters()).add_(1)
+    refused(pipe, tmp_path, match="other weights", error=ModelError)
+    refused(pipe, plan, match="weights of their own: w0.50, 2:4")
+
+
+def test_a_controlnet_adds_to_the_whole_width_alone(tmp_path):
+    pipe, name = made("controlnet"), "controlnet"
+    bank, plan = bank_of(pipe.unet, tmp_path / "bank"), plan_of(pipe)
+    plan = replace(plan, prices={one: Price(1) for one in bank})
+    refused(pipe, plan.with_entries(["w0.50"] * len(plan.rows)), bank, match=r"w0\.50.*controlnet")
+    with called_as(pipe, lambda plain, given: bank["2:4"](**given, return_dict=False)[0]):
+        wanted = draw(pipe, name)
+    with attached(pipe, plan.with_entries(["2:4"] * len(plan.rows)), bank):
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+
+
+def test_a_run_folder_is_its_plan_with_the_bank_of_its_pipeline(tmp_path):
+    bank = slim_bank()
+    plan = sampler_plan(bank, DDIMScheduler(), 4).with_entries(["full", "w0.50", "w0.25", "full"])
+    StepAwarePipeline(bank, plan).save_pretrained(tmp_path / "pipeline")
+    plan.save(tmp_path / "plan.json")
+    pipe = pipelines.quiet(DDPMPipeline(copy_of(bank["full"]), DDIMScheduler()))
+    found = []
+    for given in (tmp_path, tmp_path / "pipeline"):
+        with attached(pipe, given), torch.no_grad():
+            found.append(
+                pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np").images
+            )
+    with attached(pipe, plan, bank):
+        wanted = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np").images
+    np.testing.assert_array_equal(found, [wanted, wanted])
 
 
 # -------------------------------------------------------------------------------------------------------------- refused
@@ -618,3 +657,32 @@ def test_phrases_are_laid_one_after_the_other_the_last_again_and_again():
         plan_for(pipe, 5, phrases=[["full", "full~9"]])
     with pytest.raises(PlanError, match="another process"):
         plan_for(pipe, 5, sampler=DDIMScheduler(beta_end=0.03))
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
+
+
+def test_the_support_matrix_says_what_is_tested_here():
+    told = {}
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("| `"):
+            name, *cells = (cell.strip(" `") for cell in line.strip("|").split("|"))
+            told[name] = cells
+    tested = {}
+    for name in CALLS:
+        reuse, guided = (("✓" if holds else "–") for holds in (can_be_cut(name), name in GUIDED))
+        entries = "✓" if name in SLIM else "masks" if name == "controlnet" else "–"
+        tested[type(made(name)).__name__] = ["✓", reuse, guided, entries]
+    assert told == tested
+
+
+def test_the_first_page_runs_as_it_stands(tmp_path):
+    stock = pipelines.stable_diffusion()
+    stock.save_pretrained(tmp_path)
+    code = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    names = {"folder": tmp_path}
+    exec(code, names)
+    assert len(names["images"]) == 1
+    assert names["plan"].macs == 40 * names["plan"].prices["full"].macs  # 15 pairs and 10 halves

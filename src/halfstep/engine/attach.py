@@ -89,6 +89,7 @@ def attach(pipe: Any, plan: StepPlan | str | Path, bank: Bank | None = None) -> 
     wanted_of([Row(row.timestep, row.entry) for row in plan.rows], links, 0)  # refuses what is not fed
     wanted_of(list(_guide_rows(dict(enumerate(plan.rows))).values()), links, 0)
     half = conditional_half(pipe) if any(plan.guides) else None
+    _require_takes_residuals(pipe, models, net)
     _require_one_prediction(pipe, plan, net)
     _require_corrects(plan, scheduler, net)
     runner = Attached(net, _Director(plan, models, links, scheduler, half), pipe)
@@ -194,6 +195,24 @@ def _require_same_model(net: Any, bank: Bank, own: str) -> None:
             expected=f"those of the bank's {bank.reference!r}, from which its other entries follow",
             where="attach",
             do="attach it to the pipeline that the run was made of, or a plan of 'full' and its reuse alone",
+        )
+
+
+def _require_takes_residuals(pipe: Any, models: Mapping[str, Any], net: Any) -> None:
+    """Raise PlanError where what a ControlNet or a T2I-Adapter adds inside the network fits no entry's channels."""
+    added = [name for name in ("controlnet", "adapter") if pipe.components.get(name) is not None]
+    sizes = net.config.get("block_out_channels")
+    other = [
+        name
+        for name, model in models.items()
+        if list(model.config.get("block_out_channels") or ()) != list(sizes or ())
+    ]
+    if added and other:
+        raise PlanError(
+            got=f"{', '.join(other)} beside a {added[0]}, which adds to {sizes} channels",
+            expected="entries of the network's own width",
+            where="attach",
+            do="leave narrower entries out of the plan",
         )
 
 
