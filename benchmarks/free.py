@@ -52,6 +52,8 @@ MODELS = {16: "fashion", 32: str(HERE / "models" / "fashion32-supernet")}
 CALLS = {16: (5, 8, 10, 12, 15, 20, 30), 32: (5, 8, 10, 15, 20)}
 SHARES = (4, 8, 12, 16, 24, 32)
 BOOT = 300
+FEWEST = 7
+"""Network calls below which no stock sampler is near the quality of many: with --key they are left out."""
 
 
 def recipe_of(size: int, edits: list[str]) -> Recipe:
@@ -86,8 +88,7 @@ def found_plans(ground: Ground, file: Path, units: str) -> dict[str, StepPlan]:
         if what in known:
             continue
         question = question_of(what, today)
-        with side_by_side(ground.book.judge.bank.device, os.cpu_count()) as executor:
-            ground.executor = ground.book.executor = executor
+        with ground.side_by_side(os.cpu_count()):
             free, among = ground.free, ground.families
             answers = search_joint(ground.track, ground.book, ground.stock, among, today, question, ground.recipe)
         plans = {"best free": free.plan} | {f"free, {plan.sampler.told}": plan for plan, _ in free.frontier}
@@ -154,7 +155,9 @@ def all_plans(ground: Ground, size: int, only_key: bool, units: str) -> dict[str
     plans["DDIM, 20 steps"] = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=20)))
     plans |= found_plans(ground, HERE / f"free{size}-plans.json", units)
     plans |= contenders(ground.stock)
-    if not only_key:
+    if only_key:
+        plans = {name: plan for name, plan in plans.items() if not (is_free(plan) and len(plan.rows) < FEWEST)}
+    else:
         plans |= alone_plans(ground)
         plans |= stock_plans(ground.stock, CALLS[size])
     seen: dict[str, str] = {}
@@ -181,6 +184,7 @@ def measured(
         if (record["n"], record["seed"]) == (images, seed):
             known[record["plan"]] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
     fresh = {name: plan for name, plan in plans.items() if plan.digest not in known}
+    fresh = dict(sorted(fresh.items(), key=lambda one: one[1].macs))  # what is cut off late is the dearest
     extractor = judge.extractor
     pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=get_context("spawn"))
     side = side_by_side(judge.bank.device, os.cpu_count())

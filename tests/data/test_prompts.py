@@ -11,7 +11,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from halfstep.core.errors import DataError, HalfstepError, ModelError
+from halfstep.data.captions import Captions
 from halfstep.data.prompts import NOTHING, TextEncoder, encode_prompts
+from halfstep.engine.conditions import Conditions
 from halfstep.nets.text import load_text_encoder, write_external
 
 transformers = pytest.importorskip("transformers")
@@ -109,6 +111,17 @@ class _Silent(torch.nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> None:
         raise RuntimeError("asked")
+
+
+def test_image_k_is_drawn_under_the_caption_of_k(tmp_path):
+    stock(tmp_path, masked=True).save_pretrained(tmp_path / "pipe")
+    encoder = load_text_encoder(tmp_path / "pipe")
+    captions = Captions.of(["a b", "c", "a b", "d e"], "here")
+    conditions = Conditions.of_prompts(encoder, captions)
+    found = conditions.at(2, 4)["encoder_hidden_states"]
+    wanted = encode_prompts(encoder, [captions[k] for k in range(2, 6)])["encoder_hidden_states"]
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert [conditions.told[conditions.order[k % 4]] for k in range(4)] == [captions[k] for k in range(4)]
 
 
 def test_longer_prompts_are_refused_or_cut_as_stock_does_it(tmp_path):

@@ -175,7 +175,7 @@ def test_a_cheaper_plan_that_is_shown_to_be_as_good_is_taken(stage, judge):
 def test_reused_rows_begin_fresh_in_every_gene(judge):
     bank = judge.bank.with_reuse([0])
     plan = reference_plan(bank, PROCESS, SampleSpec(scheduler="ddim", steps=6))
-    space = Space.of(plan, bank.names, 2, sources=sources_of(bank))
+    space = Space.of(plan, bank.names, 2, sources=sources_of(bank, bank.names))
     cheap = space.entries.index("full~0")
     assert space.expand((cheap, cheap)) == ["full", "full~0", "full~0"] * 2
     assert space.cost((cheap, cheap)) == plan.with_entries(space.expand((cheap, cheap))).macs

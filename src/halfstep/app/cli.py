@@ -106,7 +106,10 @@ Classes = Annotated[
 ]
 TRAINED = ("recipe", "edits", "seed", "device")
 """Common options of what trains; its steps are the recipe's `train.steps`."""
-SAMPLED = ("recipe", "edits", "steps", "scheduler", "spacing", "order", "seed", "batch", "device")
+SAMPLED = (
+    *("recipe", "edits", "steps", "scheduler", "spacing", "order", "seed", "batch"),
+    *("prompts", "guidance", "device"),
+)
 """Common options of what samples."""
 
 
@@ -315,7 +318,9 @@ def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = 
 @app.command()
 @common(*SAMPLED)
 def tune(
-    model: Model,
+    model: Annotated[
+        str, typer.Option("--model", "--pipeline", help="A diffusers model or pipeline; bundled: `fashion`, `digits`.")
+    ],
     out: Out,
     common: Common,
     data: Annotated[
@@ -328,9 +333,12 @@ def tune(
 
     Searches sampler, steps, spacing, features reused between steps, corrections, and the stand-ins that the model
     brings, and measures the plan beside what you run today and the best stock sampler. Without a budget: the cheapest
-    plan that is no worse than today's. Without images the model's own converged pictures are the data.
+    plan that is no worse than today's. Without images the model's own converged pictures are the data. Of a pipeline of
+    text, prompts or images with captions say what is drawn; `halfstep.attach(pipe, "RUN")` then runs the plan under it.
 
     Example: `halfstep tune --model runs/dense --out runs/tuned`
+
+    Example: `halfstep tune --pipeline PIPE --prompts prompts.txt --guidance 5 --out runs/tuned`
     """
     from halfstep.app import verbs
 

@@ -114,7 +114,14 @@ def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
     bank.to(default_device())
     settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
     extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
-    return Judge(bank, subject.images, extractor, cache=out / "state", batch=recipe.sample.batch)
+    return Judge(
+        bank,
+        subject.images,
+        extractor,
+        cache=out / "state",
+        batch=recipe.sample.batch,
+        conditions=subject.conditions,
+    )
 
 
 def drawings_of(plans: Iterable[StepPlan], recipe: Recipe) -> list[Drawing]:

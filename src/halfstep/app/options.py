@@ -23,6 +23,8 @@ FIELDS = {
     "order": "sample.order",
     "seed": "seed",
     "batch": "sample.batch",
+    "prompts": "data.prompts",
+    "guidance": "sample.guidance",
 }
 """The common options that are fields of the recipe."""
 
@@ -114,6 +116,22 @@ class Common:
             help="Images of a batch that is drawn and timed (`sample.batch`, `sample.timed`); not what they are.",
             min=1,
             max=MOST_IN_A_BATCH,
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            help="A file of prompts, one a line (`data.prompts`), for a model of text; without, the images' captions.",
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance",
+            help="Weight of classifier-free guidance (`sample.guidance`), a pipeline's `guidance_scale`; 1: none.",
             rich_help_panel=_COMMON,
         ),
     ] = None

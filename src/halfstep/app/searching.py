@@ -203,12 +203,19 @@ class Ground:
         return replace(question, limits=limits or (question.price(self.today),))
 
     @contextmanager
-    def side_by_side(self) -> Iterator[None]:
-        """Inside, plans are measured on all processors that torch may use; outside one alone, as it is timed."""
-        with side_by_side(self.book.judge.bank.device) as executor:
-            self.executor = self.book.executor = executor
+    def side_by_side(self, workers: int | None = None) -> Iterator[None]:
+        """Inside, plans are measured on all processors that torch may use, or so many; outside one alone, as it is
+        timed."""
+        with side_by_side(self.book.judge.bank.device, workers) as executor:
+            self._run_on(executor)
             yield
-        self.executor = self.book.executor = None
+        self._run_on(None)
+
+    def _run_on(self, executor: Executor | None) -> None:
+        """Tell all that draws, what is made already too: an executor ends with its context."""
+        self.executor = self.book.executor = executor
+        if "track" in self.__dict__:
+            self.__dict__["track"] = replace(self.track, executor=executor)
 
     def search(self, goal: Goal, question: Question) -> Answer:
         """The plan for a goal, of what is `reachable` for it. Raises PlanError where no plan meets a budget."""
@@ -366,7 +373,7 @@ def reuse_of(bank: Bank) -> list[str]:
     except ModelError:
         return [OUT]
     full = bank.prices()[bank.reference].macs
-    shares = [reused_macs(model, cut, tokens=bank.tokens) / full for cut in range(count)]
+    shares = [reused_macs(model, cut) / full for cut in range(count)]
     cuts = {min(range(count), key=lambda cut: abs(shares[cut] - wanted)) for wanted in (1 / 3, 2 / 3)}
     return [str(cut) for cut in sorted(cuts)]
 
@@ -382,7 +389,9 @@ def converged_data(subject: Subject, out: Path, watch: Watch) -> str:
         count, seed = subject.recipe.search.converged, stage_seed(subject.recipe.seed, Stage.TABLE) + STAGES // 2
         parts = []
         with watch.stage("converged pictures", count) as told:
-            for images in sample_images(bank, plan, count, seed=seed, batch=subject.recipe.sample.batch):
+            for images in sample_images(
+                bank, plan, count, seed=seed, batch=subject.recipe.sample.batch, conditions=subject.conditions
+            ):
                 parts.append(to_uint8(images))
                 told(sum(map(len, parts)))
         arrays = {"images": np.concatenate(parts).transpose(0, 2, 3, 1)}

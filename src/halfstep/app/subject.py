@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halfstep.core.disk import read_json
+from halfstep.core.errors import ModelError
 from halfstep.core.plan import StepPlan
 from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe
@@ -17,6 +18,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.samplers import settled
 from halfstep.engine.sampling import StepAwarePipeline
 from halfstep.engine.subject import Subject
+from halfstep.engine.text import conditions_of, takes_text, with_text
 from halfstep.nets.denoiser import require_same_shape
 from halfstep.nets.fit import Fitted, fit
 from halfstep.nets.models import load_classes, load_denoiser, load_vae, pipeline_folder
@@ -36,6 +38,13 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         return _without_model(data, recipe, watch)
     opened = open_model(model)
     bank, process = opened.bank, process_of(opened, model)
+    conditions = None
+    if takes_text(bank):
+        bank = bank if bank.null is not None else with_text(bank, model, recipe.sample.guidance)
+        bank = bank.with_null(bank.null, recipe.sample.guidance)
+        conditions = conditions_of(bank, model, recipe.data.prompts, data)
+    else:
+        _require_no_text(recipe)
     sample = settled(process, recipe.sample, opened.scheduler)
     recipe = replace(_with_size_of(recipe, bank), noise=process, sample=sample)
     fitted = None
@@ -52,7 +61,19 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         fitted=fitted,
         recipe=recipe,
         scheduler=opened.scheduler,
+        conditions=conditions,
     )
+
+
+def _require_no_text(recipe: Recipe) -> None:
+    """Raise ModelError for prompts and guidance that the model does not take."""
+    if recipe.data.prompts:
+        got, where = f"prompts {recipe.data.prompts}", "--prompts"
+    elif recipe.sample.guidance != 1:
+        got, where = f"guidance {recipe.sample.guidance:g}", "--guidance"
+    else:
+        return
+    raise ModelError(got=got, expected="a model that is conditional on text", where=where, do="leave it out")
 
 
 class Opened(NamedTuple):

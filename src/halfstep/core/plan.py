@@ -73,6 +73,27 @@ class Guide(NamedTuple):
     weight: float
 
 
+BAR = "|"
+"""In the name of a call, between an entry and what guides it; no entry's name has it."""
+
+
+def call_of(name: str, guidance: float) -> tuple[str, Guide | None]:
+    """What a call's name stands for: an entry and its guide.
+
+    "full": the entry, guided by itself with the weight `guidance`, unguided where that is 1. "full|": unguided.
+    "full|slim": guided by another entry with that weight. "full|slim*2": with weight 2.
+    Raises PlanError for a weight that is no number.
+    """
+    entry, bar, rest = name.partition(BAR)
+    other, star, weight = rest.partition("*")
+    try:
+        used = float(weight) if star else guidance
+    except ValueError:
+        raise _refused(f"call {name!r}", "a weight after the star", "write e.g. full|slim*2") from None
+    guide = (other or entry) if not bar or other else ""
+    return entry, Guide(guide, used) if guide and used != 1 else None
+
+
 @dataclass(frozen=True)
 class Row:
     """One step: the scheduler's timestep (larger is noisier), the bank entry that runs there, and what is done to its
@@ -155,7 +176,8 @@ class StepPlan:
 
     `reference`: the bank's reference entry; `prices`: of one call of each entry. `fixed`: what a trajectory costs
     beside its calls (decoding latents); no share and no budget counts it. `baseline`: the plan that a search chose this
-    one instead of; None where there was none.
+    one instead of; None where there was none. `guidance`: the weight with which the reference is guided by itself, and
+    by default every entry; 1 where it is unguided.
     Raises PlanError for a plan without rows, a sampler whose config is none, an entry or a guide without a price, a
     reference or a baseline that costs nothing (shares are of it), and numbers out of the bounds of `Correction` and
     `Guide`.
@@ -167,6 +189,7 @@ class StepPlan:
     prices: Mapping[str, Price]
     fixed: Price = Price(0)
     baseline: Baseline | None = None
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -186,8 +209,9 @@ class StepPlan:
             if not (0 < scale < math.inf and 0 <= threshold < math.inf):
                 told = f"scale {scale:g}, threshold {threshold:g}"
                 raise _refused(told, "a scale above 0 and a threshold of 0 or more", "correct the row")
-            if row.guide is not None and not math.isfinite(row.guide.weight):
-                raise _refused(f"a guide of weight {row.guide.weight:g}", "a finite weight", "correct the row")
+        for weight in (self.guidance, *(row.guide.weight for row in self.rows if row.guide)):
+            if not math.isfinite(weight):
+                raise _refused(f"guidance of weight {weight:g}", "a finite weight", "correct the plan")
 
     # ------------------------------------------------------------------------------------------------ what it is
 
@@ -255,8 +279,13 @@ class StepPlan:
 
     @property
     def share(self) -> float:
-        """MACs as a share of the same plan with the reference in every row, unguided."""
-        return self.macs / (self.prices[self.reference].macs * len(self.rows))
+        """MACs as a share of the same plan with the reference in every row."""
+        return self.macs / (self.price_of(self.reference).macs * len(self.rows))
+
+    def price_of(self, call: str) -> Price:
+        """Of one row that makes a call, its guide's with it (see `call_of`)."""
+        entry, guide = call_of(call, self.guidance)
+        return self.prices[entry] if guide is None else self.prices[entry] + self.prices[guide.entry]
 
     # ------------------------------------------------------------------------------------------------ other plans
 
@@ -267,13 +296,15 @@ class StepPlan:
         return replace(self, baseline=Baseline(what, other.price))
 
     def with_entries(self, entries: Sequence[str]) -> StepPlan:
-        """The same sampler with other entries, one per row, uncorrected and unguided: a correction and a guide belong
-        to their entry.
+        """The same sampler with other entries, one per row, uncorrected: a correction belongs to its entry. Each is
+        guided as the reference is, by itself, unless its name says by what (see `call_of`).
 
         Raises PlanError for a wrong length or an unknown name.
         """
         self._require_length(entries, "entries")
-        return replace(self, rows=tuple(Row(r.timestep, e) for r, e in zip(self.rows, entries, strict=True)))
+        calls = {name: call_of(name, self.guidance) for name in set(entries)}
+        rows = zip(self.rows, entries, strict=True)
+        return replace(self, rows=tuple(Row(row.timestep, calls[e][0], guide=calls[e][1]) for row, e in rows))
 
     def with_corrections(self, corrections: Sequence[Correction]) -> StepPlan:
         """The same entries and guides with other corrections, one per row. Raises PlanError for a wrong length, a scale
@@ -288,8 +319,12 @@ class StepPlan:
         self._require_length(guides, "guides")
         return replace(self, rows=tuple(replace(row, guide=one) for row, one in zip(self.rows, guides, strict=True)))
 
+    def with_guidance(self, weight: float) -> StepPlan:
+        """The plan whose reference is guided so, in all its rows; 1: unguided."""
+        return replace(self, guidance=weight).uniform()
+
     def uniform(self, entry: str | None = None) -> StepPlan:
-        """The same sampler with one entry everywhere (the reference by default)."""
+        """The same sampler with one entry everywhere (the reference by default), guided as the reference is."""
         return self.with_entries([entry or self.reference] * len(self.rows))
 
     def _require_length(self, values: Sequence[object], what: str) -> None:
@@ -343,12 +378,13 @@ class StepPlan:
             "macs": self.macs,
             "rows": [row.to_json() for row in self.rows],
             **({"baseline": self.baseline.to_json()} if self.baseline else {}),
+            **({"guidance": self.guidance} if self.guidance != 1 else {}),
         }
 
     def to_content(self) -> dict[str, Any]:
         """What it is among a run's inputs (`Subject.content`): format 1's record, so that runs begun under it resume; a
         guided plan, which that format cannot tell, is as `to_json` has it."""
-        return self.to_json() if any(self.guides) else _Format1.of(self)
+        return self.to_json() if any(self.guides) or self.guidance != 1 else _Format1.of(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, where: object = "plan.json") -> StepPlan:
@@ -389,6 +425,7 @@ class _Format2:
     fixed: Price = Price(0)
     macs: int | None = None
     baseline: Baseline | None = None
+    guidance: float = 1.0
     format: Annotated[int, Bounds(2, 2)]
 
     def plan(self) -> StepPlan:
@@ -399,6 +436,7 @@ class _Format2:
             prices=self.prices,
             fixed=self.fixed,
             baseline=self.baseline,
+            guidance=self.guidance,
         )
 
 

@@ -57,6 +57,7 @@ class DataSpec:
     size: Annotated[Count | None, "pixels along one side; none: as they are, or as the model takes them"] = None
     channels: Annotated[Count | None, "1 or 3; none: as they are, or as the model takes them"] = None
     flip: Annotated[bool, "mirror at random in training"] = False
+    prompts: Annotated[str, "a file of prompts, one a line; empty: the captions of the images, for models of text"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,9 @@ class SampleSpec:
     ] = "own"
     order: Annotated[Order, "of a solver that has several; 0: its own"] = 0
     steps: Annotated[Count, "sampling steps, at most the timesteps of the training"] = 50
+    guidance: Annotated[
+        float, "weight of classifier-free guidance by the model itself, as its pipeline's guidance_scale; 1: none"
+    ] = 1.0
     variance: Annotated[Literal["posterior", "beta"], "what ddpm adds: the posterior's, or beta"] = "posterior"
     batch: Annotated[Batch, "images of a sampling batch; changes the speed, not the images"] = 256
     timed: Annotated[Batch, "images of a batch that is timed, and that a budget in milliseconds is for"] = 64

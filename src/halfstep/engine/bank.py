@@ -49,7 +49,8 @@ class Bank(torch.nn.Module):
     predict ("epsilon", "v_prediction" or "sample"). `vae`: what decodes their samples, where they work on latents;
     `classes`: the names of their classes by number, where they are known (the pipeline stores both). `null`: the
     condition of one sample, each tensor [1, ...], that stands for none, where the model was trained with one: guides
-    run under it (classifier-free guidance, arXiv 2207.12598).
+    run under it (classifier-free guidance, arXiv 2207.12598). `guidance`: the weight with which the reference is then
+    guided by itself; 1: unguided.
     `bank[name]` is the model, `bank.entries[name]` the entry. An entry that reuses another's features (`entry.Reuse`)
     runs in a trajectory only: `bank[name]` refuses it, for its model alone is its source's; `computed` leaves it out.
     Raises ModelError when an entry's input, output or class conditioning differs from the reference's, when its weights
@@ -65,6 +66,7 @@ class Bank(torch.nn.Module):
         vae: torch.nn.Module | None = None,
         classes: Sequence[str] = (),
         null: Cond | None = None,
+        guidance: float = 1.0,
     ):
         super().__init__()
         check_names(entries, "bank")
@@ -78,7 +80,14 @@ class Bank(torch.nn.Module):
             )
         self.reference = reference
         self.prediction_type = prediction_type
-        self.vae, self.classes, self.null = vae, tuple(classes), null
+        self.vae, self.classes, self.null, self.guidance = vae, tuple(classes), null, guidance
+        if guidance != 1 and null is None:
+            raise ModelError(
+                got=f"guidance of weight {guidance:g}",
+                expected="1, no guidance: the model has no null condition",
+                where="bank",
+                do="leave it out, or train the model with conditions dropped",
+            )
         self._entries = {name: Entry.of(given) for name, given in entries.items()}
         require_sources({name: entry.weights for name, entry in self._entries.items()}, "bank")
         for name, entry in self._entries.items():
@@ -151,13 +160,6 @@ class Bank(torch.nn.Module):
         return self[self.reference].config
 
     @property
-    def tokens(self) -> int | None:
-        """How long a text is that calls are priced with: as that of `null`, for encoders pad all texts alike; None
-        without one, as the family's pipelines have it."""
-        text = (self.null or {}).get("encoder_hidden_states")
-        return None if text is None else text.shape[-2]
-
-    @property
     def dtype(self) -> torch.dtype:
         return next(self.models.parameters()).dtype
 
@@ -216,14 +218,13 @@ class Bank(torch.nn.Module):
     def _macs(self, name: str) -> int:
         entry = self._entries[name]
         if not isinstance(entry.weights, Reuse):
-            inputs = example_inputs(entry.model, tokens=self.tokens)
-            return count_macs(entry.model, inputs=inputs, densities=entry.masking.layers() if entry.masking else None)
+            return count_macs(entry.model, densities=entry.masking.layers() if entry.masking else None)
         links = ((other, self._entries[other].weights) for other in self._prices)
         for other, link in links:  # a forecast costs no more than what it forecasts for
             if isinstance(link, Reuse) and (link.of, link.cut) == (entry.weights.of, entry.weights.cut):
                 return self._prices[other].macs
         masking = self._entries[entry.weights.of].masking
-        return reused_macs(entry.model, entry.weights.cut, masking.layers() if masking else None, self.tokens)
+        return reused_macs(entry.model, entry.weights.cut, masking.layers() if masking else None)
 
     def fixed(self) -> Price:
         """What a trajectory costs per image beside its calls: decoding its sample, where the bank works on latents."""
@@ -245,8 +246,7 @@ class Bank(torch.nn.Module):
 
     def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
         """What every entry costs here, timed in turns: MACs as `prices`, bytes as stored by `save_pretrained`."""
-        called = {name: self.call(name, batch) for name in self}
-        measured = latency(called, batch=batch, repeats=repeats, tokens=self.tokens)
+        measured = latency({name: self.call(name, batch) for name in self}, batch=batch, repeats=repeats)
         prices, stored = self.prices(), {name: entry.stored_bytes / 2**20 for name, entry in self._entries.items()}
         return {name: replace(cost, macs=prices[name].macs, stored_mib=stored[name]) for name, cost in measured.items()}
 
@@ -256,15 +256,18 @@ class Bank(torch.nn.Module):
         if name not in self or not isinstance(link := self._entries[name].weights, Reuse):
             return self[name]
         model = self[link.of]
-        return Reused(model, link.cut, link.order, *example_inputs(model, batch, tokens=self.tokens))
+        return Reused(model, link.cut, link.order, *example_inputs(model, batch))
 
     def with_vae(self, vae: torch.nn.Module | None, classes: Sequence[str] = ()) -> Bank:
         """The same entries, with what decodes their samples (None: they are pictures) and the names of classes."""
-        return Bank(self._entries, self.reference, self.prediction_type, vae, classes, self.null)
+        more = self.null, self.guidance
+        return Bank(self._entries, self.reference, self.prediction_type, vae, classes, *more)
 
-    def with_null(self, null: Cond | None) -> Bank:
-        """The same entries with the condition that guides run under; None: under the own call's."""
-        return Bank(self._entries, self.reference, self.prediction_type, self.vae, self.classes, null)
+    def with_null(self, null: Cond | None, guidance: float = 1.0) -> Bank:
+        """The same entries with the condition that guides run under (None: under the own call's), and the weight with
+        which the reference is guided. Raises ModelError for guidance without a null condition."""
+        known = self._entries, self.reference, self.prediction_type, self.vae, self.classes
+        return Bank(*known, null, guidance)
 
     def with_entry(self, name: str, entry: Entry | torch.nn.Module, prediction_type: str) -> Bank:
         """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
@@ -280,7 +283,8 @@ class Bank(torch.nn.Module):
     def _with(self, more: Mapping[str, Entry | torch.nn.Module]) -> Bank:
         """A bank with more entries, or others of these names; of the rest, what is known stays known."""
         every = {**self._entries, **more}
-        bank = Bank(every, self.reference, self.prediction_type, self.vae, self.classes, self.null)
+        known = self.vae, self.classes, self.null, self.guidance
+        bank = Bank(every, self.reference, self.prediction_type, *known)
         kept = {name for name, one in self._entries.items() if not {name, one.weights.of} & set(more)}
         bank._prices = {name: price for name, price in self._prices.items() if name in kept}
         bank._fingerprints = {key: found for key, found in self._fingerprints.items() if key[0] in kept}
@@ -336,9 +340,10 @@ class Bank(torch.nn.Module):
             "prediction_type": self.prediction_type,
             "entries": list(self.names),
         }
-        (folder / "bank.json").write_text(json.dumps(record, indent=2) + "\n")
         if self.null is not None:
+            record["guidance"] = self.guidance
             save_file(dict(flattened(self.null)), folder / NULL_FILE, metadata={"format": "pt"})
+        (folder / "bank.json").write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -368,8 +373,8 @@ class Bank(torch.nn.Module):
         entries: dict[str, Entry] = {}
         for name in sources_first({name: one.weights for name, one in stored.items()}):
             entries[name] = stored[name].restore(entries)
-        null = _read_null(folder / NULL_FILE)
-        bank = cls({name: entries[name] for name in stored}, record.reference, record.prediction_type, null=null)
+        null, known = _read_null(folder / NULL_FILE), {name: entries[name] for name in stored}
+        bank = cls(known, record.reference, record.prediction_type, null=null, guidance=record.guidance)
         return bank if torch_dtype is None else bank.to(torch_dtype)
 
 
@@ -380,7 +385,7 @@ def calls_of(bank: Bank, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
     found: dict[str, Callable[[], torch.Tensor]] = {}
     for name in bank:
         model = bank.call(name, batch)
-        inputs = example_inputs(model, batch, tokens=bank.tokens)
+        inputs = example_inputs(model, batch)
         call = partial(predictor(model), inputs.sample, inputs.timestep[0], inputs.cond, Memo())
         found[name] = torch.inference_mode()(call)
     return found
@@ -397,6 +402,7 @@ class _Record:
     reference: str
     prediction_type: str
     format: Annotated[int, Bounds(1, 2)] = 1
+    guidance: Annotated[float, Bounds(-1e6, 1e6)] = 1.0
 
 
 def _read_null(file: Path) -> Cond | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from halfstep.core.errors import ModelError
+from halfstep.data.captions import Captions
 from halfstep.data.classes import in_turn, spread
+from halfstep.data.prompts import TextEncoder, encode_prompts
 from halfstep.engine.bank import Bank
 from halfstep.nets.architectures import example_of
+from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import Cond, class_count, cond_of, cond_to, picked
 
 
@@ -33,6 +37,16 @@ class Conditions:
         kinds, order = np.unique(np.asarray(numbers, dtype=np.int64), return_inverse=True)
         return cls(cond_of(torch.from_numpy(kinds)), tuple(order.tolist()))
 
+    @classmethod
+    def of_prompts(cls, encoder: TextEncoder, captions: Captions, *, cut: bool = False) -> Conditions:
+        """Images that show what these captions say, image k the caption of k; each different text is encoded once."""
+        return cls(encode_prompts(encoder, captions.texts, cut=cut), tuple(captions.order.tolist()), captions.texts)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a fingerprint is made of."""
+        return {"told": self.told, "order": self.order, "table": fingerprint(self.table)}
+
     def at(self, first: int, count: int) -> Cond:
         """The condition of images first … first + count - 1, each tensor [count, ...]."""
         rows = torch.tensor([in_turn(self.order, k) for k in range(first, first + count)])
@@ -49,10 +63,9 @@ def cond_for(bank: Bank, first: int, count: int, conditions: Conditions | None =
     """The condition of images first … first + count - 1, where the bank is. Without `conditions` its classes in turn,
     and {} for an unconditional bank. Raises ModelError for one that takes what is no class."""
     if conditions is None:
+        if others := set(example_of(bank[bank.reference], 1)) - {"class_labels"}:
+            got, expected = "no conditions", f"{', '.join(sorted(others))} for every image"
+            raise ModelError(got=got, expected=expected, where="sampling", do="give the model prompts")
         classes = class_count(bank.config)
         conditions = Conditions.of_classes(range(classes)) if classes else None
-        more = [name for name in example_of(bank[bank.reference], 1) if name != "class_labels"]
-        if more:
-            expected = f"{' and '.join(more)} for every image"
-            raise ModelError(got="no conditions", expected=expected, where="the model's calls", do="give prompts")
     return {} if conditions is None else cond_to(conditions.at(first, count), bank.device, bank.dtype)

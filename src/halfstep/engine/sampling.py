@@ -44,7 +44,7 @@ Prices = Mapping[str, Price | int]
 
 
 def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, prices: Prices | None = None) -> StepPlan:
-    """The plan that runs the bank's reference at every step of a diffusers scheduler.
+    """The plan that runs the bank's reference, guided as the bank says, at every step of a diffusers scheduler.
 
     `prices`: in place of the bank's own, which take a tenth of a second each to count; nothing is fixed then.
     Raises PlanError for a scheduler that no plan may name (see `samplers`), whose settings do not go together, or that
@@ -63,13 +63,14 @@ def plan_for(bank: Bank, scheduler: SchedulerMixin, steps: int, prices: Prices |
         )
     fresh = with_timesteps(scheduler_of(name, config, name), steps)
     rehearse(fresh)
-    return StepPlan(
+    plan = StepPlan(
         rows=tuple(Row(float(t), bank.reference) for t in fresh.timesteps),
         sampler=Sampler(name, config, steps),
         reference=bank.reference,
         prices=_prices(bank.prices() if prices is None else prices),
         fixed=bank.fixed() if prices is None else Price(0),
     )
+    return plan.with_guidance(bank.guidance)
 
 
 def _prices(given: Prices) -> dict[str, Price]:
@@ -94,7 +95,7 @@ def fewer_steps(plan: StepPlan, steps: int) -> StepPlan:
     """The reference in every row of the same sampler with another number of steps."""
     scheduler = with_timesteps(scheduler_of(plan.sampler.name, plan.sampler.config), steps)
     rows = tuple(Row(float(t), plan.reference) for t in scheduler.timesteps)
-    return replace(plan, rows=rows, sampler=replace(plan.sampler, steps=steps))
+    return replace(plan, rows=rows, sampler=replace(plan.sampler, steps=steps)).uniform()
 
 
 def build_scheduler(plan: StepPlan, device: torch.device | str = "cpu") -> SchedulerMixin:
@@ -128,11 +129,12 @@ def image_generators(seed: int, start: int, count: int) -> list[torch.Generator]
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one row did: `sample` [B,C,H,W] before the call, as the scheduler holds it, the network's own `prediction`
-    of the same shape, neither guided nor corrected, and the sample `after` the row."""
+    of the same shape, neither guided nor corrected, that as it was `used`, and the sample `after` the row."""
 
     row: int
     sample: torch.Tensor
     prediction: torch.Tensor
+    used: torch.Tensor
     after: torch.Tensor
 
 
@@ -181,12 +183,11 @@ def walk(
         row, t = rows[i], timesteps[i]
         inputs = scheduler.scale_model_input(sample, t)
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
-        found, other = networks[i](inputs, t, cond, memo)
-        used = found if row.guide is None or other is None else guided(found, other, row.guide.weight)
+        found, used = predicted(networks[i], row, inputs, t, cond, memo)
         if row.corrected:
             used = corrected_as(kind, used, inputs, levels[i], *row.correction)
         after = scheduler.step(used, t, sample, return_dict=False, **options)[0]
-        yield Step(i, sample, found, after)
+        yield Step(i, sample, found, used, after)
         sample = after
 
 
@@ -201,6 +202,14 @@ def denoise(
 ) -> torch.Tensor:
     """The image at the end of a whole `trajectory`."""
     return last(trajectory(bank, plan, noise, generators, cond))
+
+
+def predicted(
+    call: RowCall, row: Row, sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a row's entry predicts of the scheduler's scaled sample, and that as its guide leaves it."""
+    found, other = call(sample, timestep, cond, memo)
+    return found, found if row.guide is None or other is None else guided(found, other, row.guide.weight)
 
 
 def guided(own: torch.Tensor, guide: torch.Tensor, weight: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents, encode_images
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
 from halfstep.engine.entry import Entry
 from halfstep.engine.reading import about_bank, about_images, about_model
@@ -34,7 +35,8 @@ class Subject:
     own. `process`: the forward process of the model's training. `vae`, `classes`: what decodes its samples and the
     names of its classes, where it has them. `fitted`: the images as the model takes them; None for a verb without.
     `recipe`: with what follows from the model: its process, the images' size and channels. `scheduler`: the config of
-    the scheduler that the model came with, for a recipe whose sampler is "own".
+    the scheduler that the model came with, for a recipe whose sampler is "own". `conditions`: what images are drawn
+    under, of a model that is conditional on text.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Subject:
     fitted: Fitted | None
     recipe: Recipe
     scheduler: Mapping[str, Any] | None = None
+    conditions: Conditions | None = None
 
     def __repr__(self) -> str:
         """What was read, in words: a model and a recipe print hundreds of lines."""
@@ -100,6 +103,8 @@ class Subject:
     def content(self) -> dict[str, str]:
         """The fingerprints of the model and of the images, which a run records, by the names of `folder.CONTENT`."""
         found = {} if self.fitted is None else {"data_content": self.images.fingerprint}
+        if self.conditions is not None:
+            found["data_content"] = fingerprint(found.get("data_content", ""), self.conditions.content)
         if self.plan is not None:
             bank = self.stand_ins
             reused = [entry.weights.to_json() for name, entry in bank.entries.items() if name not in bank.computed]

@@ -20,7 +20,7 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.data.images import Images
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
-from halfstep.engine.conditions import cond_for, mix_of
+from halfstep.engine.conditions import Conditions, cond_for, mix_of
 from halfstep.engine.device import side_by_side
 from halfstep.engine.profiling import TIMED_BATCH, interleave
 from halfstep.engine.sampling import denoise, image_generators, sample_images, start_noise, to_images
@@ -43,14 +43,23 @@ from halfstep.nets.fit import fit
 class Judge:
     """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
 
-    `conditions`: of generated images, in the data's mix of classes; None without any. A judge can be pickled, for a
+    `conditions`: of generated images, by default in the data's mix of classes. A judge can be pickled, for a
     pool of processes: each has a bank of its own then.
     """
 
-    def __init__(self, bank: Bank, images: Images, extractor: Extractor, *, cache: Path | None, batch: int):
+    def __init__(
+        self,
+        bank: Bank,
+        images: Images,
+        extractor: Extractor,
+        *,
+        cache: Path | None,
+        batch: int,
+        conditions: Conditions | None = None,
+    ):
         images = fit(bank.config, images, bank.vae, bank.classes).images
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
-        self.conditions = mix_of(images.labels, bank.config)
+        self.conditions = mix_of(images.labels, bank.config) if conditions is None else conditions
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
         self._floors: dict[int, Floor] = {}
 

@@ -22,15 +22,17 @@ from halfstep.core.plan import StepPlan
 from halfstep.core.typed import build
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for
+from halfstep.engine.networks import networks_of
 from halfstep.engine.sampling import (
     build_scheduler,
     image_generators,
     last,
+    predicted,
     start_noise,
     to_images,
     trajectory,
 )
-from halfstep.nets.denoiser import Memo, predictor
+from halfstep.nets.denoiser import Memo
 from halfstep.search.space import Space
 
 Measure = Callable[[torch.Tensor, torch.Tensor], float]
@@ -167,15 +169,16 @@ class _ReferenceWalk:
         starts = {int(s) for s in np.cumsum([0, *space.rows[:-1]])}
         scheduler = build_scheduler(plan, bank.device)
         sample = start_noise(bank, self.generators) * scheduler.init_noise_sigma
-        others = [(e, predictor(bank[space.entries[e]])) for e in space.alone if e != space.reference]
+        others = [(e, plan.uniform(space.entries[e])) for e in space.alone if e != space.reference]
+        called = [(e, other.rows, networks_of(bank, other)) for e, other in others]
         before, states = copy.deepcopy(scheduler), [g.get_state() for g in self.generators]
         for step in trajectory(bank, plan.uniform(), sample, self.generators, self.cond, scheduler=scheduler):
             if step.row in starts:
                 self.saved[step.row] = (step.sample.clone(), copy.deepcopy(before), states)
             t = scheduler.timesteps[step.row]
             inputs = before.scale_model_input(step.sample, t)
-            for e, other in others:
-                gap = other(inputs, t, self.cond, Memo()) - step.prediction
+            for e, rows, networks in called:
+                gap = predicted(networks[step.row], rows[step.row], inputs, t, self.cond, Memo())[1] - step.used
                 self.local[step.row, e] = gap.square().mean().item()
             sample = step.after
             before, states = copy.deepcopy(scheduler), [g.get_state() for g in self.generators]

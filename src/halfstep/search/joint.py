@@ -15,7 +15,7 @@ import numpy as np
 
 from halfstep.core import disk
 from halfstep.core.errors import PlanError
-from halfstep.core.plan import NONE, Correction, StepPlan
+from halfstep.core.plan import BAR, NONE, Correction, StepPlan, call_of
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.results import Difference
 from halfstep.core.seeds import Stage, stage_seed
@@ -352,10 +352,26 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return below + ((values[None] == values[:, None]).sum(axis=1) - 1) / 2
 
 
-def sources_of(bank: Bank) -> dict[str, tuple[str, int]]:
-    """The entries that reuse another one's features: by name that one, and how many rows of it they need before."""
-    links = {name: entry.weights for name, entry in bank.entries.items()}
-    return {name: (link.of, link.rows_before) for name, link in links.items() if isinstance(link, Reuse)}
+def choices_of(bank: Bank, guidance: float) -> list[str]:
+    """What a row may run, by the names of calls (`core.plan.call_of`): every entry; where the reference is guided, each
+    guided as it is, unguided or by a cheaper one, and the reference with half of its guidance."""
+    names = list(bank.names)
+    if guidance == 1:
+        return names
+    macs, half = {name: price.macs for name, price in bank.prices().items()}, (1 + guidance) / 2
+    cheaper = [f"{a}{BAR}{b}" for a in bank.computed for b in bank.computed if macs[b] < macs[a]]
+    return [*names, *(f"{name}{BAR}" for name in names), *cheaper, f"{bank.reference}{BAR}{bank.reference}*{half:g}"]
+
+
+def sources_of(bank: Bank, choices: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The choices that reuse another one's features: by name that one, and how many rows of it they need before."""
+    found = {}
+    for name in choices:
+        entry, bar, guide = name.partition(BAR)
+        link = bank.entries[entry].weights
+        if isinstance(link, Reuse) and not guide:
+            found[name] = f"{link.of}{bar}", link.rows_before
+    return found
 
 
 def screened(
@@ -395,7 +411,9 @@ def too_small(question: Question, arms: Sequence[Arm], names: Sequence[str]) -> 
 def prepared(track: Track, book: ScoreBook, arms: Sequence[Arm], question: Question, recipe: Recipe) -> list[Searched]:
     """Each arm with its space and its error table, measured side by side."""
     bank, spec, watch = book.judge.bank, recipe.search, track.watch
-    spaces = [Space.of(arm.base, bank.names, spec.genes, unit=question.unit, sources=sources_of(bank)) for arm in arms]
+    choices = choices_of(bank, bank.guidance)
+    sources = sources_of(bank, choices)
+    spaces = [Space.of(arm.base, choices, spec.genes, unit=question.unit, sources=sources) for arm in arms]
     with watch.stage("error tables", len(arms)) as told:
         done = itertools.count(1)
 
@@ -415,8 +433,10 @@ def prepared(track: Track, book: ScoreBook, arms: Sequence[Arm], question: Quest
 def table_of(book: ScoreBook, arm: Arm, space: Space, recipe: Recipe) -> ErrorTable:
     """The error table of an arm, kept in the run folder by the content of its plan and entries."""
     judge, count, seed = book.judge, recipe.search.error_images, stage_seed(recipe.seed, Stage.TABLE)
-    weights = [judge.bank.fingerprint(name) for name in space.entries]
-    key = fingerprint(arm.base.digest, weights, {"rows": space.rows, "images": count, "seed": seed})
+    weights = [judge.bank.fingerprint(call_of(name, 1.0)[0]) for name in space.entries]
+    told = {"rows": space.rows, "images": count, "seed": seed}
+    told |= {"calls": space.entries} if judge.bank.guidance != 1 else {}
+    key = fingerprint(arm.base.digest, weights, told)
     file = book.file.parent / "tables" / f"{key}.json"
     if file.is_file():
         return ErrorTable.load(file)

@@ -25,8 +25,8 @@ Unit = Literal["macs", "us"]
 
 @dataclass(frozen=True)
 class Space:
-    """What a search may choose: `entries` by name, their `prices` per call and image (whole numbers: MACs, or
-    nanoseconds), and the number of rows of each gene.
+    """What a search may choose: `entries`, by the names of their calls (see `core.plan.call_of`), their `prices` per
+    row and image (whole numbers: MACs, or nanoseconds), and the number of rows of each gene.
 
     `sources`: of an entry that reuses what another one left in the trajectory, that entry's index and how many fresh
     rows of it a gene begins with: a choice stands for the phrase (fresh, ..., reused, ...), so that nothing is carried
@@ -56,7 +56,7 @@ class Space:
         names, known = tuple(entries), sources or {}
         return cls(
             names,
-            tuple(counted(plan.prices[name], unit) for name in names),
+            tuple(counted(plan.price_of(name), unit) for name in names),
             tuple(int(n) for n in np.diff(edges)),
             names.index(plan.reference),
             tuple((names.index(known[name][0]), known[name][1]) if name in known else None for name in names),

@@ -1,0 +1,107 @@
+"""Models of text through the house. Oracle: the stock pipeline of the same folder, on the same noise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from halfstep.app import verbs
+from halfstep.app.subject import open_subject
+from halfstep.core.errors import HalfstepError
+from halfstep.core.plan import Guide, StepPlan
+from halfstep.core.recipe import Recipe
+from halfstep.engine.sampling import image_generators, reference_plan, sample_images, start_noise
+from pipelines import BETAS, stable_diffusion, text_unet, vae
+
+pytest.importorskip("transformers")
+PROMPTS = ["a b c", "b", "c a"]
+
+
+def pipeline():
+    """A stock pipeline of grey 8x8 pictures: their pixels are features enough."""
+    grey = vae(in_channels=1, out_channels=1)
+    scheduler = DDIMScheduler(clip_sample=False, **BETAS)
+    return stable_diffusion(scheduler=scheduler, unet=text_unet(sample_size=4), vae=grey)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("text")
+    pipeline().save_pretrained(place / "pipe")
+    (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
+
+
+def recipe(folder, *edits: str) -> Recipe:
+    small = ["sample.steps=4", "sample.batch=4", "sample.guidance=3", "eval.features=pixels"]
+    return Recipe().edit([f"data.prompts={folder / 'prompts.txt'}", *small, *edits])
+
+
+@torch.no_grad()
+def test_guided_pictures_are_those_of_the_stock_pipeline(folder):
+    subject = open_subject(folder / "pipe", None, recipe(folder))
+    bank, pipe = subject.stand_ins, pipeline()
+    plan = subject.reference()
+    assert {row.guide for row in plan.rows} == {Guide("full", 3.0)} and plan.macs == 8 * plan.prices["full"].macs
+    [found] = sample_images(bank, plan, 3, seed=0, batch=3, conditions=subject.conditions)
+    noise = start_noise(bank, image_generators(0, 0, 3))
+    wanted = pipe(PROMPTS, num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="pt").images
+    assert torch.allclose(found / 2 + 0.5, wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_tuned_plan_runs_under_the_stock_pipeline(folder, tmp_path):
+    """The whole way: prompts alone, reuse and guidance searched, attached."""
+    from halfstep import attach
+
+    small = "search.images=256 search.converged=300 search.error_images=4 search.fit=3 search.genes=2 search.arms=1"
+    more = "search.final_images=256 search.race=4 search.reuse=0 eval.images=256 eval.bootstrap=20 eval.repeats=1"
+    edits = [*small.split(), *more.split(), "sample.steps=6", "sample.timed=2", "sample.batch=64", "shrink.scales=0.99"]
+    verbs.tune(str(folder / "pipe"), None, tmp_path / "run", recipe(folder, *edits), budget=0.5)
+    plan = StepPlan.load(tmp_path / "run" / "plan.json")
+    assert plan.guidance == 3.0 and plan.macs <= 0.5 * 12 * plan.prices["full"].macs
+    told = json.loads((tmp_path / "run" / "quality.json").read_text())
+    assert {"reference", "plan"} <= set(told["plans"])
+    pipe = pipeline()
+    attach(pipe, tmp_path / "run")
+    noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    steps = {"num_inference_steps": plan.sampler.steps, "guidance_scale": 3.0, "output_type": "pt"}
+    assert pipe(PROMPTS, latents=noise, **steps).images.isfinite().all()
+
+
+WRONG = {
+    "no prompts": (["data.prompts="], "prompts"),
+    "a file that is not there": (["data.prompts=nowhere.txt"], "nowhere"),
+    "prompts for a model of none": ([], "conditional on text"),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_prompts_that_do_not_fit_are_refused_in_one_line(how, folder):
+    edits, told = WRONG[how]
+    model = "digits" if "of none" in how else folder / "pipe"
+    with pytest.raises(HalfstepError, match=told) as error:
+        open_subject(model, None, recipe(folder, *edits))
+    assert "\n" not in str(error.value)
+
+
+def test_guidance_without_text_or_a_null_condition_is_refused():
+    with pytest.raises(HalfstepError, match="guidance"):
+        open_subject("digits", None, Recipe().edit(["sample.guidance=2"]))
+
+
+def test_a_plan_of_a_guided_bank_is_guided(folder):
+    subject = open_subject(folder / "pipe", None, recipe(folder))
+    plan = reference_plan(subject.stand_ins, subject.process, subject.recipe.sample)
+    assert plan.with_entries(["full|", "full", "full|full*2", "full"]).guides == (
+        None, Guide("full", 3.0), Guide("full", 2.0), Guide("full", 3.0),
+    )  # fmt: skip
+    assert plan.uniform("full|").share == 0.5
