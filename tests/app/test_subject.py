@@ -25,7 +25,7 @@ from halfstep.engine.device import default_device
 from halfstep.engine.entry import Cut, Entry
 from halfstep.engine.sampling import StepAwarePipeline, reference_plan
 from halfstep.methods.slimmable import supernet_of
-from halfstep.nets.models import WEIGHTS
+from halfstep.nets.files import WEIGHTS
 from tiny import recipes, unet
 
 tiny = recipes("""

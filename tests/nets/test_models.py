@@ -12,13 +12,21 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
 from safetensors.torch import load_file, save_file
 
 from halfstep.core.errors import ModelError
-from halfstep.nets.models import INDEX, WEIGHTS, build_model, load_denoiser, load_model, load_vae
+from halfstep.nets.files import INDEX, WEIGHTS
+from halfstep.nets.models import build_model, load_denoiser, load_model, load_vae
 from halfstep.nets.weights import MAX_HEADER, open_weights
-from tiny import unet
+from tiny import SDXL, text_unet, unet
 
 net = partial(unet, channels=(8, 8), attend=True)
 
@@ -66,6 +74,60 @@ def test_shards_are_joined(tmp_path):
     assert same(load_model(tmp_path), model)
 
 
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "10KB"}])
+def test_a_variant_is_loaded_as_diffusers_loads_it(shards, tmp_path):
+    plain, half = net(1), net(2).half()
+    half.save_pretrained(tmp_path, variant="fp16", **shards)
+    with pytest.warns(UserWarning, match="only variant, fp16"):
+        assert same(load_model(tmp_path), half.float())
+    plain.save_pretrained(tmp_path / "plain", **shards)
+    for file in (tmp_path / "plain").iterdir():  # a save into the same folder would clear the other's shards away
+        file.replace(tmp_path / file.name)
+    assert same(load_model(tmp_path), plain)
+    kept = load_model(tmp_path, variant="fp16", dtype=None)
+    stock = UNet2DModel.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert kept.dtype == torch.float16 and same(kept, stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_precision_is_kept_or_converted_as_asked(dtype, tmp_path):
+    model = net().to(dtype)
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.float32 and same(load_model(tmp_path), model.float())
+    assert load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_denoiser(tmp_path, dtype=None)[0].dtype == dtype
+    rewrite(tmp_path, lambda weights: weights | {"conv_in.bias": weights["conv_in.bias"].float()})
+    assert load_model(tmp_path, dtype=None).dtype == torch.float32  # of several the one that holds them all
+
+
+TEXT = {
+    "as SD 1": {},
+    "as SD XL": SDXL,
+    "as SSD-1B": {
+        "transformer_layers_per_block": ((1,), (0, 2)),
+        "reverse_transformer_layers_per_block": ((2, 1, 0), (1, 1, 1)),
+        "layers_per_block": (1, 2),
+        "mid_block_type": "UNetMidBlock2D",
+    },
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_stable_diffusions_net_is_loaded_from_its_pipeline(name, tmp_path):
+    model = text_unet(**TEXT[name])
+    model.save_pretrained(tmp_path / "unet", max_shard_size="100KB")
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
+    loaded, noise = load_denoiser(tmp_path)
+    assert type(loaded) is type(model) and same(loaded, model) and noise["prediction_type"] == "v_prediction"
+
+
+def test_a_config_of_a_million_transformers_is_refused_before_one_is_built(tmp_path):
+    for layers in (10**6, [[10**6], [1]], [[[1]]], -1):
+        config = {**text_unet().config, "_class_name": "UNet2DConditionModel", "transformer_layers_per_block": layers}
+        with pytest.raises(ModelError, match="transformer_layers_per_block"):
+            build_model(config, where="here")
+
+
 def test_loading_leaves_the_random_numbers_and_the_config_alone(tmp_path):
     model = net()
     model.save_pretrained(tmp_path)
@@ -80,9 +142,13 @@ def test_loading_leaves_the_random_numbers_and_the_config_alone(tmp_path):
 # --- what is refused by name ------------------------------------------------------------------------------------------
 
 
-def test_a_variant_alone_is_named(tmp_path):
-    net().save_pretrained(tmp_path, variant="fp16")
-    assert "diffusion_pytorch_model.fp16.safetensors" in refusal(tmp_path)
+def test_of_two_variants_one_has_to_be_asked_for(tmp_path):
+    for variant in ("fp16", "non_ema"):
+        net().save_pretrained(tmp_path, variant=variant)
+    assert "only the variants fp16, non_ema" in refusal(tmp_path) and "variant='fp16'" in refusal(tmp_path)
+    with pytest.raises(ModelError, match=r"expected diffusion_pytorch_model\.ema\.safetensors"):
+        load_model(tmp_path, variant="ema")
+    assert same(load_model(tmp_path, variant="non_ema"), net())
 
 
 def test_the_prefix_of_torch_compile_is_told(tmp_path):

@@ -21,8 +21,9 @@ from halfstep.core.errors import ModelError, RecipeError
 from halfstep.core.typed import Bounds, build, shown
 from halfstep.engine.profiling import Layout, layout_of
 from halfstep.nets.denoiser import eager
+from halfstep.nets.files import WEIGHTS
 from halfstep.nets.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
-from halfstep.nets.models import WEIGHTS, empty_model, filled_model, load_model, read_config
+from halfstep.nets.models import empty_model, filled_model, load_model, read_config
 from halfstep.nets.reuse import ORDERS, OUT, Order, Place, require_cut
 from halfstep.nets.slices import Pieces, cut_all, require_inside, slices_to_json
 from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ from halfstep.core.typed import near, shown
 from halfstep.data.classes import read_classes
 from halfstep.nets.architectures import ARCHITECTURES, example_of
 from halfstep.nets.denoiser import Memo, class_count, cond_to, predictor
-from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
+from halfstep.nets.files import weight_files
+from halfstep.nets.weights import (
+    open_weights,
+    require_finite,
+    require_same_shapes,
+    shapes_of,
+    stored_dtypes,
+    stored_shapes,
+)
 
 MODEL_CLASSES: dict[str, type[ModelMixin]] = {name: family.kind for name, family in ARCHITECTURES.items()}
 """The denoiser classes that may be loaded, by the name in their config.json. Nothing else is ever imported."""
 
 VAE_CLASSES: dict[str, type[ModelMixin]] = {"AutoencoderKL": diffusers.AutoencoderKL}
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 
 MOST = {
     "sample_size": 8192,
@@ -43,6 +49,9 @@ MOST = {
     "base_channels": 65536,
     "embed_dim": 65536,
     "layers_per_block": 64,
+    "transformer_layers_per_block": 64,
+    "reverse_transformer_layers_per_block": 64,
+    "cross_attention_dim": 65536,
     "depth": 512,
     "levels": 12,
     "patch_size": 8192,
@@ -56,6 +65,8 @@ MOST = {
     "solver_steps": 1000,
 }
 """The most that a config may ask for, field by field, and the least is 1: many times what any published model has."""
+_MAYBE_NONE = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")
+"""Fields of which the least is 0: SSD-1B has no transformer in some blocks."""
 MAX_LEVELS = 16
 MAX_PIXELS = 1 << 26
 """Numbers in one sample: 256 MiB of float32."""
@@ -98,8 +109,9 @@ def _class_of(config: Mapping[str, Any], where: object, classes: Mapping[str, ty
         if not _is_like(value, defaults[field]):
             got, expected = f"{field} {shown(value)}", f"a value like {json.dumps(defaults[field])}"
             raise _unusable(got, expected, where)
-        if field in MOST and not all(1 <= number <= MOST[field] for number in _numbers(value)):
-            raise _unusable(f"{field} {shown(value)}", f"numbers from 1 to {MOST[field]}", where)
+        least = 0 if field in _MAYBE_NONE else 1
+        if field in MOST and not all(least <= number <= MOST[field] for number in _numbers(value)):
+            raise _unusable(f"{field} {shown(value)}", f"numbers from {least} to {MOST[field]}", where)
     return classes[name]
 
 
@@ -107,14 +119,15 @@ def _unusable(got: str, expected: str, where: object) -> ModelError:
     return ModelError(got=got, expected=expected, where=f"{where}: config.json", do="mend it")
 
 
-def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value of a config is of the kind of the class's default; where that is None, any plain value is."""
+def _is_like(value: Any, default: Any, deep: bool = False) -> bool:
+    """Whether a value of a config is of the kind of the class's default; where that is None, any plain value is. In the
+    place of one number there may be one for every level, and in a `deep` list one for every block of each."""
     if isinstance(value, list | tuple):
         inner = next(iter(default), None) if isinstance(default, list | tuple) else None
         return (
             (default is None or isinstance(default, list | tuple | int))
             and len(value) <= MAX_LEVELS
-            and all(not isinstance(one, list | tuple) and _is_like(one, inner) for one in value)
+            and all(not (deep and isinstance(one, list | tuple)) and _is_like(one, inner, deep=True) for one in value)
         )
     if value is None or default is None:
         return value is None or isinstance(value, bool | int | float | str)
@@ -125,8 +138,9 @@ def _is_like(value: Any, default: Any) -> bool:
 
 
 def _numbers(value: Any) -> list[int | float]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [one for one in values if isinstance(one, int | float)]
+    if isinstance(value, list | tuple):
+        return [number for one in value for number in _numbers(one)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def build_model(
@@ -188,30 +202,38 @@ def _require_runs(model: Any, sides: Sequence[int], where: object) -> None:
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def load_model(folder: Path, classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES) -> ModelMixin:
-    """A diffusers model from a folder with config.json and safetensors weights, in float32.
+def load_model(
+    folder: Path,
+    classes: Mapping[str, type[ModelMixin]] = MODEL_CLASSES,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> ModelMixin:
+    """A diffusers model from a folder with config.json and safetensors weights, in `dtype`; None: as it is stored.
 
-    What stock diffusers opens is opened: weights in shards, and attention under its names of 2022. Nothing is unpickled
-    or fetched. Raises ModelError for weights that are missing, cut, not finite, or not those of config.json.
+    What stock diffusers opens is opened: weights in shards, of a variant ("fp16"; see `weight_files`), and attention
+    under its names of 2022. Nothing is unpickled or fetched. Raises ModelError for weights that are missing, cut, not
+    finite, or not those of config.json.
     """
     folder = Path(folder)
     config = read_config(folder)
     empty = empty_model(config, where=folder, classes=classes)
-    files = _weight_files(folder)
+    found, kinds = weight_files(folder, variant), set()
     stored: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in found.files:
         with open_weights(file) as opened:
             stored |= stored_shapes(opened)
-    if len(files) == 1:  # as from_pretrained: nobody had shards when attention had its old names
+            kinds |= stored_dtypes(opened)
+    if found.where in found.files:  # as from_pretrained: nobody had shards when attention had its old names
         empty._fix_state_dict_keys_on_load(stored)
-    where = files[0] if len(files) == 1 else folder / INDEX
-    require_same_shapes(stored, shapes_of(empty.state_dict()), where, type(empty).__name__)
+    require_same_shapes(stored, shapes_of(empty.state_dict()), found.where, type(empty).__name__)
     try:
         model, told = type(empty).from_pretrained(
             folder,
             use_safetensors=True,
             local_files_only=True,
-            torch_dtype=torch.float32,
+            variant=found.variant,
+            torch_dtype=reduce(torch.promote_types, kinds) if dtype is None else dtype,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -222,7 +244,7 @@ def load_model(folder: Path, classes: Mapping[str, type[ModelMixin]] = MODEL_CLA
             do="save the model again",
         ) from error
     assert not any(told.values()), told  # the shapes were compared above
-    require_finite(model.state_dict(), where)
+    require_finite(model.state_dict(), found.where)
     return _nameless(model).eval()
 
 
@@ -234,36 +256,6 @@ def filled_model(empty: ModelMixin, weights: Mapping[str, torch.Tensor]) -> Mode
         full.load_state_dict(dict(weights))
         return full.eval()
     return empty.eval()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The one file of a model's weights, or its shards. Raises ModelError, which names what lies there instead."""
-    if (folder / WEIGHTS).is_file() and not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
-        return _shards(folder)
-    beside = [p for pattern in ("*.safetensors", "*.index.json") for p in folder.glob(pattern) if p.is_file()]
-    variants = sorted(p.name for p in beside)
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    found = f"only {variants[0]}" if variants else f"only {pickles[0]}, a pickle" if pickles else "no weights"
-    do = "save it again with safe_serialization=True"
-    if variants:
-        do = "save it again without a variant, or rename that file"
-    raise ModelError(got=found, expected=WEIGHTS, where=folder, do=do)
-
-
-def _shards(folder: Path) -> list[Path]:
-    do = "copy or save the model again"
-    record = read_json(folder / INDEX, what="the index of a model's shards", do=do, error=ModelError)
-    names = record.get("weight_map")
-    if not (isinstance(names, dict) and names and isinstance(record.get("metadata"), dict)):
-        raise ModelError(got="no weight_map", expected="the file of every tensor", where=folder / INDEX, do=do)
-    plain = sorted({name if isinstance(name, str) else "" for name in names.values()})
-    for name in plain:
-        if not name.endswith(".safetensors") or Path(name).name != name or not (folder / name).is_file():
-            expected = "names of safetensors files beside it"
-            raise ModelError(got=f"a shard {shown(name)}", expected=expected, where=folder / INDEX, do=do)
-    return [folder / name for name in plain]
 
 
 def _nameless(model: ModelMixin) -> ModelMixin:
@@ -312,8 +304,10 @@ def load_classes(source: str | Path, config: Mapping[str, Any]) -> tuple[str, ..
     return ()
 
 
-def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
-    """A denoiser and the config of its noise scheduler.
+def load_denoiser(
+    source: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = torch.float32
+) -> tuple[ModelMixin, dict[str, Any]]:
+    """A denoiser and the config of its noise scheduler; `variant` and `dtype` as in `load_model`.
 
     `source`: "digits" (bundled; `fashion` is a bank: `open_subject` gives its dense net), a diffusers pipeline folder
     (its `unet` and `scheduler`), a run folder of `halfstep train`, or a model folder with a `scheduler_config.json`, or
@@ -323,7 +317,7 @@ def load_denoiser(source: str | Path) -> tuple[ModelMixin, dict[str, Any]]:
     folder = pipeline_folder(source)
     require_whole(folder)
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
-    model = load_model(inner)
+    model = load_model(inner, variant=variant, dtype=dtype)
     for place in (folder / "scheduler", folder, folder.parent / "scheduler"):  # the second is the hub's layout of 2022
         if (place / "scheduler_config.json").is_file():
             file, do = place / "scheduler_config.json", "save the pipeline again"

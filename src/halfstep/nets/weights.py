@@ -16,8 +16,8 @@ from halfstep.core.typed import shown
 
 MAX_HEADER = 16 << 20
 """Bytes of a header that are read: a hundred thousand tensors. Stable Diffusion's U-Net has 686."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""What weights may be stored as. Eight bits and fewer need scales, which no file of ours has."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be stored as, by safetensors' name. Eight bits and fewer need scales, which no file of ours has."""
 
 
 @contextmanager
@@ -74,11 +74,16 @@ def stored_shapes(file: Any, unsigned: Collection[str] = ()) -> dict[str, tuple[
     """
     found = {}
     for name in file.keys():  # noqa: SIM118 (no mapping)
-        tensor, known = file.get_slice(name), ("U8",) if name in unsigned else FLOATS
+        tensor, known = file.get_slice(name), ("U8",) if name in unsigned else tuple(FLOATS)
         if tensor.get_dtype() not in known:
             raise OSError(f"{shown(name)} in {tensor.get_dtype()}, where {', '.join(known)} is read")
         found[name] = tuple(tensor.get_shape())
     return found
+
+
+def stored_dtypes(file: Any) -> set[torch.dtype]:
+    """The precisions of an open file's tensors, which `stored_shapes` took."""
+    return {FLOATS[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def shapes_of(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
