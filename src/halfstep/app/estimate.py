@@ -183,7 +183,7 @@ def _timed(bank: Bank, names: Collection[str], batch: int) -> dict[str, float]:
         if name not in names:
             continue
         at_once = min(batch, int(turn * rate / max(1, prices[name].macs)))
-        found[name] = _call_us(bank[name], at_once, turn) if at_once else prices[name].macs / rate * 1e6
+        found[name] = _call_us(bank[name], at_once, turn, bank.tokens) if at_once else prices[name].macs / rate * 1e6
     for name in set(names) - set(found):  # a reused pass runs only behind a whole one: its share of that
         source = bank.entries[name].weights.of or bank.reference
         of = found.get(source, prices[source].macs / rate * 1e6)
@@ -192,9 +192,9 @@ def _timed(bank: Bank, names: Collection[str], batch: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _call_us(model: Any, batch: int, seconds: float) -> float:
+def _call_us(model: Any, batch: int, seconds: float, tokens: int | None = None) -> float:
     """Microseconds per image of a model's call, the median of those that fit into so many seconds."""
-    call, inputs = predictor(model), example_inputs(model, batch)
+    call, inputs = predictor(model), example_inputs(model, batch, tokens=tokens)
     took: list[float] = []
     begun = time.perf_counter()
     for turn in range(4):

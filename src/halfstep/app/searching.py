@@ -373,7 +373,7 @@ def reuse_of(bank: Bank) -> list[str]:
     except ModelError:
         return [OUT]
     full = bank.prices()[bank.reference].macs
-    shares = [reused_macs(model, cut) / full for cut in range(count)]
+    shares = [reused_macs(model, cut, tokens=bank.tokens) / full for cut in range(count)]
     cuts = {min(range(count), key=lambda cut: abs(shares[cut] - wanted)) for wanted in (1 / 3, 2 / 3)}
     return [str(cut) for cut in sorted(cuts)]
 

@@ -160,6 +160,13 @@ class Bank(torch.nn.Module):
         return self[self.reference].config
 
     @property
+    def tokens(self) -> int | None:
+        """How long a text is that calls are priced with: as that of `null`, for encoders pad all texts alike; None
+        without one, as the family's pipelines have it."""
+        text = (self.null or {}).get("encoder_hidden_states")
+        return None if text is None else text.shape[-2]
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.models.parameters()).dtype
 
@@ -218,13 +225,14 @@ class Bank(torch.nn.Module):
     def _macs(self, name: str) -> int:
         entry = self._entries[name]
         if not isinstance(entry.weights, Reuse):
-            return count_macs(entry.model, densities=entry.masking.layers() if entry.masking else None)
+            inputs = example_inputs(entry.model, tokens=self.tokens)
+            return count_macs(entry.model, inputs=inputs, densities=entry.masking.layers() if entry.masking else None)
         links = ((other, self._entries[other].weights) for other in self._prices)
         for other, link in links:  # a forecast costs no more than what it forecasts for
             if isinstance(link, Reuse) and (link.of, link.cut) == (entry.weights.of, entry.weights.cut):
                 return self._prices[other].macs
         masking = self._entries[entry.weights.of].masking
-        return reused_macs(entry.model, entry.weights.cut, masking.layers() if masking else None)
+        return reused_macs(entry.model, entry.weights.cut, masking.layers() if masking else None, self.tokens)
 
     def fixed(self) -> Price:
         """What a trajectory costs per image beside its calls: decoding its sample, where the bank works on latents."""
@@ -246,7 +254,8 @@ class Bank(torch.nn.Module):
 
     def costs(self, *, batch: int = 1, repeats: int = 10) -> dict[str, Cost]:
         """What every entry costs here, timed in turns: MACs as `prices`, bytes as stored by `save_pretrained`."""
-        measured = latency({name: self.call(name, batch) for name in self}, batch=batch, repeats=repeats)
+        called = {name: self.call(name, batch) for name in self}
+        measured = latency(called, batch=batch, repeats=repeats, tokens=self.tokens)
         prices, stored = self.prices(), {name: entry.stored_bytes / 2**20 for name, entry in self._entries.items()}
         return {name: replace(cost, macs=prices[name].macs, stored_mib=stored[name]) for name, cost in measured.items()}
 
@@ -256,7 +265,7 @@ class Bank(torch.nn.Module):
         if name not in self or not isinstance(link := self._entries[name].weights, Reuse):
             return self[name]
         model = self[link.of]
-        return Reused(model, link.cut, link.order, *example_inputs(model, batch))
+        return Reused(model, link.cut, link.order, *example_inputs(model, batch, tokens=self.tokens))
 
     def with_vae(self, vae: torch.nn.Module | None, classes: Sequence[str] = ()) -> Bank:
         """The same entries, with what decodes their samples (None: they are pictures) and the names of classes."""
@@ -385,7 +394,7 @@ def calls_of(bank: Bank, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
     found: dict[str, Callable[[], torch.Tensor]] = {}
     for name in bank:
         model = bank.call(name, batch)
-        inputs = example_inputs(model, batch)
+        inputs = example_inputs(model, batch, tokens=bank.tokens)
         call = partial(predictor(model), inputs.sample, inputs.timestep[0], inputs.cond, Memo())
         found[name] = torch.inference_mode()(call)
     return found

@@ -63,9 +63,10 @@ def cond_for(bank: Bank, first: int, count: int, conditions: Conditions | None =
     """The condition of images first … first + count - 1, where the bank is. Without `conditions` its classes in turn,
     and {} for an unconditional bank. Raises ModelError for one that takes what is no class."""
     if conditions is None:
-        if others := set(example_of(bank[bank.reference], 1)) - {"class_labels"}:
-            got, expected = "no conditions", f"{', '.join(sorted(others))} for every image"
-            raise ModelError(got=got, expected=expected, where="sampling", do="give the model prompts")
         classes = class_count(bank.config)
         conditions = Conditions.of_classes(range(classes)) if classes else None
+        more = [name for name in example_of(bank[bank.reference], 1) if name != "class_labels"]
+        if more:
+            expected = f"{' and '.join(more)} for every image"
+            raise ModelError(got="no conditions", expected=expected, where="the model's calls", do="give prompts")
     return {} if conditions is None else cond_to(conditions.at(first, count), bank.device, bank.dtype)

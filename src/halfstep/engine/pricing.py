@@ -62,8 +62,8 @@ def drawing(bank: Bank, plan: StepPlan, batch: int, networks: Sequence[RowCall] 
     noise = start_noise(bank, generators)
     scheduler = build_scheduler(plan, noise.device)
     called = networks_of(bank, plan) if networks is None else networks
-    cond = example_inputs(bank[bank.reference], batch).cond
     start = noise * scheduler.init_noise_sigma
+    cond = example_inputs(bank[bank.reference], batch, tokens=bank.tokens).cond
     return to_images(bank, last(walk(called, plan.rows, scheduler, start, generators, cond)))
 
 

@@ -105,14 +105,17 @@ def count_macs(
     return round((sum(counts[""].values()) - left_out) / 2 / batch)
 
 
-def reused_macs(model: nn.Module, cut: Place, densities: Mapping[str, float] | None = None) -> int:
+def reused_macs(
+    model: nn.Module, cut: Place, densities: Mapping[str, float] | None = None, tokens: int | None = None
+) -> int:
     """MACs per image of a shallow pass at a cut, counted as `count_macs` counts, on the meta device; 0 at cut "out".
 
-    `densities`: by the model's own paths. Raises ModelError for a cut that the model does not have.
+    `densities`: by the model's own paths; `tokens`: as in `example_inputs`. Raises ModelError for a cut that the model
+    does not have.
     """
     if cut == OUT:
         return 0
-    twin, inputs = _meta_twin(eager(model)), _inputs_to(example_inputs(model), "meta")
+    twin, inputs = _meta_twin(eager(model)), _inputs_to(example_inputs(model, tokens=tokens), "meta")
     inner = {f"model.{name}": share for name, share in (densities or {}).items()}
     return count_macs(Reused(twin, cut, 0, *inputs), inputs=inputs, densities=inner)
 
@@ -179,11 +182,16 @@ def interleave(
 
 
 def call_times(
-    models: Mapping[str, nn.Module], *, batch: int = 1, repeats: int = 10, warmup: int = 2
+    models: Mapping[str, nn.Module],
+    *,
+    batch: int = 1,
+    repeats: int = 10,
+    warmup: int = 2,
+    tokens: int | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of one call of each denoiser where it lives, in turns, in eval mode without gradients."""
     calls = {
-        name: functools.partial(predictor(model), *example_inputs(model, batch), Memo())
+        name: functools.partial(predictor(model), *example_inputs(model, batch, tokens=tokens), Memo())
         for name, model in models.items()
     }
     with _measuring(*models.values()):
@@ -198,20 +206,22 @@ def latency(
     warmup: int = 2,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    tokens: int | None = None,
 ) -> dict[str, Cost]:
     """What one call of each denoiser costs here, timed in turns in eval mode without gradients.
 
     `batch`: images per call; latency and memory are per call, MACs per image. `device`, `dtype`: where to measure; a
-    model that lives elsewhere is measured as a copy, and stays what it was. The spread is None for one repeat.
-    Raises ModelError as `example_inputs`, and for a compiled model that would have to move.
+    model that lives elsewhere is measured as a copy, and stays what it was. `tokens`: as in `example_inputs`. The
+    spread is None for one repeat. Raises ModelError as `example_inputs`, and for a compiled model that would have to
+    move.
     """
     here = {name: _moved(model, device, dtype) for name, model in models.items()}
-    inputs = {name: example_inputs(model, batch) for name, model in here.items()}
+    inputs = {name: example_inputs(model, batch, tokens=tokens) for name, model in here.items()}
     calls = {name: functools.partial(predictor(model), *inputs[name], Memo()) for name, model in here.items()}
-    times = call_times(here, batch=batch, repeats=repeats, warmup=warmup)
+    times = call_times(here, batch=batch, repeats=repeats, warmup=warmup, tokens=tokens)
     with _measuring(*here.values()):
         peaks = {name: peak_mib(call, device=_home(here[name])[0]) for name, call in calls.items()}
-    return {name: _cost(model, times[name], peaks[name], batch) for name, model in here.items()}
+    return {name: _cost(model, times[name], peaks[name], inputs[name]) for name, model in here.items()}
 
 
 def peak_mib(call: Callable[[], object], *, device: torch.device | str | None = None) -> float | None:
@@ -233,16 +243,16 @@ def layout_of(model: nn.Module) -> Layout:
     return "contiguous" if first is None or first.is_contiguous() else "channels_last"
 
 
-def _cost(model: nn.Module, times: list[float], peak: float | None, batch: int) -> Cost:
+def _cost(model: nn.Module, times: list[float], peak: float | None, inputs: Inputs) -> Cost:
     device, dtype = _home(model)
     low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0.0, 0.0, 0.0)
     return Cost(
-        macs=count_macs(model),
+        macs=count_macs(model, inputs=inputs),
         params=count_params(model),
         latency_ms=statistics.median(times),
         latency_spread_ms=(high - low) / 2 if len(times) > 1 else None,
         peak_mib=peak,
-        batch=batch,
+        batch=len(inputs.sample),
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
