@@ -105,3 +105,49 @@ def test_a_plan_of_a_guided_bank_is_guided(folder):
         None, Guide("full", 3.0), Guide("full", 2.0), Guide("full", 3.0),
     )  # fmt: skip
     assert plan.uniform("full|").share == 0.5
+
+
+def captioned_folder(place, count: int = 24):
+    """Grey pictures with captions, in the imagefolder convention."""
+    from PIL import Image
+
+    place.mkdir()
+    random = torch.Generator().manual_seed(0)
+    lines = []
+    for k in range(count):
+        pixels = torch.randint(0, 255, (8, 8), generator=random, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(place / f"{k:02d}.png")
+        lines.append(json.dumps({"file_name": f"{k:02d}.png", "text": PROMPTS[k % 3]}))
+    (place / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_training_batch_has_the_captions_of_its_images_and_drops_its_share(folder, tmp_path):
+    captioned_folder(tmp_path / "data")
+    data = f"folder:{tmp_path / 'data'}"
+    subject = open_subject(folder / "pipe", data, recipe(folder, "data.prompts=", "train.dropped=0.25"))
+    seen = subject.lessons()
+    with torch.no_grad():
+        wanted, nothing = pipeline().encode_prompt(PROMPTS, "cpu", 1, True)
+    index, choices = torch.arange(24).repeat(100), torch.Generator().manual_seed(0)
+    found = seen.batch_cond(index, choices)["encoder_hidden_states"]
+    dropped = torch.tensor([torch.allclose(one, nothing[0], atol=1e-6) for one in found])
+    assert abs(float(dropped.float().mean()) - 0.25) < 0.03
+    assert all(torch.equal(one, wanted[k % 3]) for one, k, gone in zip(found, index, dropped, strict=True) if not gone)
+    assert set(subject.conditions.told) == set(PROMPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["slimmable", "sparse"])
+def test_a_method_compresses_a_net_of_text(method, folder, tmp_path):
+    captioned_folder(tmp_path / "data")
+    small = (
+        "train.steps=4 train.batch=4 train.log_every=2 slim.widths=0.5 eval.images=256 eval.bootstrap=20 eval.free=no"
+    )
+    more = "eval.repeats=1 data.prompts= sample.batch=64 sparse.pattern=2:4 sparse.least=0"
+    edits = [one for one in f"{small} {more}".split() if method == "sparse" or not one.startswith("sparse")]
+    chosen = recipe(folder, *edits)
+    verbs.compress(method, str(folder / "pipe"), f"folder:{tmp_path / 'data'}", tmp_path / "run", chosen)
+    from halfstep.engine.sampling import StepAwarePipeline
+
+    pipe = StepAwarePipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert len(pipe.bank) > 1 and pipe.bank.null is not None

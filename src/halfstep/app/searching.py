@@ -342,8 +342,7 @@ def require_reachable(goal: Goal, today: StepPlan, bank: Bank) -> None:
 
 def needed(bank: Bank, plan: StepPlan) -> Bank:
     """A bank without the reuse entries that a plan does not run: they cost nothing to add again."""
-    kept = {name: bank.entries[name] for name in bank if name in bank.computed or name in plan.nets}
-    return Bank(kept, bank.reference, bank.prediction_type, bank.vae, bank.classes)
+    return bank.only([name for name in bank if name in bank.computed or name in plan.nets])
 
 
 def with_reuse(bank: Bank, asked: Sequence[str], watch: Watch) -> Bank:

@@ -85,11 +85,11 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     again.
     """
     out, subject = Path(out), open_subject(model, data, recipe, watch=watch)
-    recipe, seen = subject.recipe, subject.encoded(watch)
+    recipe, seen = subject.recipe, subject.lessons(watch)
     net = subject.dense
     if net is None:
         with seeded(recipe.seed):
-            net = new_model(recipe.model, seen, recipe.noise.timesteps)
+            net = new_model(recipe.model, subject.encoded(), recipe.noise.timesteps)
         fit(net.config, subject.images, subject.vae, subject.images.classes)
     inputs = {"verb": "train", "data": data, "model": subject.source}
     open_run(out, recipe, inputs, subject.content, watch, subject.read(net))
@@ -102,7 +102,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
         twin = copy_of(net)
         twin.load_state_dict(weights)
         bank = subject.bank_of({"full": twin}, "full")
-        return preview_of(bank.to(twin.device), recipe.noise, recipe)
+        return preview_of(bank.to(twin.device), recipe.noise, recipe, subject.conditions)
 
     _announce_training(subject.bank_of({"full": copy_of(net)}, "full"), recipe, watch)
     diffusion, state = Diffusion(recipe.noise), TrainState.new(net, recipe.train)

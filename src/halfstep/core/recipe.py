@@ -76,6 +76,7 @@ class TrainSpec:
     log_every: Annotated[Count, "steps between two records of the loss"] = 20
     save_every: Annotated[Count, "steps between two states to resume from"] = 250
     sample_every: Annotated[Whole, "steps between two previews; 0: none"] = 1000
+    dropped: Annotated[Share, "share of captions that are dropped, so that a model of text can be guided"] = 0.1
     tracker: Annotated[Literal["", "tensorboard", "wandb", "trackio", "aim"], "that is told the losses too"] = ""
 
 

@@ -278,6 +278,11 @@ class Bank(torch.nn.Module):
         known = self._entries, self.reference, self.prediction_type, self.vae, self.classes
         return Bank(*known, null, guidance)
 
+    def only(self, names: Iterable[str]) -> Bank:
+        """A bank of some of the entries, with all that is beside them."""
+        known = self.vae, self.classes, self.null, self.guidance
+        return Bank({name: self._entries[name] for name in names}, self.reference, self.prediction_type, *known)
+
     def with_entry(self, name: str, entry: Entry | torch.nn.Module, prediction_type: str) -> Bank:
         """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
         if prediction_type != self.prediction_type:

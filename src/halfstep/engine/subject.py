@@ -21,6 +21,7 @@ from halfstep.engine.entry import Entry
 from halfstep.engine.reading import about_bank, about_images, about_model
 from halfstep.engine.samplers import about_own, own_class, settled
 from halfstep.engine.sampling import reference_plan
+from halfstep.engine.text import Captioned, captioned
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import class_count
 from halfstep.nets.fit import Fitted, names_of
@@ -84,6 +85,14 @@ class Subject:
         self.vae.cpu()
         return found
 
+    def lessons(self, watch: Watch = SILENT) -> Images | Latents | Captioned:
+        """What a denoiser is trained on: `encoded`, of a model of text with the images' captions. Raises DataError
+        where images have none."""
+        seen = self.encoded(watch)
+        if self.conditions is None:
+            return seen
+        return captioned(seen, self.stand_ins, self.source, self.data, self.recipe.train.dropped)
+
     def reference(self, bank: Bank | None = None) -> StepPlan:
         """The reference, of the model's bank or of another for its samples, in every row of the recipe's sampler."""
         bank = self.stand_ins if bank is None else bank
@@ -93,7 +102,8 @@ class Subject:
         """A bank of other entries for the same samples: with this process's prediction, this VAE, and the names of the
         classes, which are the images' own where the model's folder has none."""
         classes = self.classes_of(Entry.of(entries[reference]).model.config)
-        return Bank(entries, reference, self.process.prediction, self.vae, classes)
+        more = (None, 1.0) if self.bank is None else (self.bank.null, self.bank.guidance)
+        return Bank(entries, reference, self.process.prediction, self.vae, classes, *more)
 
     def classes_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of the classes of a model with this config that was trained on the images."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from halfstep.core.errors import DataError
 from halfstep.data.captions import read_captions
+from halfstep.data.images import Images
+from halfstep.data.latents import Latents
 from halfstep.data.prompts import NOTHING, encode_prompts
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.nets.architectures import example_of
-from halfstep.nets.denoiser import class_count
+from halfstep.nets.content import fingerprint
+from halfstep.nets.denoiser import Cond, class_count, joined, picked
 from halfstep.nets.text import load_text_encoder
 
 
@@ -38,6 +44,53 @@ def conditions_of(bank: Bank, source: str | Path, prompts: str, data: str | None
         raise DataError(got=got, expected="some: the model is conditional on text", where="--prompts", do=do)
     found = read_captions(f"prompts:{prompts}") if prompts else read_captions(str(data)).mixed()
     return Conditions.of_prompts(load_text_encoder(source, for_net=_masked(bank)), found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Captioned:
+    """Images or latents that a net of text is trained on, for the training loop what they are themselves.
+
+    `table`: the different conditions, [P, ...], and after them the one on nothing, which takes the place of a share
+    `dropped`, so that the net can be guided (arXiv 2207.12598, algorithm 1). `order`: int64 [N], which one each image
+    has. `fingerprint`: of images and texts.
+    """
+
+    images: Images | Latents
+    table: Cond
+    order: torch.Tensor
+    dropped: float
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(
+        self, index: torch.Tensor, *, flip: torch.Tensor | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """As of the images, [B, ...]."""
+        return self.images.batch(index, flip=flip, generator=generator)
+
+    def batch_cond(self, index: torch.Tensor, choices: torch.Generator) -> Cond:
+        """The conditions of these images, int64 [B], some of them dropped."""
+        dropped = torch.rand(len(index), generator=choices) < self.dropped
+        return picked(self.table, torch.where(dropped, int(self.order.max()) + 1, self.order[index]))
+
+
+def captioned(images: Images | Latents, bank: Bank, source: str | Path, data: str, dropped: float) -> Captioned:
+    """Images with their own captions. Raises DataError where some or all have none."""
+    found = read_captions(data)
+    if len(found) != len(images):
+        got, expected = f"{len(found)} captions", f"{len(images)}, one for each image"
+        raise DataError(got=got, expected=expected, where=data, do="caption all of them")
+    known = Conditions.of_prompts(load_text_encoder(source, for_net=_masked(bank)), found)
+    assert bank.null is not None, "a bank of text has one"
+    return Captioned(
+        images=images,
+        table=joined(known.table, bank.null),
+        order=torch.tensor(known.order),
+        dropped=dropped,
+        fingerprint=fingerprint(images.fingerprint, known.content, bank.null, {"dropped": dropped}),
+    )
 
 
 def _masked(bank: Bank) -> bool:

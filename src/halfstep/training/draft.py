@@ -77,7 +77,7 @@ def trained(draft: Draft, subject: Subject, recipe: Recipe, out: Path, watch: Wa
 
 def _train(draft: Draft, subject: Subject, recipe: Recipe, out: Path, watch: Watch) -> Bank:
     """The bank of the averaged weights."""
-    images = subject.encoded(watch)
+    images = subject.lessons(watch)
     state = TrainState.new(draft.net, recipe.train)
     net, prefix = draft.product, "" if draft.kept is None else "model."
 
@@ -89,7 +89,7 @@ def _train(draft: Draft, subject: Subject, recipe: Recipe, out: Path, watch: Wat
         twin.load_state_dict(kept(weights))
         bank = draft.bank_of(twin)
         bank.to(str(twin.device))
-        return preview_of(bank, subject.process, recipe, 16)
+        return preview_of(bank, subject.process, recipe, subject.conditions, 16)
 
     run_loop(out, state, images, recipe, draft.objective(state), draft.tag, watch, preview)
     net.load_state_dict(kept(state.average()))

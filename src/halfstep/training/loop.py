@@ -19,14 +19,16 @@ from halfstep.data.images import Images
 from halfstep.data.latents import Latents
 from halfstep.data.pictures import picture_grid, to_uint8
 from halfstep.engine.bank import Bank
+from halfstep.engine.conditions import Conditions
 from halfstep.engine.sampling import reference_plan, sample_images
+from halfstep.engine.text import Captioned
 from halfstep.training.train import Logged, Objective, TrainRecord, TrainState, stamp, train
 
 
 def run_loop(
     out: Path,
     state: TrainState,
-    images: Images | Latents,
+    images: Images | Latents | Captioned,
     recipe: Recipe,
     objective: Objective,
     tag: str,
@@ -73,7 +75,7 @@ def run_loop(
     accelerator.end_training()
 
 
-def _stamp_of(recipe: Recipe, images: Images | Latents, tag: str, world: int) -> str:
+def _stamp_of(recipe: Recipe, images: Images | Latents | Captioned, tag: str, world: int) -> str:
     """What a state belongs to. `world`: processes, for the order of the images depends on their number."""
     methods = (recipe.slim, recipe.sparse, recipe.spectral)
     kept = {name: value for name, value in vars(recipe.train).items() if name not in STEADIER}  # recipe.json has those
@@ -100,12 +102,14 @@ def _noting_divergence(records: Iterator[TrainRecord], file: Path) -> Iterator[T
         raise
 
 
-def preview_of(bank: Bank, noise: Process, recipe: Recipe, count: int = 32) -> torch.Tensor:
+def preview_of(
+    bank: Bank, noise: Process, recipe: Recipe, conditions: Conditions | None = None, count: int = 32
+) -> torch.Tensor:
     """A few images of every entry of a bank by 20 DDIM steps, [entries * count, C, S, S]."""
     sample = replace(recipe.sample, scheduler="ddim", spacing="own", order=0, steps=20)
     plan = reference_plan(bank, noise, sample, dict.fromkeys(bank, 1))
     rows = [plan.uniform(name) for name in bank]
-    return torch.cat([x for p in rows for x in sample_images(bank, p, count, seed=1234)])
+    return torch.cat([x for p in rows for x in sample_images(bank, p, count, seed=1234, conditions=conditions)])
 
 
 def _grid_due(step: int, spec: TrainSpec) -> bool:

@@ -27,6 +27,7 @@ from halfstep.core.recipe import TrainSpec
 from halfstep.core.typed import shown
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
+from halfstep.engine.text import Captioned
 from halfstep.nets.content import digest_tensors
 from halfstep.nets.denoiser import Cond, Memo, Predict, cond_of, cond_to, predictor
 from halfstep.nets.weights import open_weights
@@ -272,7 +273,7 @@ def use_bf16(spec: TrainSpec, device: torch.device) -> bool:
 
 def train(
     state: TrainState,
-    images: Images | Latents,
+    images: Images | Latents | Captioned,
     spec: TrainSpec,
     objective: Objective,
     accelerator: Accelerator,
@@ -298,7 +299,7 @@ def train(
         index = order.take((step * world + rank) * spec.batch, spec.batch)
         with _random(_mix(seed, step, rank), device, drops) as (choices, generator):
             flips = torch.rand(spec.batch, generator=choices) < 0.5 if flip else None
-            cond = cond_of(images.batch_labels(index) if labelled else None)
+            cond = _cond_of(images, index, labelled, choices)
             clean = images.batch(index, flip=flips, generator=choices).to(device, non_blocking=True)
             batch = Batch(clean, cond_to(cond, device), step, generator, choices)
             for loss in _autocast(objective(batch), device, bf16):
@@ -387,6 +388,15 @@ class ShuffledOrder:
 def _drops(model: torch.nn.Module) -> bool:
     """Whether a training of the model draws dropout."""
     return any(part.p > 0 for part in model.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd))
+
+
+def _cond_of(
+    images: Images | Latents | Captioned, index: torch.Tensor, labelled: bool, choices: torch.Generator
+) -> Cond:
+    """What these images are conditional on."""
+    if isinstance(images, Captioned):
+        return images.batch_cond(index, choices)
+    return cond_of(images.batch_labels(index) if labelled else None)
 
 
 def _wants_labels(model: torch.nn.Module) -> bool:
