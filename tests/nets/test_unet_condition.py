@@ -13,9 +13,13 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from peft import LoraConfig
 
 from halfstep.core.errors import ModelError
+from halfstep.core.recipe import SparseSpec
+from halfstep.engine.profiling import count_params, macs_by_kind
 from halfstep.methods.slimmable import Supernet
-from halfstep.nets.architectures import ARCHITECTURES, example_of, narrowed, slices_for
+from halfstep.methods.sparse import choose
+from halfstep.nets.architectures import ARCHITECTURES, example_of, narrowed, skeleton, slices_for
 from halfstep.nets.denoiser import Memo, predictor
+from halfstep.nets.masks import Pattern
 from halfstep.nets.models import empty_model
 from halfstep.nets.reuse import Reused, cut_count, shallow, tapped
 from halfstep.nets.slices import cut, cut_all
@@ -339,3 +343,47 @@ def test_the_examples_of_stable_diffusion_xl_and_its_refiner_have_their_publishe
     assert cond["encoder_hidden_states"].shape == (1, 77, 2048)
     assert cond["added_cond_kwargs"]["text_embeds"].shape == (1, 1280)
     assert cond["added_cond_kwargs"]["time_ids"].shape == (1, 6)
+
+
+SDS: dict[str, dict] = {
+    "SD 1.5": {"sample_size": 64, "cross_attention_dim": 768},
+    "SD 2.1": {
+        "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "SD XL": {
+        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, parameters, macs, half",
+    [
+        ("SD 1.5", 859_520_964, 338.75e9, 4),  # MACs of layers alone, as DeepCache and BK-SDM count them
+        ("SD 2.1", 865_910_724, None, (5, 5, 10, 10)),
+        ("SD XL", 2_567_463_684, 5.98e12 / 2, (5, 5, 10)),
+    ],
+)
+def test_the_published_nets_have_their_published_costs_and_a_half(name, parameters, macs, half):
+    model = skeleton(FAMILY, SDS[name])
+    assert count_params(model) == parameters
+    if macs:
+        counts = macs_by_kind(model)
+        assert counts["conv"] + counts["linear"] == pytest.approx(macs, rel=0.002)
+    assert narrowed(FAMILY, model.config, 0.5)["attention_head_dim"] == half
+    assert cut_count(model) == {"SD XL": 9}.get(name, 12)
+
+
+def test_masks_choose_the_bulk_of_the_net_with_what_reads_the_text():
+    choices = {c.layer: c.why for c in choose(NETS["as SD XL"](), SparseSpec(least=1), [Pattern.parse("2:4")])}
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    masked = (f"{block}.attn2.to_k", f"{block}.ff.net.0.proj", f"{block}.attn1.to_q", "mid_block.resnets.0.conv1")
+    assert {choices[name] for name in masked} == {"masked"}
+    embeddings = ("time_embedding.linear_2", "add_embedding.linear_1", "mid_block.resnets.0.time_emb_proj")
+    assert {choices[name] for name in embeddings} == {"time or class embedding"}
