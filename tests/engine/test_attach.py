@@ -18,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     ModelMixin,
+    PNDMScheduler,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -603,6 +604,35 @@ def test_what_does_not_fit_is_refused_and_the_pipeline_stays_what_it_was(tmp_pat
     detach(pipe)
     with pytest.raises(PlanError, match="without a plan"):
         detach(pipe)
+
+
+def test_samplers_that_a_loop_does_not_scale_or_call_as_they_ask_are_refused():
+    for name, sampler in (("ddpm", HeunDiscreteScheduler), ("dit", EulerDiscreteScheduler)):
+        pipe = made(name)
+        with pytest.raises(PlanError, match="begins with unit noise"):
+            plan_of(pipe, sampler=sampler.from_config(pipe.scheduler.config))
+    with pytest.raises(PlanError, match="takes generator"):
+        plan_of(made("ddpm"), sampler=PNDMScheduler(skip_prk_steps=True))
+    pipe = made("stable_diffusion")
+    attach(pipe, plan_of(pipe, sampler=EulerDiscreteScheduler.from_config(pipe.scheduler.config)))
+    pipe.scheduler.set_timesteps(STEPS)
+    with pytest.raises(PlanError, match="not scaled for its noise level"):  # a loop of one's own
+        pipe.unet(torch.zeros(1, 4, 16, 16), pipe.scheduler.timesteps[0], torch.zeros(1, 77, 16))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_stays_compiled():
+    pipe, name = pipelines.stable_diffusion(), "stable_diffusion"
+    inner, plans = pipe.unet, [plan_of(pipe, phrase=phrase) for phrase in (["full"], ["full", "full~0"])]
+    wanted = []
+    for plan in plans:
+        with attached(pipe, plan):
+            wanted.append(draw(pipe, name))
+    pipe.unet = compiled = torch.compile(inner, backend="eager")
+    for plan, one in zip(plans, wanted, strict=True):
+        with attached(pipe, plan):
+            np.testing.assert_array_equal(draw(pipe, name), one)
+    assert pipe.unet is compiled
 
 
 def test_a_denoiser_that_is_not_known_is_refused_by_name():

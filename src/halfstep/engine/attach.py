@@ -72,8 +72,9 @@ def attach(pipe: Any, plan: StepPlan | str | Path, bank: Bank | None = None) -> 
     weights, bit for bit what the pipeline gives; guidance_rescale has nothing to rescale. A row's correction is of what
     comes out: of the guided prediction, or without guides of either half, before the pipeline guides.
 
-    Cost beside the networks: once per call of the pipeline the timesteps are read. Where the pipeline passes no view of
-    the scheduler's timesteps (Flux, which divides them) one number is read per step: on a GPU that waits for it.
+    Cost beside the networks: once per call of the pipeline the timesteps are read, and with guides whether the halves
+    of its batch are the same samples. Where the pipeline passes no view of the scheduler's timesteps (Flux, which
+    divides them) one number is read per step. On a GPU each of these waits for it.
 
     Raises ModelError for a denoiser that is not known or cannot be cut there, PlanError for a pipeline that has a plan
     already, whose scheduler is of another process, or whose guidance is not known, where the plan has guides, for
@@ -310,6 +311,9 @@ class _Director:
                 "one, where rows reuse or guide",
             )
             raise _refused(got, expected, "attach a plan of 'full' alone, or leave such guidance out")
+        if not getattr(self.scheduler, "is_scale_input_called", True):
+            got, expected = "a sample that was not scaled", f"a loop that calls {type(self.scheduler).__name__}'s own"
+            raise _refused(f"{got} for its noise level", f"{expected} scale_model_input", "take another sampler")
         if run is None or call.sample.shape != run.shape or i not in (run.last, run.last + 1):
             run = self._runs[self.branch] = self._begin(pipe, call, i)
         run.last = i
@@ -374,8 +378,6 @@ class _Director:
     def _guided(self, run: Run, i: int, call: Call) -> torch.Tensor:
         """The prediction of both halves of a doubled batch, the same one, by the row's own guide."""
         row, own, other = self.plan.rows[i], run.own[i], run.other.get(i)
-        if len(call.sample) % 2:
-            raise _refused(f"a batch of {len(call.sample)}", "two halves", "attach a plan without guides")
         halves = call.halves()
         mine, theirs = halves[self.half or 0], halves[1 - (self.half or 0)]
         if other is None or row.guide is None:
@@ -404,11 +406,11 @@ class _Director:
 
 
 def _is_doubled(pipe: Any, sample: torch.Tensor) -> bool:
-    """Whether the pipeline guides in this call: as it says itself, or else by the two equal halves of its batch."""
+    """Whether the pipeline guides in this call: its batch is the same samples twice, and it does not say otherwise."""
     said = getattr(pipe, "do_classifier_free_guidance", None)
-    if isinstance(said, bool):
-        return said
-    first, second = sample.chunk(2) if len(sample) % 2 == 0 else (sample, sample[:0])
+    if said is False or len(sample) % 2:
+        return False
+    first, second = sample.chunk(2)
     return torch.equal(first, second)
 
 

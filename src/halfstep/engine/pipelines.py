@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,13 @@ true guidance makes two calls, and keeps its scale to itself."""
 DROPS_VARIANCE = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
 """Pipelines that leave a learned variance unused."""
 
+UNIT_NOISE = ("DDIMPipeline", "DDPMPipeline", "DiTPipeline", "LDMTextToImagePipeline")
+"""Pipelines that begin with noise of unit variance whatever their scheduler says, so that samplers of noise levels
+(Euler, Heun, LMS ...) draw nothing of use in them."""
+
+STEP_TAKES = {"DDIMPipeline": "eta", "DDPMPipeline": "generator"}
+"""What pipelines hand to their scheduler's step, whether it takes it or not."""
+
 TIMES_1000 = ("FluxTransformer2DModel",)
 """Denoisers that take the scheduler's timesteps divided by 1000."""
 
@@ -106,8 +114,8 @@ def conditional_half(pipe: Any) -> int:
 def scheduler_for(pipe: Any, sampler: Sampler) -> Any:
     """A fresh scheduler of a plan's sampler, for the pipeline's process.
 
-    Raises PlanError where the pipeline's own scheduler is of another process: other betas, another prediction, or, of a
-    process that is not of betas, another class.
+    Raises PlanError where the pipeline's own scheduler is of another process (other betas, another prediction, or, of a
+    process that is not of betas, another class), and for a sampler that the pipeline's loop does not run.
     """
     own, name = pipe.scheduler, sampler.name
     mine = type(own).__name__
@@ -119,7 +127,22 @@ def scheduler_for(pipe: Any, sampler: Sampler) -> Any:
     fresh = scheduler_of(name, sampler.config)
     if not _same_process(plain_config(own) | {"_class_name": mine}, sampler.scheduler_config):
         raise _another_process(pipe, f"{name} of another process", mine)
+    _require_runs(pipe, fresh)
     return fresh
+
+
+def _require_runs(pipe: Any, scheduler: Any) -> None:
+    """Raise PlanError for a scheduler that asks for more than the pipeline's loop does."""
+    names = [cls.__name__ for cls in type(pipe).__mro__]
+    given = next((STEP_TAKES[name] for name in names if name in STEP_TAKES), None)
+    scaled = float(scheduler.init_noise_sigma) != 1 and bool({*names} & {*UNIT_NOISE})
+    if scaled or (given is not None and given not in inspect.signature(scheduler.step).parameters):
+        raise PlanError(
+            got=f"a plan for {type(scheduler).__name__}",
+            expected="a sampler that begins with unit noise" if scaled else f"one whose step takes {given}",
+            where=type(pipe).__name__,
+            do="take another, e.g. DDIMScheduler",
+        )
 
 
 def _another_process(pipe: Any, got: str, mine: str) -> PlanError:
