@@ -210,9 +210,11 @@ def test_a_skipped_guide_is_stock_without_guidance_on_those_steps(name):
 def test_skipping_every_guide_is_the_pipeline_called_without_guidance():
     pipe, name = pipelines.stable_diffusion(), "stable_diffusion"
     wanted = draw(pipe, name, guidance_scale=1.0)
-    plan = plan_of(pipe, name)
-    with attached(pipe, plan.with_guides([Guide("full", 1.0)] * len(plan.rows))):
-        np.testing.assert_array_equal(draw(pipe, name, guidance_scale=7.5), wanted)
+    plan = plan_of(pipe, name, phrase=["full"])
+    unguided = plan.with_guidance(7.5).with_entries(["full|"] * len(plan.rows))
+    for skipping in (plan.with_guides([Guide("full", 1.0)] * len(plan.rows)), unguided):
+        with attached(pipe, skipping):
+            np.testing.assert_array_equal(draw(pipe, name, guidance_scale=7.5), wanted)
 
 
 def test_guidance_off_from_a_callback_on_is_what_a_plan_skips():
@@ -608,9 +610,8 @@ def test_what_does_not_fit_is_refused_and_the_pipeline_stays_what_it_was(tmp_pat
 
 def test_samplers_that_a_loop_does_not_scale_or_call_as_they_ask_are_refused():
     for name, sampler in (("ddpm", HeunDiscreteScheduler), ("dit", EulerDiscreteScheduler)):
-        pipe = made(name)
         with pytest.raises(PlanError, match="begins with unit noise"):
-            plan_of(pipe, sampler=sampler.from_config(pipe.scheduler.config))
+            plan_of(made(name), sampler=sampler(beta_start=1e-4, beta_end=0.02))
     with pytest.raises(PlanError, match="takes generator"):
         plan_of(made("ddpm"), sampler=PNDMScheduler(skip_prk_steps=True))
     pipe = made("stable_diffusion")
@@ -687,6 +688,16 @@ def test_phrases_are_laid_one_after_the_other_the_last_again_and_again():
         plan_for(pipe, 5, phrases=[["full", "full~9"]])
     with pytest.raises(PlanError, match="another process"):
         plan_for(pipe, 5, sampler=DDIMScheduler(beta_end=0.03))
+    with pytest.raises(PlanError, match="guides for a DDPMPipeline"):
+        plan_for(pipe, 5, guidance=2.0)
+
+
+def test_phrases_say_how_rows_are_guided():
+    pipe = pipelines.sdxl()
+    plan = plan_for(pipe, 5, phrases=[["full", "full|full~0"], ["full|"]], guidance=4.0)
+    full, shallow_one = plan.prices["full"].macs, plan.prices["full~0"].macs
+    assert plan.guides == (Guide("full", 4.0), Guide("full~0", 4.0), None, None, None)
+    assert plan.macs == 6 * full + shallow_one and 0 < shallow_one < full
 
 
 # ---------------------------------------------------------------------------------------------------------- the page

@@ -35,6 +35,7 @@ from halfstep.engine.pipelines import (
     denoiser_of,
     family_name,
     own_reuse,
+    says_guidance,
     scheduler_for,
 )
 from halfstep.engine.sampling import guided, levels_of
@@ -64,13 +65,13 @@ def attach(pipe: Any, plan: StepPlan | str | Path, bank: Bank | None = None) -> 
     of rows before that computes its source. What rows leave for later ones is kept for one call of the pipeline, as one
     tensor for all images, and nothing about it is decided by numbers in it.
 
-    Guidance. A plan without guides leaves it to the pipeline: every row runs both halves of its batch. A plan with
-    guides says it for every row, and the call's guidance_scale only has to be above 1: a row with `Guide(entry, w)`
-    runs the unconditional half by that entry and gives guide + w * (own - guide), in one call where both entries are
-    the same; a row without a guide, or with weight 1, is unguided and runs the conditional half alone. Both halves then
-    get the same prediction, so that the pipeline's own formula, whatever its scale, gives just that: with equal
-    weights, bit for bit what the pipeline gives; guidance_rescale has nothing to rescale. A row's correction is of what
-    comes out: of the guided prediction, or without guides of either half, before the pipeline guides.
+    Guidance. A plan without guides, whose `guidance` is 1, leaves it to the pipeline: every row runs both halves of its
+    batch. Another plan says it for every row, and the call's guidance_scale only has to be above 1: a row with
+    `Guide(entry, w)` runs the unconditional half by that entry and gives guide + w * (own - guide), in one call where
+    both entries are the same; a row without a guide, or with weight 1, is unguided and runs the conditional half alone.
+    Both halves then get the same prediction, so that the pipeline's own formula, whatever its scale, gives just that:
+    with equal weights, bit for bit what the pipeline gives; guidance_rescale has nothing to rescale. A row's correction
+    is of what comes out: of the guided prediction, or without guides of either half, before the pipeline guides.
 
     Cost beside the networks: once per call of the pipeline the timesteps are read, and with guides whether the halves
     of its batch are the same samples. Where the pipeline passes no view of the scheduler's timesteps (Flux, which
@@ -89,7 +90,7 @@ def attach(pipe: Any, plan: StepPlan | str | Path, bank: Bank | None = None) -> 
     models, links = _networks(net, plan, folder, bank)
     wanted_of([Row(row.timestep, row.entry) for row in plan.rows], links, 0)  # refuses what is not fed
     wanted_of(list(_guide_rows(dict(enumerate(plan.rows))).values()), links, 0)
-    half = conditional_half(pipe) if any(plan.guides) else None
+    half = conditional_half(pipe) if says_guidance(plan) else None
     _require_takes_residuals(pipe, models, net)
     _require_one_prediction(pipe, plan, net)
     _require_corrects(plan, scheduler, net)
@@ -225,7 +226,7 @@ def _has_variance(net: Any) -> bool:
 def _require_one_prediction(pipe: Any, plan: StepPlan, net: Any) -> None:
     """Raise PlanError for a network with a learned variance whose pipeline uses it: only the plain call has one."""
     names = {cls.__name__ for cls in type(pipe).__mro__}
-    plain = len(plan.nets) == 1 and not plan.corrected and not any(plan.guides)
+    plain = len(plan.nets) == 1 and not plan.corrected and not says_guidance(plan)
     if _has_variance(net) and not plain and not names & set(DROPS_VARIANCE):
         raise PlanError(
             got=f"reuse, guides or corrections for a {type(pipe).__name__}, which uses a learned variance",

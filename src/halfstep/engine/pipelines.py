@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from halfstep.core.errors import ModelError, PlanError
-from halfstep.core.plan import Price, Row, Sampler, StepPlan
+from halfstep.core.plan import Price, Row, Sampler, StepPlan, call_of
 from halfstep.core.process import BETA_SCHEDULERS, Process
 from halfstep.engine.entry import Reuse, reuse_named
 from halfstep.engine.profiling import count_macs, reused_macs
@@ -92,6 +92,11 @@ def family_name(module: Any) -> str | None:
     """Which of `DENOISERS` a module is, whatever compiled it or derives from it; None: of none."""
     names = (cls.__name__ for cls in eager(module).__class__.__mro__)  # that of what is inside, under a plan too
     return next((name for name in names if name in DENOISERS), None)
+
+
+def says_guidance(plan: StepPlan) -> bool:
+    """Whether a plan says of every row how it is guided; else it is left to the pipeline."""
+    return plan.guidance != 1 or any(plan.guides)
 
 
 def conditional_half(pipe: Any) -> int:
@@ -200,6 +205,7 @@ def plan_for(
     steps: int,
     *,
     phrases: Sequence[Sequence[str]] = ((FULL,),),
+    guidance: float = 1.0,
     sampler: Any = None,
     height: int | None = None,
     width: int | None = None,
@@ -207,14 +213,16 @@ def plan_for(
 ) -> StepPlan:
     """A plan for a diffusers pipeline, without any search.
 
-    `phrases`: entries of rows, one phrase after the other, the last one again and again until the rows end:
+    `phrases`: what rows call, one phrase after the other, the last one again and again until the rows end:
     (["full"] * 3, ["full", "full~0", "full~0"]) computes three rows whole, then one in three. "full" is the pipeline's
     own denoiser, "full~k" reuses its features at cut k, "full~k+" a straight line through the last two.
+    `guidance`: 1 leaves guidance to the pipeline; with another weight every row is guided by its own entry, but for
+    "full|", which is not, and "full|full~0", whose unconditional half reuses (see `core/plan.call_of`).
     `sampler`: a diffusers scheduler, or its `Sampler`, for `steps` steps; by default the pipeline's own scheduler.
     `height`, `width`: of the pictures in pixels, where timesteps hang on them (see `set_for`). `prices`: of one call of
     every entry; by default their MACs, counted here.
-    Raises PlanError for entries that are none of these and for a sampler of another process, ModelError for a denoiser
-    that is not known and for cuts that it has not.
+    Raises PlanError for entries that are none of these, for a sampler of another process, and for guidance that the
+    pipeline has not; ModelError for a denoiser that is not known and for cuts that it has not.
     """
     net = pipe_net(pipe)
     if type(net) is not net.__class__:
@@ -225,14 +233,20 @@ def plan_for(
         chosen = Sampler(type(chosen).__name__, plain_config(chosen), steps)
     fresh = set_for(pipe, scheduler_for(pipe, Sampler(chosen.name, chosen.config, steps)), steps, height, width)
     times = [float(t) for t in fresh.timesteps]
-    entries = _spoken(phrases, len(times))
-    links = {name: own_reuse(name, net) for name in dict.fromkeys(entries) if name != FULL}
-    return StepPlan(
-        rows=tuple(Row(t, entry) for t, entry in zip(times, entries, strict=True)),
+    spoken = _spoken(phrases, len(times))
+    calls = [call_of(name, guidance) for name in dict.fromkeys(spoken)]
+    if guidance != 1 or any(guide for _, guide in calls):
+        conditional_half(pipe)
+    names = dict.fromkeys(name for entry, guide in calls for name in (entry, *([guide.entry] if guide else [])))
+    links = {name: own_reuse(name, net) for name in names if name != FULL}
+    plan = StepPlan(
+        rows=tuple(Row(t, FULL) for t in times),
         sampler=Sampler(chosen.name, chosen.config, steps),
         reference=FULL,
         prices=_macs(net, links) if prices is None else dict(prices),
+        guidance=guidance,
     )
+    return plan.with_entries(spoken)
 
 
 def _spoken(phrases: Sequence[Sequence[str]], rows: int) -> list[str]:
