@@ -459,3 +459,39 @@ def test_a_harmed_plan_is_refused_in_one_line_that_names_its_file(how, tmp_path)
     with pytest.raises(PlanError) as error:
         StepPlan.load(file)
     assert str(file) in str(error.value) and len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- guidance
+
+CALLS = {
+    "full": ("full", Guide("full", 3.0)),
+    "full|": ("full", None),
+    "full|w0.25": ("full", Guide("w0.25", 3.0)),
+    "full|w0.25*2": ("full", Guide("w0.25", 2.0)),
+    "w0.25|w0.25*1": ("w0.25", None),
+    "w0.25": ("w0.25", Guide("w0.25", 3.0)),
+}
+
+
+def test_the_name_of_a_call_says_what_guides_a_row():
+    plan = plan_of(["full"] * len(CALLS)).with_guidance(3.0)
+    found = plan.with_entries(list(CALLS))
+    assert [(row.entry, row.guide) for row in found.rows] == list(CALLS.values())
+    prices = [plan.price_of(name) for name in CALLS]
+    assert sum(price.macs for price in prices) == found.macs
+    assert plan.price_of("full").macs == 2 * MACS["full"] and plan.share == 1
+    assert plan.uniform("full|").share == 0.5 and plan.with_entries(plan.entries) == plan
+
+
+def test_a_guided_plan_is_stored_with_its_guidance(tmp_path):
+    plan = plan_of(["full", "w0.25"]).with_guidance(2.5)
+    plan.save(tmp_path / "plan.json")
+    found = StepPlan.load(tmp_path / "plan.json")
+    assert found == plan and found.guidance == 2.5 and found.uniform() == plan.uniform()
+    assert "guidance" not in plan_of(["full"]).to_json()
+
+
+@pytest.mark.parametrize("name", ["full|w0.25*much", "nobody", "full|nobody"])
+def test_calls_that_are_none_are_refused(name):
+    with pytest.raises(PlanError):
+        plan_of(["full", "full"]).with_guidance(2.0).with_entries([name, "full"])

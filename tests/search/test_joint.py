@@ -16,6 +16,7 @@ from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT
 from halfstep.data.images import load_images
 from halfstep.engine.bank import Bank
+from halfstep.engine.networks import require_fed
 from halfstep.engine.samplers import at_calls, families
 from halfstep.engine.sampling import reference_plan
 from halfstep.measure.features import load_features
@@ -23,7 +24,17 @@ from halfstep.measure.fidelity import Converged, converged_plan
 from halfstep.measure.judge import Judge
 from halfstep.measure.quality import Distances
 from halfstep.search.arms import Arm, Stock, Track, best_free, raced_families
-from halfstep.search.joint import Drawn, Joint, Question, prepared, screened, search_joint, sources_of, spearman
+from halfstep.search.joint import (
+    Drawn,
+    Joint,
+    Question,
+    choices_of,
+    prepared,
+    screened,
+    search_joint,
+    sources_of,
+    spearman,
+)
 from halfstep.search.scores import open_scores
 from halfstep.search.space import Space
 from tiny import recipes, unet
@@ -242,3 +253,29 @@ def test_ranks_are_those_of_scipy():
         a, b = draw.integers(6, size=12), draw.normal(size=12)
         assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
+
+
+def test_where_the_reference_is_guided_a_search_may_choose_how_every_row_is(tmp_path):
+    """Brute force over every plan of one arm of a net of classes: guided, unguided, by the cheaper net, or half."""
+    torch.manual_seed(0)
+    nets = {"full": unet(0, channels=(16, 16), num_class_embeds=11), "w0.50": unet(1, num_class_embeds=11)}
+    bank = Bank(nets, "full", "epsilon").with_null({"class_labels": torch.tensor([10])}, 3.0).with_reuse([0])
+    digits = load_images("digits", size=8, channels=1)
+    judge = Judge(bank, digits, load_features("digits"), cache=None, batch=64)
+    plan = converged_plan(bank, PROCESS, 20)
+    track = Track(Converged(bank, plan, judge.extractor, count=8, seed=1, batch=8, conditions=judge.conditions), 4)
+    stock, book = Stock(bank, PROCESS, priced), open_scores(judge, tmp_path)
+    today = priced(reference_plan(bank, PROCESS, SampleSpec(scheduler="ddim", steps=4)))
+    assert today.price.macs == 2 * 4 * bank.prices()["full"].macs
+    choices = choices_of(bank, bank.guidance)
+    assert {"full", "full|", "full|w0.50", "full|full*2", "full~0", "full~0|"} <= set(choices)
+    sources = sources_of(bank, choices)
+    assert sources["full~0"] == ("full", 1) and sources["full~0|"] == ("full|", 1)
+    question = Question("macs", (today.macs // 2,))
+    small = recipe("search.genes=2", "search.fit=4", "search.images=64", "search.final_images=64")
+    [answer] = search_joint(track, book, stock, [DPM], today, question, small)
+    assert answer.plan.macs <= today.macs // 2 and answer.plan.guidance == 3.0
+    require_fed(bank, answer.plan)
+    [arm] = prepared(track, book, [stock.arm(DPM, 4)], question, small)
+    for genes in itertools.product(range(len(choices)), repeat=2):
+        assert arm.price(genes) == arm.plan_of(genes).macs
