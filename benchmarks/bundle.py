@@ -24,7 +24,8 @@ from halfstep.core.disk import write_atomic
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.recipes import named
 from halfstep.data.images import load_images
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan
+from halfstep.engine.sampling import reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 
 SIZE, SEED = 16, 0
 PER_CLASS = {"train": 600, "test": 100}

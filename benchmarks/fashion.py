@@ -35,7 +35,8 @@ from halfstep.core.recipe import Recipe
 from halfstep.core.recipes import named
 from halfstep.data.images import load_images
 from halfstep.engine.bank import Bank
-from halfstep.engine.sampling import StepAwarePipeline, fewer_steps, reference_plan
+from halfstep.engine.sampling import fewer_steps, reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.judge import Judge, measure_plans
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.models import load_denoiser

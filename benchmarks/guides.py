@@ -39,7 +39,8 @@ from halfstep.core.recipes import named
 from halfstep.data.arrays import read_arrays, save_arrays
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device, use_device
-from halfstep.engine.sampling import StepAwarePipeline, plan_for
+from halfstep.engine.sampling import plan_for
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.fidelity import FINE, Converged, converged_plan
 from halfstep.measure.judge import Judge
 from halfstep.measure.quality import frechet_distance

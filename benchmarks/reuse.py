@@ -42,7 +42,6 @@ from halfstep.engine.device import use_device
 from halfstep.engine.entry import Reuse
 from halfstep.engine.profiling import TIMED_BATCH, interleave
 from halfstep.engine.sampling import (
-    StepAwarePipeline,
     fewer_steps,
     image_generators,
     reference_plan,
@@ -50,6 +49,7 @@ from halfstep.engine.sampling import (
     start_noise,
     trajectory,
 )
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.features import extract
 from halfstep.measure.fidelity import Converged, converged_plan, mean_of, squared_errors
 from halfstep.measure.judge import Judge

@@ -22,7 +22,7 @@ _HOMES = {
     "load_denoiser": "nets.models",
     "Bank": "engine.bank",
     "Entry": "engine.entry",
-    "StepAwarePipeline": "engine.sampling",
+    "StepAwarePipeline": "engine.stepaware",
     "attach": "engine.attach",
     "attached": "engine.attach",
     "detach": "engine.attach",

@@ -28,7 +28,8 @@ from halfstep.core.recipe import Recipe, RunRecord, SampleSpec
 from halfstep.core.recipes import RECIPES, named
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan, sample_images
+from halfstep.engine.sampling import reference_plan, sample_images
+from halfstep.engine.stepaware import StepAwarePipeline
 from tiny import unet
 
 VERBS = ("demo", "train", "optimize", "search", "tune", "sample", "evaluate", "profile", "report", "features", "recipe")

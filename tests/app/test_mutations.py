@@ -48,7 +48,8 @@ from halfstep.data.images import load_images
 from halfstep.data.latents import encode_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Cut, Entry
-from halfstep.engine.sampling import StepAwarePipeline, build_scheduler, plan_for, reference_plan
+from halfstep.engine.sampling import build_scheduler, plan_for, reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.features import FeatureNet, raw_pixels
 from halfstep.measure.quality import reference_stats
 from halfstep.methods.slimmable import Supernet

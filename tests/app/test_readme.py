@@ -15,7 +15,8 @@ from typer.main import get_command
 from halfstep.app.cli import app
 from halfstep.core.recipe import SampleSpec
 from halfstep.engine.bank import Bank
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan
+from halfstep.engine.sampling import reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from tiny import unet
 
 ROOT = Path(__file__).parents[2]

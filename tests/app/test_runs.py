@@ -18,7 +18,8 @@ from halfstep.core.recipe import Recipe, RunRecord, SampleSpec
 from halfstep.core.sums import write_sums
 from halfstep.data.sources import _names
 from halfstep.engine.bank import Bank
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan
+from halfstep.engine.sampling import reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.nets.models import load_denoiser
 
 

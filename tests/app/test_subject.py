@@ -23,7 +23,8 @@ from halfstep.core.sums import compare
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.entry import Cut, Entry
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan
+from halfstep.engine.sampling import reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.methods.slimmable import supernet_of
 from halfstep.nets.files import WEIGHTS
 from tiny import recipes, unet
@@ -117,7 +118,7 @@ def test_a_dense_model_draws_what_a_pipeline_of_its_reference_draws(folders, tmp
     verbs.sample(str(folders["stock"]), tmp_path / "a", tiny("seed=3", "sample.scheduler=ddim"), count=2)
     bank = Bank({"full": unet()}, "full", "epsilon")
     pipe = StepAwarePipeline(bank, reference_plan(bank, DDPMScheduler().config, tiny().sample))
-    for k, image in enumerate(pipe(2, seed=3).images):
+    for k, image in enumerate(pipe(batch_size=2, seed=3).images):
         with Image.open(tmp_path / "a" / f"{k:06d}.png") as drawn:
             apart = np.abs(np.asarray(drawn, dtype=int) - np.asarray(image, dtype=int))
             assert apart.max() <= (0 if default_device().type == "cpu" else 1)  # the pipeline above runs on the CPU

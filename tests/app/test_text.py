@@ -14,6 +14,7 @@ from halfstep.core.errors import HalfstepError
 from halfstep.core.plan import Guide, StepPlan
 from halfstep.core.recipe import Recipe
 from halfstep.engine.sampling import image_generators, reference_plan, sample_images, start_noise
+from halfstep.engine.stepaware import StepAwarePipeline
 from pipelines import BETAS, stable_diffusion, text_unet, vae
 
 pytest.importorskip("transformers")
@@ -147,7 +148,36 @@ def test_a_method_compresses_a_net_of_text(method, folder, tmp_path):
     edits = [one for one in f"{small} {more}".split() if method == "sparse" or not one.startswith("sparse")]
     chosen = recipe(folder, *edits)
     verbs.compress(method, str(folder / "pipe"), f"folder:{tmp_path / 'data'}", tmp_path / "run", chosen)
-    from halfstep.engine.sampling import StepAwarePipeline
-
     pipe = StepAwarePipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert len(pipe.bank) > 1 and pipe.bank.null is not None
+
+
+@torch.no_grad()
+def test_a_saved_pipeline_of_text_takes_what_users_of_diffusers_give_it(folder, tmp_path):
+    """Oracle: the stock pipeline, on the same noise."""
+    subject = open_subject(folder / "pipe", None, recipe(folder))
+    StepAwarePipeline(subject.stand_ins, subject.reference(), subject.encoder).save_pretrained(tmp_path / "p")
+    pipe, stock = StepAwarePipeline.from_pretrained(tmp_path / "p"), pipeline()
+    noise = start_noise(pipe.bank, image_generators(5, 0, 4))
+    asked = {"negative_prompt": "c c", "guidance_scale": 2.0, "num_images_per_prompt": 2, "output_type": "pt"}
+    seen = []
+    mine = pipe(PROMPTS[:2], seed=5, callback_on_step_end=lambda p, i, t, k: seen.append((i, t)), **asked).images
+    stock_asked = asked | {"negative_prompt": ["c c"] * 2}
+    wanted = stock(PROMPTS[:2], latents=noise, num_inference_steps=4, **stock_asked).images
+    assert torch.allclose(mine, wanted, atol=1e-4)
+    assert seen == [(i, row.timestep) for i, row in enumerate(pipe.plan.rows)]
+    again = open_subject(tmp_path / "p", None, recipe(folder))
+    assert torch.equal(again.stand_ins.null["encoder_hidden_states"], subject.stand_ins.null["encoder_hidden_states"])
+    for wrong in ({"prompt": 3 * ["a"], "negative_prompt": ["b", "c"]}, {"negative_prompt": "b"}):
+        with pytest.raises(HalfstepError, match="negative_prompt"):
+            pipe(**wrong)
+    with pytest.raises(TypeError, match="eta"):
+        pipe("a", eta=0.5)
+
+
+def test_a_scale_for_rows_of_several_weights_is_refused(folder):
+    subject = open_subject(folder / "pipe", None, recipe(folder))
+    plan = subject.reference().with_entries(["full", "full|full*2", "full|", "full"])
+    pipe = StepAwarePipeline(subject.stand_ins, plan, subject.encoder)
+    with pytest.raises(HalfstepError, match="one weight"):
+        pipe("a", guidance_scale=4.0)

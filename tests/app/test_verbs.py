@@ -35,7 +35,7 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.data.images import load_images
 from halfstep.engine.device import default_device, use_device
 from halfstep.engine.profiling import count_macs
-from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.spectrum import radial_mean
 from halfstep.nets.fresh import new_model
 from halfstep.nets.masks import masked
@@ -224,7 +224,7 @@ def test_other_predictions_and_classes_go_all_the_way(prediction, tmp_path):
     pipe = verbs.make("slimmable", str(model), "digits", tmp_path / "slim", recipe)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.bank.prediction_type == prediction and pipe.bank.config["num_class_embeds"] == 10
-    assert len(pipe(3).images) == 3
+    assert len(pipe(batch_size=3).images) == 3
 
 
 def test_a_diffusers_config_can_be_trained_and_trained_on(dense, tmp_path):

@@ -18,8 +18,9 @@ from halfstep.core.errors import HalfstepError, ModelError, PlanError, RecipeErr
 from halfstep.core.process import BETA_SCHEDULERS, OTHER_PROCESSES, Process
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.engine.bank import Bank
-from halfstep.engine.sampling import StepAwarePipeline, image_generators, reference_plan, start_noise
 from halfstep.engine.sampling import denoise as denoised
+from halfstep.engine.sampling import image_generators, reference_plan, start_noise
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.restore import restore
 from halfstep.nets.content import fingerprint
 from halfstep.nets.models import load_denoiser

@@ -21,7 +21,8 @@ from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec, TrainSpec
 from halfstep.core.sums import FILE, compare, require_whole, write_sums
 from halfstep.engine.bank import Bank
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan
+from halfstep.engine.sampling import reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.nets.models import load_denoiser
 from halfstep.training.train import TrainState
 from tiny import unet

@@ -20,7 +20,8 @@ from halfstep.data.classes import listed, numbers_of, read_classes, spread
 from halfstep.data.images import Images
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan, sample_images
+from halfstep.engine.sampling import reference_plan, sample_images
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.features import Extractor
 from halfstep.measure.judge import Judge
 from halfstep.measure.restore import Tiles, restore_picture, with_noise
@@ -250,7 +251,7 @@ def test_sample_draws_the_classes_asked_for(tmp_path):
     pipe = pipeline_of(bank_of())
     pipe.save_pretrained(tmp_path / "p")
     verbs.sample(str(tmp_path / "p"), tmp_path / "out", Recipe().edit(["seed=3"]), count=2, classes=["eel"])
-    wanted = pipe(2, "eel", seed=3).images
+    wanted = pipe(batch_size=2, class_labels="eel", seed=3).images
     for k in range(2):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{k:06d}.png")), np.asarray(wanted[k]))
     with pytest.raises(PlanError):

@@ -23,13 +23,13 @@ from halfstep.data.images import load_images
 from halfstep.data.latents import decode, encode_images, factor
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import (
-    StepAwarePipeline,
     denoise,
     image_generators,
     reference_plan,
     sample_images,
     start_noise,
 )
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.features import load_features
 from halfstep.measure.judge import Judge
 from halfstep.nets.fresh import new_model

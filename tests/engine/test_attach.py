@@ -30,8 +30,8 @@ from halfstep.core.errors import HalfstepError, ModelError, PlanError
 from halfstep.engine.attach import Attached
 from halfstep.engine.entry import Cut, Twin
 from halfstep.engine.pipelines import denoiser_of
-from halfstep.engine.sampling import StepAwarePipeline
 from halfstep.engine.sampling import plan_for as sampler_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.methods.slimmable import Supernet
 from halfstep.nets.architectures import ARCHITECTURES
 from halfstep.nets.denoiser import copy_of, corrected, eager

@@ -24,7 +24,8 @@ from halfstep.engine import entry as entry_module
 from halfstep.engine.bank import Bank, calls_of
 from halfstep.engine.entry import Cut, Entry, Own, Twin
 from halfstep.engine.layouts import fastest_layouts, settle_layouts
-from halfstep.engine.sampling import StepAwarePipeline, reference_plan
+from halfstep.engine.sampling import reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.methods.slimmable import Supernet
 from halfstep.methods.sparse import sparsify
 from halfstep.nets.continuous import ContinuousUNet2DModel, with_solver

@@ -21,7 +21,6 @@ from halfstep.engine.entry import Entry, Reuse, Twin
 from halfstep.engine.networks import networks_of, require_fed
 from halfstep.engine.samplers import REFUSED, SCHEDULERS, scheduler_of
 from halfstep.engine.sampling import (
-    StepAwarePipeline,
     build_scheduler,
     denoise,
     guided,
@@ -32,6 +31,7 @@ from halfstep.engine.sampling import (
     start_noise,
     trajectory,
 )
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.nets.denoiser import Memo
 from halfstep.nets.reuse import OUT, forecast, shallow, tapped
 from tiny import ode_unet, unet, uvit, wavelet_unet

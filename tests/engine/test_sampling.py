@@ -23,7 +23,6 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.engine.samplers import REFUSED, SCHEDULERS
 from halfstep.engine.sampling import (
-    StepAwarePipeline,
     build_scheduler,
     fewer_steps,
     image_generators,
@@ -34,6 +33,7 @@ from halfstep.engine.sampling import (
     start_noise,
     trajectory,
 )
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.nets.denoiser import corrected
 from tiny import unet
 
@@ -71,7 +71,7 @@ def test_the_reference_everywhere_equals_the_stock_pipeline(kind, options, gener
     bank = bank_of(options.get("prediction_type", "epsilon"))
     noise = DDPMScheduler(**options).config
     plan = reference_plan(bank, noise, SampleSpec(scheduler=kind, steps=7), {"full": 4, "slim": 1})
-    mine = pipeline(bank, plan)(3, generator=fresh(), output_type="np").images
+    mine = pipeline(bank, plan)(batch_size=3, generator=fresh(), output_type="np").images
     cls, scheduler = STOCK[kind]
     stock = cls(bank["full"], scheduler(**options))
     stock.set_progress_bar_config(disable=True)
@@ -95,7 +95,7 @@ def straight_loop(model, scheduler, steps, generators):
 def test_any_sampler_of_a_recipe_equals_a_straight_loop_over_its_scheduler(kind):
     bank = bank_of()
     plan = plan_of(bank, kind, 6)
-    mine = pipeline(bank, plan)(2, generator=image_generators(1, 0, 2), output_type="pt").images
+    mine = pipeline(bank, plan)(batch_size=2, generator=image_generators(1, 0, 2), output_type="pt").images
     scheduler = getattr(diffusers, plan.sampler.name).from_config(dict(plan.sampler.config))
     assert torch.equal(mine, straight_loop(bank["full"], scheduler, 6, image_generators(1, 0, 2)))
 
@@ -141,7 +141,7 @@ def test_a_scheduler_of_the_users_own_equals_a_straight_loop_over_it(scheduler):
     """With the noise of every image from its own generator; and no image hangs on the batch it is drawn in."""
     bank = bank_of()
     plan = plan_for(bank, scheduler, 5, {"full": 4})
-    mine = pipeline(bank, plan)(2, generator=image_generators(1, 0, 2), output_type="pt").images
+    mine = pipeline(bank, plan)(batch_size=2, generator=image_generators(1, 0, 2), output_type="pt").images
     own = type(scheduler).from_config(scheduler.config)
     assert torch.equal(mine, straight_loop(bank["full"], own, 5, image_generators(1, 0, 2)))
     double = bank.double()
@@ -195,7 +195,7 @@ def test_a_narrow_plan_equals_the_static_narrow_net(kind):
     mixed = pipeline(bank, plan.uniform("slim"))(2, seed=3, output_type="pt").images
     alone = Bank({"slim": bank["slim"]}, "slim", "epsilon")
     static = reference_plan(alone, DDPMScheduler().config, SampleSpec(scheduler=kind, steps=5), {"slim": 1})
-    assert torch.equal(mixed, pipeline(alone, static)(2, seed=3, output_type="pt").images)
+    assert torch.equal(mixed, pipeline(alone, static)(batch_size=2, seed=3, output_type="pt").images)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -227,7 +227,7 @@ def test_each_row_runs_its_entry_at_its_timestep_noisiest_first(kind):
         bank[name].register_forward_pre_hook(
             lambda _, args, name=name: called.append((float(args[1]), name)), with_kwargs=False
         )
-    pipeline(bank, plan)(2)
+    pipeline(bank, plan)(batch_size=2)
     assert called == [(row.timestep, row.entry) for row in plan.rows]
     times = [t for t, _ in called]
     assert times == sorted(times, reverse=True)
@@ -298,7 +298,9 @@ def test_a_trajectory_that_is_left_early_calls_no_more_networks():
 def test_class_labels_reach_every_call_of_every_entry():
     bank = bank_of(num_class_embeds=4)
     plan = plan_of(bank, "ddim", 4).with_entries(["full", "slim", "slim", "full"])
-    mine = pipeline(bank, plan)(3, class_labels=[2, 0, 3], generator=image_generators(1, 0, 3), output_type="pt").images
+    mine = pipeline(bank, plan)(
+        batch_size=3, class_labels=[2, 0, 3], generator=image_generators(1, 0, 3), output_type="pt"
+    ).images
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(4)
     x = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in image_generators(1, 0, 3)])
@@ -306,16 +308,16 @@ def test_class_labels_reach_every_call_of_every_entry():
         x = scheduler.step(bank[name](x, t, class_labels=torch.tensor([2, 0, 3])).sample, t, x).prev_sample
     assert torch.equal(mine, (x / 2 + 0.5).clamp(0, 1))
     images = torch.cat(list(sample_images(bank, plan, 5, seed=2, conditions=Conditions.of_classes([3, 2]))))
-    theirs = pipeline(bank, plan)(5, class_labels=[3, 2, 3, 2, 3], seed=2, output_type="pt").images
+    theirs = pipeline(bank, plan)(batch_size=5, class_labels=[3, 2, 3, 2, 3], seed=2, output_type="pt").images
     assert torch.equal(images / 2 + 0.5, theirs)
 
 
 def test_without_labels_the_classes_come_in_turn():
     bank = bank_of(num_class_embeds=4)
     pipe = pipeline(bank, plan_of(bank))
-    images = pipe(4, seed=0, output_type="pt").images
-    assert torch.equal(images, pipe(4, class_labels=[0, 1, 2, 3], seed=0, output_type="pt").images)
-    assert not torch.equal(images, pipe(4, class_labels=[3, 3, 3, 3], seed=0, output_type="pt").images)
+    images = pipe(batch_size=4, seed=0, output_type="pt").images
+    assert torch.equal(images, pipe(batch_size=4, class_labels=[0, 1, 2, 3], seed=0, output_type="pt").images)
+    assert not torch.equal(images, pipe(batch_size=4, class_labels=[3, 3, 3, 3], seed=0, output_type="pt").images)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -327,7 +329,7 @@ def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
     again = StepAwarePipeline.from_pretrained(tmp_path / "p")
     again.set_progress_bar_config(disable=True)
     assert again.plan == pipe.plan
-    first = pipe(2, output_type="pt").images
+    first = pipe(batch_size=2, output_type="pt").images
     assert torch.equal(first, again(2, output_type="pt").images)
     index = json.loads((tmp_path / "p" / "model_index.json").read_text())
     assert index["_class_name"] == "StepAwarePipeline"
@@ -399,17 +401,17 @@ def test_a_pipeline_moves_like_any_other():
     bank = bank_of()
     pipe = pipeline(bank, plan_of(bank)).to(torch.float64)
     assert pipe.bank.dtype == torch.float64 and set(pipe.components) == {"bank", "scheduler"}
-    assert pipe(2, output_type="pt").images.dtype == torch.float64
+    assert pipe(batch_size=2, output_type="pt").images.dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_every_trajectory_has_a_fresh_scheduler(kind):
     bank = bank_of()
     pipe = pipeline(bank, plan_of(bank, kind))
-    first = pipe(2, output_type="pt").images
-    other = pipe(3, seed=5, output_type="pt").images
-    assert torch.equal(first, pipe(2, output_type="pt").images)
-    assert torch.equal(other, pipe(3, seed=5, output_type="pt").images)
+    first = pipe(batch_size=2, output_type="pt").images
+    other = pipe(batch_size=3, seed=5, output_type="pt").images
+    assert torch.equal(first, pipe(batch_size=2, output_type="pt").images)
+    assert torch.equal(other, pipe(batch_size=3, seed=5, output_type="pt").images)
 
 
 def test_a_plan_given_to_the_call_takes_the_place_of_the_pipelines_own():
@@ -418,7 +420,8 @@ def test_a_plan_given_to_the_call_takes_the_place_of_the_pipelines_own():
     pipe = pipeline(bank, plan)
     for other in (plan.uniform("slim"), fewer_steps(plan, 3), plan_of(bank, "heun", 4)):
         assert torch.equal(
-            pipe(2, plan=other, output_type="pt").images, pipeline(bank, other)(2, output_type="pt").images
+            pipe(batch_size=2, plan=other, output_type="pt").images,
+            pipeline(bank, other)(batch_size=2, output_type="pt").images,
         )
     assert pipe.plan == plan
 
@@ -430,9 +433,9 @@ def test_output_types():
         model = net(0, 16, colours=channels)
         bank = Bank({"full": model}, "full", "epsilon")
         pipe = pipeline(bank, reference_plan(bank, DDPMScheduler().config, SampleSpec(steps=3), {"full": 1}))
-        tensor = pipe(2, output_type="pt").images
-        array = pipe(2, output_type="np").images
-        pictures = pipe(2).images
+        tensor = pipe(batch_size=2, output_type="pt").images
+        array = pipe(batch_size=2, output_type="np").images
+        pictures = pipe(batch_size=2).images
         assert tensor.shape == (2, channels, 8, 8) and tensor.dtype == torch.float32
         assert isinstance(array, np.ndarray) and array.shape == (2, 8, 8, channels)
         assert tensor.min() >= 0 and tensor.max() <= 1 and tensor.std() > 0.01
@@ -441,14 +444,14 @@ def test_output_types():
         assert all(p.mode == mode for p in pictures)
         shown = np.stack([np.asarray(p).reshape(8, 8, channels) for p in pictures])
         assert np.array_equal(shown, (array * 255).round().astype(np.uint8))
-        assert torch.equal(pipe(2, output_type="pt", return_dict=False)[0], tensor)
+        assert torch.equal(pipe(batch_size=2, output_type="pt", return_dict=False)[0], tensor)
 
 
 def test_oblong_images_are_oblong():
     bank = Bank({"full": net(0, 16, size=(8, 16))}, "full", "epsilon")
     plan = reference_plan(bank, DDPMScheduler().config, SampleSpec(steps=2), {"full": 1})
     assert next(sample_images(bank, plan, 2, seed=0)).shape == (2, 1, 8, 16)
-    assert pipeline(bank, plan)(1, generator=torch.Generator()).images[0].size == (16, 8)
+    assert pipeline(bank, plan)(batch_size=1, generator=torch.Generator()).images[0].size == (16, 8)
 
 
 def test_fewer_steps_is_a_plan_of_the_same_sampler():

@@ -13,7 +13,7 @@ from PIL import Image
 from halfstep.app import inspection, verbs
 from halfstep.core.errors import HalfstepError
 from halfstep.data.images import load_images
-from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.methods.continuous import continuous_net
 from halfstep.nets.continuous import ContinuousUNet2DModel
 from halfstep.nets.models import load_denoiser

@@ -13,7 +13,7 @@ from halfstep.app import verbs
 from halfstep.core.errors import HalfstepError
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
-from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.search.corrections import climb
 from halfstep.search.scores import read_scores
 from tiny import recipes

@@ -16,7 +16,7 @@ from halfstep.data.images import Images, load_images
 from halfstep.data.latents import check_vae, shape_for
 from halfstep.engine.bank import Bank
 from halfstep.engine.samplers import settled
-from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.engine.text import conditions_of, takes_text, with_text
 from halfstep.nets.denoiser import require_same_shape

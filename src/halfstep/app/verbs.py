@@ -60,7 +60,8 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
 from halfstep.engine.reading import about_bank
-from halfstep.engine.sampling import StepAwarePipeline, fewer_steps, sample_images
+from halfstep.engine.sampling import fewer_steps, sample_images
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.measure.judge import measure_plans
 from halfstep.methods import continuous, regularized, slimmable, sparse, spectral
@@ -237,7 +238,8 @@ def _regularized(subject: Subject, out: Path, begun: float, watch: Watch) -> Pat
     kept = subject.bank_of({name: bank.entries[name] for name in (plain, best)}, plain)
     write_costs(kept, out)
     plans["plan"].save(out / "plan.json")
-    StepAwarePipeline(kept, subject.reference(kept).uniform(best)).save_pretrained(out / "pipeline")
+    told = subject.reference(kept).uniform(best)
+    StepAwarePipeline(kept, told, subject.encoder).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)
 
 
@@ -328,7 +330,7 @@ def _planned(subject: Subject, bank: Bank, goal: Goal, out: Path, begun: float, 
     verdict = measure_plans(judge, plans, subject.recipe, free=free, watch=watch)
     disk.write_json(out / "errors.json", chosen.searched.table.to_json())
     chosen.plan.save(out / "plan.json")
-    StepAwarePipeline(needed(bank, chosen.plan), chosen.plan).save_pretrained(out / "pipeline")
+    StepAwarePipeline(needed(bank, chosen.plan), chosen.plan, subject.encoder).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)
 
 
@@ -357,7 +359,7 @@ def search(
         bank = with_reuse(bank, recipe.search.reuse, watch)
     plan = searched(subject, bank, goal, out, watch).answer.plan
     plan.save(out / "plan.json")
-    StepAwarePipeline(needed(bank, plan), plan).save_pretrained(out / "pipeline")
+    StepAwarePipeline(needed(bank, plan), plan, subject.encoder).save_pretrained(out / "pipeline")
     return plan
 
 
@@ -396,7 +398,7 @@ def shrink(
     plans, free = with_free(ground, plans)
     verdict = measure_plans(judge, plans, recipe, free=free, watch=watch)
     found.plan.save(out / "plan.json")
-    StepAwarePipeline(bank, found.plan).save_pretrained(out / "pipeline")
+    StepAwarePipeline(bank, found.plan, subject.encoder).save_pretrained(out / "pipeline")
     return write_and_tell(judge, verdict, out, begun)
 
 

@@ -1,43 +1,31 @@
-"""Run a plan: a diffusers pipeline whose denoiser may change at every step."""
+"""Run a plan: the one sampling loop, whose denoiser may change at every step, and what it is given."""
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from halfstep.core.disk import read_json, write_atomic
 from halfstep.core.errors import ModelError, PlanError
 from halfstep.core.plan import Price, Row, Sampler, StepPlan
 from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec
-from halfstep.core.sums import require_whole, write_sums
-from halfstep.data.classes import numbers_of, read_classes, write_classes
 from halfstep.data.latents import decode
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for
-from halfstep.engine.networks import RowCall, networks_of, require_fed
+from halfstep.engine.networks import RowCall, networks_of
 from halfstep.engine.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
 from halfstep.nets.denoiser import (
     Cond,
     Memo,
-    class_count,
-    cond_of,
     corrected_as,
     require_same_shape,
     sample_shape,
 )
-from halfstep.nets.models import load_vae
-from halfstep.nets.weights import require_safetensors
 
 Prices = Mapping[str, Price | int]
 """Of one call of each entry, per image; a number alone is its MACs."""
@@ -271,173 +259,3 @@ def to_images(bank: Bank, sample: torch.Tensor) -> torch.Tensor:
             do="try another sampler or float32; if neither helps, the weights are broken",
         )
     return images.clamp(-1, 1)
-
-
-class StepAwarePipeline(DiffusionPipeline):
-    """A diffusers pipeline that runs a `StepPlan` over a `Bank`.
-
-    `pipe(batch_size=4, seed=0).images` gives PIL images; image k depends on the seed and k alone. `save_pretrained`
-    writes `model_index.json`, `scheduler/`, `bank/…` and `plan.json`; weights are safetensors.
-    Raises PlanError when the plan names entries that the bank lacks, or reuses features before any are left.
-    """
-
-    def __init__(self, bank: Bank, plan: StepPlan):
-        super().__init__()
-        for name in (plan.reference, *plan.nets):
-            if name not in bank:
-                raise PlanError(
-                    got=f"entry {name!r}", expected=f"one of {', '.join(bank)}", where="plan", do="use the bank's names"
-                )
-        require_fed(bank, plan)
-        scheduler = build_scheduler(plan)
-        rehearse(scheduler)
-        self.register_modules(bank=bank, scheduler=scheduler)
-        self.plan = plan
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """What `to` moves and what the folder holds."""
-        return {"bank": self.bank, "scheduler": self.scheduler}  # the bank holds the VAE
-
-    @property
-    def process(self) -> Process:
-        """The process that the bank was trained under, as the plan's sampler carries it."""
-        return Process.of(
-            self.plan.sampler.scheduler_config, where="the plan's scheduler", latent=self.bank.vae is not None
-        )
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        batch_size: int = 1,
-        class_labels: str | int | Sequence[str | int] | torch.Tensor | None = None,
-        seed: int = 0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        plan: StepPlan | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Draw `batch_size` images. `class_labels`: one class for all of them or one for each, by name or number
-        (default: the classes in turn). `generator` (one, or one per image) takes the place of `seed`; `plan` replaces
-        the pipeline's own. `output_type`: "pil", "np" ([B,H,W,C] in [0, 1]) or "pt" ([B,C,H,W] in [0, 1])."""
-        bank, plan = self.bank, plan or self.plan
-        if batch_size < 1:
-            raise PlanError(got=batch_size, expected="1 or more", where="batch_size", do="ask for at least one image")
-        cond = cond_for(bank, 0, batch_size) if class_labels is None else self._asked(class_labels, batch_size)
-        if generator is None:
-            generator = image_generators(seed, 0, batch_size)
-        if isinstance(generator, list):
-            if len(generator) != batch_size:
-                raise PlanError(
-                    got=f"{len(generator)} generators",
-                    expected=f"{batch_size}",
-                    where="generator",
-                    do="give one per image",
-                )
-            noise, generators = start_noise(bank, generator), generator
-        else:
-            shape = sample_shape(bank.config, batch_size)
-            noise = torch.randn(shape, generator=generator, device=generator.device).to(bank.device, bank.dtype)
-            generators = [generator]
-        with self.progress_bar(total=len(plan.rows)) as bar:
-            for step in trajectory(bank, plan, noise, generators, cond):
-                image = step.after
-                bar.update()
-        image = to_images(bank, image) / 2 + 0.5
-        images: Any = image
-        if output_type != "pt":
-            images = image.cpu().float().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _asked(self, asked: str | int | Sequence[str | int] | torch.Tensor, count: int) -> Cond:
-        """The condition on the classes asked for. Raises PlanError."""
-        given = asked.tolist() if isinstance(asked, torch.Tensor) else asked
-        each = [given] * count if isinstance(given, str | int) else list(given)
-        if len(each) != count:
-            raise PlanError(
-                got=f"{len(each)} classes", expected=f"one, or {count}", where="class_labels", do="give one per image"
-            )
-        numbers = numbers_of(each, class_count(self.bank.config), self.bank.classes)
-        return cond_of(torch.tensor(numbers, device=self.bank.device))
-
-    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> None:
-        """Write the pipeline folder, whole or not at all, with the digests of its files."""
-        require_safetensors(safe_serialization, "safe_serialization")
-        write_atomic(Path(save_directory), self._write)
-
-    def _write(self, folder: Path) -> None:
-        folder.mkdir()
-        self.bank.save_pretrained(folder / "bank")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        self.plan.save(folder / "plan.json")
-        index = {
-            "_class_name": "StepAwarePipeline",
-            "_diffusers_version": diffusers.__version__,
-            "bank": ["halfstep.engine.bank", "Bank"],
-            "scheduler": ["diffusers", self.plan.sampler.name],
-        }
-        if self.bank.vae is not None:
-            self.bank.vae.save_pretrained(folder / "vae")
-            index["vae"] = ["diffusers", type(self.bank.vae).__name__]
-        write_classes(folder, self.bank.classes)
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_sums(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        torch_dtype: torch.dtype | None = None,
-        use_safetensors: bool | None = True,
-        local_files_only: bool = True,
-    ) -> StepAwarePipeline:
-        """Read a pipeline folder, in float32 or `torch_dtype`; nothing is ever fetched.
-
-        MACs that the plan claims and the bank does not have are corrected, with a warning; one is given too for a
-        folder of before files had digests. Raises RunError, ModelError or PlanError for what is missing, cut, foreign
-        or changed since it was written.
-        """
-        require_safetensors(use_safetensors, "use_safetensors")
-        folder = Path(pretrained_model_name_or_path)
-        index = read_json(folder / "model_index.json", what="a pipeline", do="give the pipeline/ folder of a run")
-        if index.get("_class_name") != "StepAwarePipeline":
-            raise PlanError(
-                got=f"a {index.get('_class_name')}",
-                expected="a StepAwarePipeline",
-                where=folder,
-                do="load it with diffusers, or make a step-aware one with halfstep optimize",
-            )
-        if not require_whole(folder):
-            warnings.warn(
-                f"{folder} was written before files had digests, and is believed as it is; "
-                f"`halfstep verify {folder} --accept` writes them",
-                stacklevel=2,
-            )
-        bank = Bank.from_pretrained(folder / "bank", checked=True)
-        bank = bank.with_vae(load_vae(folder, checked=True), read_classes(folder, class_count(bank.config)))
-        plan = _with_prices_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
-        pipe = cls(bank, plan)
-        return pipe if torch_dtype is None else pipe.to(torch_dtype)
-
-
-def _with_prices_of(bank: Bank, plan: StepPlan, where: Path) -> StepPlan:
-    """The plan with the MACs that the bank's entries and its VAE have. What they cost is nothing that a file can
-    decide; one of before fixed parts were told may lack its own."""
-    counted = {name: price for name, price in bank.prices().items() if name in plan.prices}
-    pairs = [(name, plan.prices[name].macs, price.macs) for name, price in counted.items()]
-    fixed = bank.fixed()
-    pairs.append(("the fixed part", plan.fixed.macs or fixed.macs, fixed.macs))
-    wrong = [f"{name} {said:,} ({found:,})" for name, said, found in pairs if said != found]
-    if wrong:
-        told = ", ".join(wrong[:3])
-        warnings.warn(f"{where}: MACs of other networks, counted anew: {told}", stacklevel=3)
-    prices = {name: _as_counted(price, counted.get(name, price)) for name, price in plan.prices.items()}
-    return replace(plan, prices=prices, fixed=_as_counted(plan.fixed, fixed))
-
-
-def _as_counted(said: Price, counted: Price) -> Price:
-    """What was said, time included, where its MACs are right."""
-    return said if said.macs == counted.macs else counted

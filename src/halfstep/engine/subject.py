@@ -63,6 +63,11 @@ class Subject:
         return None if self.bank is None else self.bank[self.bank.reference]
 
     @property
+    def encoder(self) -> str | None:
+        """The pipeline folder that has its text encoder; None for a model that takes no text."""
+        return self.source if self.conditions is not None else None
+
+    @property
     def stand_ins(self) -> Bank:
         """The bank, for verbs that cannot do without a model. Raises ModelError where there is none."""
         if self.bank is None:

@@ -29,7 +29,7 @@ def takes_text(bank: Bank) -> bool:
 
 def with_text(bank: Bank, source: str | Path, guidance: float) -> Bank:
     """The bank with the condition on nothing, "", which its pipeline folder's text encoder gives, and guided so."""
-    encoder = load_text_encoder(source, for_net=_masked(bank))
+    encoder = load_text_encoder(source, for_net=takes_mask(bank))
     return bank.with_null(encode_prompts(encoder, [NOTHING]), guidance)
 
 
@@ -43,7 +43,7 @@ def conditions_of(bank: Bank, source: str | Path, prompts: str, data: str | None
         got, do = "no prompts", "write --prompts FILE, one prompt a line, or give images with captions"
         raise DataError(got=got, expected="some: the model is conditional on text", where="--prompts", do=do)
     found = read_captions(f"prompts:{prompts}") if prompts else read_captions(str(data)).mixed()
-    return Conditions.of_prompts(load_text_encoder(source, for_net=_masked(bank)), found)
+    return Conditions.of_prompts(load_text_encoder(source, for_net=takes_mask(bank)), found)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +82,7 @@ def captioned(images: Images | Latents, bank: Bank, source: str | Path, data: st
     if len(found) != len(images):
         got, expected = f"{len(found)} captions", f"{len(images)}, one for each image"
         raise DataError(got=got, expected=expected, where=data, do="caption all of them")
-    known = Conditions.of_prompts(load_text_encoder(source, for_net=_masked(bank)), found)
+    known = Conditions.of_prompts(load_text_encoder(source, for_net=takes_mask(bank)), found)
     assert bank.null is not None, "a bank of text has one"
     return Captioned(
         images=images,
@@ -93,6 +93,6 @@ def captioned(images: Images | Latents, bank: Bank, source: str | Path, data: st
     )
 
 
-def _masked(bank: Bank) -> bool:
+def takes_mask(bank: Bank) -> bool:
     """Whether the denoiser is told which tokens are padding."""
     return "encoder_attention_mask" in example_of(bank[bank.reference], 1)

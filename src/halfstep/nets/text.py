@@ -6,6 +6,7 @@ names the package that brings it and the digest of its weights: another encoder'
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -48,6 +49,16 @@ def write_external(folder: Path, package: str, inner: str, *, tokens: int, maske
     digest = digest_of(_of_package(package, inner, folder) / WEIGHTS)
     record = External(package=package, folder=inner, weights_sha256=digest, tokens=tokens, masked=masked)
     write_json(folder / FILE, asdict(record))
+
+
+def copy_text_encoder(source: str | Path, folder: Path) -> None:
+    """Copy a pipeline's text encoder and tokenizer, or the record that names them, into another's folder."""
+    source = pipeline_folder(source)
+    for name in ("text_encoder", "tokenizer"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+    if (source / FILE).is_file():
+        shutil.copyfile(source / FILE, folder / FILE)
 
 
 def load_text_encoder(source: str | Path, encoder: str | Path | None = None, *, for_net: bool = False) -> TextEncoder:

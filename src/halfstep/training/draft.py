@@ -15,7 +15,7 @@ from halfstep.core.recipe import Recipe
 from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
-from halfstep.engine.sampling import StepAwarePipeline
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.nets.denoiser import copy_of
 from halfstep.training.loop import preview_of, run_loop
@@ -70,7 +70,7 @@ def trained(draft: Draft, subject: Subject, recipe: Recipe, out: Path, watch: Wa
         bank = _train(draft, subject, recipe, out, watch)
         plan = replace(subject, bank=bank, recipe=recipe).reference()
         if this_process().is_main_process:
-            StepAwarePipeline(bank, plan).save_pretrained(done)
+            StepAwarePipeline(bank, plan, subject.encoder).save_pretrained(done)
         this_process().wait_for_everyone()
     return StepAwarePipeline.from_pretrained(done)
 
