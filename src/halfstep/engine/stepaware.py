@@ -94,7 +94,7 @@ class StepAwarePipeline(DiffusionPipeline):
         class for all of them or one for each, by name or number (default: the classes in turn). `generator`, one or
         one per image, takes the place of `seed`; `plan` replaces the pipeline's own. `output_type`: "pil", "np"
         ([B,H,W,C] in [0, 1]) or "pt" ([B,C,H,W] in [0, 1]). `callback_on_step_end`: called after every step as
-        (pipeline, step, timestep, {"latents": sample}). Raises PlanError, and DataError for prompts that cannot be read.
+        (pipeline, step, timestep, {"latents": sample}). Raises PlanError, and DataError for prompts that are none.
         """
         plan = _rescaled(plan or self.plan, guidance_scale)
         bank, cond = self._asked_for(prompt, negative_prompt, num_images_per_prompt, batch_size, class_labels)
