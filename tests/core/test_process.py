@@ -241,7 +241,10 @@ def test_every_class_of_a_process_of_betas_is_read_from_its_own_file(name):
 
 
 REFUSED = {
-    "flow matching": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    "a shift by the picture's size": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    "levels that rise": {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
+    "a key of betas in a flow": {"_class_name": "FlowMatchHeunDiscreteScheduler", "beta_start": 0.1},
+    "a shift of nothing": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0},
     "flow sigmas": {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
     "a flow prediction": {"prediction_type": "flow_prediction"},
     "EDM": {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0},
@@ -319,13 +322,28 @@ def test_a_scheduler_beside_the_weights_is_read_and_none_is_said(tmp_path):
             assert (process.prediction, process.beta_schedule) == ("v_prediction", "squaredcos_cap_v2")
 
 
-def test_a_denoiser_that_predicts_its_variance_too_is_refused_at_the_door(tmp_path):
-    DDPMPipeline(tiny(out_channels=2), DDPMScheduler()).save_pretrained(tmp_path / "learned")
-    with pytest.raises(ModelError, match="a learned variance"):
-        open_subject(tmp_path / "learned", None, Recipe())
-    bank = Bank({"full": tiny(out_channels=2)}, "full", "epsilon")
-    with pytest.raises(ModelError, match="2 channels out"):
+def test_a_denoiser_that_predicts_more_than_its_variance_is_refused_at_the_door(tmp_path):
+    DDPMPipeline(tiny(out_channels=3), DDPMScheduler()).save_pretrained(tmp_path / "more")
+    with pytest.raises(ModelError, match="3 channels out"):
+        open_subject(tmp_path / "more", None, Recipe())
+    bank = Bank({"full": tiny(out_channels=3)}, "full", "epsilon")
+    with pytest.raises(ModelError, match="3 channels out"):
         reference_plan(bank, Process(), SampleSpec(steps=2), {"full": 1})
+
+
+def test_of_a_learned_variance_the_prediction_alone_is_read(tmp_path):
+    """Oracle: the same net without the variance's channels."""
+    both, alone = tiny(out_channels=2), tiny(out_channels=1)
+    weights = both.state_dict()
+    alone.load_state_dict(weights | {key: weights[key][:1] for key in ("conv_out.weight", "conv_out.bias")})
+    DDPMPipeline(both, DDPMScheduler()).save_pretrained(tmp_path / "learned")
+    nets = open_subject(tmp_path / "learned", None, Recipe()).bank, Bank({"full": alone}, "full", "epsilon")
+    pictures = []
+    for bank in nets:
+        plan = reference_plan(bank, Process(), SampleSpec(steps=3), {"full": 1})
+        generators = image_generators(0, 0, 2)
+        pictures.append(denoised(bank, plan, start_noise(bank, generators), generators))
+    assert torch.allclose(*pictures, atol=1e-6)
 
 
 def test_infinity_in_diffusers_own_files_is_read(tmp_path):

@@ -83,7 +83,8 @@ class Bare(nn.Module):
         self.layer = layer
 
     def forward(self, sample, timestep, return_dict, **cond):
-        return (self.layer(sample, **cond),)
+        found = self.layer(sample, **cond)
+        return (found[0] if isinstance(found, tuple) else found,)
 
 
 def taking(sample, **cond):

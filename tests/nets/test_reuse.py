@@ -19,6 +19,8 @@ from halfstep.nets.models import filled_model
 from halfstep.nets.reuse import OUT, cut_count, forecast, leaving, require_cut, shallow, taking, tapped
 from halfstep.nets.slices import cut_all
 from tiny import SDXL, cond_for_net, ode_unet, text_unet, unet, uvit, wavelet_unet
+from transformers_tiny import dit
+from transformers_tiny import inputs_of as dit_inputs_of
 
 deep = partial(unet, channels=(8, 16, 16), size=16, attend=True)
 MODELS = {
@@ -136,8 +138,9 @@ def test_features_of_another_input_are_the_deep_part_of_that_input(name):
 @pytest.mark.parametrize("row", [row for row in ROWS if row.slim and row.cuts], ids=lambda row: row.name)
 @torch.no_grad()
 def test_slices_and_masks_are_cut_like_any_net(row):
-    model = made({"UViT2DModel": "U-ViT", "UNet2DConditionModel": "text"}.get(row.name, "two"))
-    inputs = inputs_of(model)
+    names = {"UViT2DModel": "U-ViT", "UNet2DConditionModel": "text"}
+    model = dit() if row.name.startswith("DiT") else made(names.get(row.name, "two"))
+    inputs = inputs_of(model) if not row.name.startswith("DiT") else dit_inputs_of(model)
     narrow = row.kind.from_config(narrowed(row, model.config, 0.5)).eval()
     narrow.load_state_dict(cut_all(model.state_dict(), slices_for(row, model.config, 0.5)))
     names = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.in_features % 4 == 0)

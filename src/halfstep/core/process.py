@@ -21,6 +21,10 @@ Limit = Annotated[float, Bounds(1e-3, 1e6)]
 class Process:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, by betas, and what the denoiser predicts of it.
 
+    Where it predicts a flow, the process is flow matching (rectified flow, arXiv 2209.03003): with s = t / timesteps,
+    x_t = (1 - s) x_0 + s noise, the prediction is the velocity noise - x_0, and there are no betas, whatever their
+    fields say.
+
     With `trained_betas`, `beta_start` and `beta_end` are their first and last. What stands from `clip_sample` on holds
     for every sampler that is put on it.
     """
@@ -33,7 +37,12 @@ class Process:
     beta_end: Annotated[Beta, "the last beta"] = 0.02
     trained_betas: Annotated[tuple[Beta, ...], Bounds(0, 100_000), "one for each timestep; none: the schedule's"] = ()
     rescale_betas_zero_snr: Annotated[bool, "move the last alpha_bar to 0 (arXiv 2305.08891)"] = False
-    prediction: Annotated[Literal["epsilon", "v_prediction", "sample"], "what the denoiser predicts"] = "epsilon"
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction", "sample", "flow_prediction"], "what the denoiser predicts"
+    ] = "epsilon"
+    shift: Annotated[
+        Limit, "of flow matching: noise level s becomes shift s / (1 + (shift - 1) s) (arXiv 2403.03206, eq. 23)"
+    ] = 1.0
     clip_sample: Annotated[bool, "clamp the estimate of x_0"] = True
     clip_sample_range: Annotated[Limit, "to plus and minus this"] = 1.0
     thresholding: Annotated[bool, "clamp it to a quantile of its magnitudes, where a sampler can"] = False
@@ -61,6 +70,11 @@ class Process:
                 do="lower it",
             )
 
+    def __repr__(self) -> str:
+        """Every field, but for a shift of 1: runs of before shifts know their process by this text."""
+        told = (f.name for f in fields(self) if f.name != "shift" or self.shift != 1)
+        return f"Process({', '.join(f'{name}={getattr(self, name)!r}' for name in told)})"
+
     @classmethod
     def of(
         cls,
@@ -73,12 +87,15 @@ class Process:
         """The process of a diffusers scheduler's config, of any class in `BETA_SCHEDULERS`.
 
         `latent`: of a model on latents, whose samples are no pixels and are not clipped where the config says nothing.
-        Raises `error` for a process that is not of betas (flow matching, EDM, ...), for a learned variance, and for
-        keys and values that are not known, which diffusers would drop or trip over later.
+        Flow matching is read too, of the classes in `FLOW_SCHEDULERS`. Raises `error` for a process of another kind
+        (EDM, ...), for a learned variance, for a shift that hangs on the picture's size, and for keys and values that
+        are not known, which diffusers would drop or trip over later.
         """
         if isinstance(config, Process):
             return config
         name = config.get("_class_name") or "DDPMScheduler"
+        if isinstance(name, str) and _is_flow(name, config):
+            return _flow_of(name, config, where, error)
         if not isinstance(name, str) or name not in BETA_SCHEDULERS:
             kind = next((kind for kind, classes in OTHER_PROCESSES.items() if name in classes), "")
             raise _refusal(f"{shown(name)}{kind and f' ({kind})'}", where, error)
@@ -101,17 +118,39 @@ class Process:
 
     def config(self) -> dict[str, Any]:
         """What any diffusers scheduler takes over of the process: betas and prediction always, the rest where it says
-        something."""
+        something. Of flow matching what DPM-Solver++ and UniPC take; flow matching's own classes call its shift
+        "shift"."""
+        if self.is_flow:
+            told = {"num_train_timesteps": self.timesteps, "prediction_type": self.prediction}
+            return told | {"use_flow_sigmas": True, "flow_shift": self.shift}
         kept = {_KEYS.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
         plain = {_KEYS.get(f.name, f.name): f.default for f in fields(self)}
         found = {key: value for key, value in kept.items() if key in _ALWAYS or value != plain[key]}
         return found | ({"trained_betas": list(self.trained_betas)} if self.trained_betas else {})
 
+    @property
+    def is_flow(self) -> bool:
+        return self.prediction == "flow_prediction"
+
+    def check(self) -> None:
+        """Raise RecipeError as `scheduler` for betas; a flow leaves a signal until its last moment."""
+        if not self.is_flow:
+            self.scheduler()
+
     def scheduler(self) -> DDPMScheduler:
         """The scheduler of the training: its alphas_cumprod, add_noise and get_velocity.
 
-        Raises RecipeError for betas under which no noise or no picture is left before the last timestep.
+        Raises RecipeError for betas under which no noise or no picture is left before the last timestep, and for flow
+        matching, which has none.
         """
+        if self.is_flow:
+            raise RecipeError(
+                got=f"{self}",
+                expected="a process of betas",
+                where="the noise process",
+                do="flow matching is trained, sampled, corrected and searched; restoring, spectra, penalties and "
+                "exact scales want betas",
+            )
         from diffusers import DDPMScheduler  # here: recipes are values, and reading one needs no torch
 
         found = DDPMScheduler.from_config(self.config())
@@ -126,6 +165,9 @@ class Process:
         return found
 
     def __str__(self) -> str:
+        if self.is_flow:
+            shifted = f", shift {self.shift:g}" if self.shift != 1 else ""
+            return f"flow matching over {self.timesteps} timesteps{shifted}, predicts {self.prediction}"
         given = f"{self.timesteps} timesteps"
         given += " of trained betas" if self.trained_betas else f", {self.beta_schedule} betas"
         if not self.trained_betas and self.beta_schedule not in ("squaredcos_cap_v2", "laplace"):
@@ -183,11 +225,23 @@ BETA_SCHEDULERS = {
 }
 """The diffusers schedulers whose config describes a process of betas, and the spacing that each defaults to."""
 
+FLOW_SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": "shift",
+    "FlowMatchHeunDiscreteScheduler": "shift",
+    "DPMSolverMultistepScheduler": "flow_shift",
+    "UniPCMultistepScheduler": "flow_shift",
+}
+"""The diffusers schedulers of flow matching, and the key that each has for its shift; the last two where they say
+`use_flow_sigmas` with the prediction "flow_prediction"."""
+
+_FLOW_KEYS = {
+    "base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift", "shift_terminal", "stochastic_sampling",
+}  # fmt: skip
+"""Of flow matching's own classes: what shifts by the picture's size, where that is asked for, and how one walks."""
+
 OTHER_PROCESSES = {
-    "flow matching": (
+    "flow matching of another kind": (
         "FlowMapEulerDiscreteScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "FlowMatchHeunDiscreteScheduler",
         "FlowMatchLCMScheduler",
         "HeliosDMDScheduler",
         "HeliosScheduler",
@@ -254,21 +308,62 @@ SAMPLER_KEYS = frozenset(
 """Keys that say how one sampler walks and nothing about the process, and those of diffusers' first versions."""
 
 
+def _is_flow(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config speaks of flow matching, and its class can."""
+    return FLOW_SCHEDULERS.get(name) == "shift" or (
+        name in FLOW_SCHEDULERS
+        and config.get("use_flow_sigmas") is True
+        and config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def _flow_of(name: str, config: Mapping[str, Any], where: object, error: type[HalfstepError]) -> Process:
+    """The process of such a config. Raises `error` for a shift by the picture's size, and for what no flow here has."""
+    said = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
+    if said.get("use_dynamic_shifting"):
+        raise error(
+            got="use_dynamic_shifting, a shift that hangs on the picture's size",
+            expected="one shift for all pictures",
+            where=where,
+            do="say use_dynamic_shifting false and shift exp(mu), mu as the pipeline has it for your size",
+        )
+    for key in ("invert_sigmas", "thresholding"):
+        if said.pop(key, False):
+            expected = "noise levels from 1 to 0, and no clamped estimates"
+            raise error(got=f"{key} of flow matching", expected=expected, where=where, do="bring another scheduler")
+    if FLOW_SCHEDULERS[name] == "shift":
+        said = {key: value for key, value in said.items() if key not in _FLOW_KEYS}
+    else:  # classes of betas, which say all that these have beside
+        plain = {
+            *("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr"),
+            *("dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "steps_offset"),
+        }
+        said = {"shift": said.get("flow_shift", 1.0)} | {key: one for key, one in said.items() if key not in plain}
+    other = {"prediction_type", *SAMPLER_KEYS}
+    known = {_FIELDS.get(key, key): value for key, value in said.items() if key not in other}
+    do = "give the scheduler_config.json that the model was trained with"
+    if strange := set(known) - {"timesteps", "shift"}:
+        got, expected = f"{shown(min(strange))} of flow matching", "num_train_timesteps and a shift"
+        raise error(got=got, expected=expected, where=where, do=do)
+    known |= {"prediction": "flow_prediction", "clip_sample": False}
+    return build(Process, known, "", where, error=error, do=do)
+
+
 def _refuse_other_processes(said: Mapping[str, Any], where: object, error: type[HalfstepError]) -> None:
     """Keys of known classes that make another process of them."""
     if said.get("use_flow_sigmas") or said.get("prediction_type") in ("flow_prediction", "flow"):
-        raise _refusal("flow matching", where, error)
+        raise _refusal("flow matching under a scheduler of betas", where, error)
     if said.get("timestep_type", "discrete") != "discrete":
         raise _refusal("continuous timesteps (EDM's noise levels)", where, error)
     if str(said.get("variance_type", "")).startswith("learned"):
         raise error(
             got=f"variance_type {said['variance_type']!r}",
-            expected="a fixed variance: a denoiser that predicts the noise alone",
+            expected="a fixed variance: of what a denoiser puts out, the prediction alone is read",
             where=where,
-            do="bring a model without learned variance",
+            do='say variance_type "fixed_small", or take DDIM or another sampler that needs none',
         )
 
 
 def _refusal(got: str, where: object, error: type[HalfstepError]) -> HalfstepError:
-    expected = "a process of betas (DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, ...)"
+    expected = "a process of betas (DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, ...) or flow matching"
     return error(got=got, expected=expected, where=where, do="bring a model that was trained with one of these")

@@ -42,6 +42,20 @@ MAX_ENTRIES = 256
 NULL_FILE = "null.safetensors"
 
 
+_SHARED = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "num_class_embeds",
+    "class_embed_type",
+    "num_embeds_ada_norm",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "caption_channels",
+)
+"""What entries of a bank have in common of their configs: what goes in and what comes out."""
+
+
 class Bank(torch.nn.Module):
     """Denoisers by name, with one reference.
 
@@ -322,7 +336,7 @@ class Bank(torch.nn.Module):
 
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self._entries[name].model.config, self.config
-        for key in ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
+        for key in _SHARED:
             if json.dumps(mine.get(key)) != json.dumps(theirs.get(key)):  # (8, 8) is [8, 8] once loaded
                 raise ModelError(
                     got=f"{key} {mine.get(key)}",

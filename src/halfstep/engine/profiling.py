@@ -27,7 +27,7 @@ from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.machine import cpu_name
 from halfstep.core.results import Cost
 from halfstep.data.latents import decode
-from halfstep.nets.architectures import example_of
+from halfstep.nets.architectures import example_of, shape_of
 from halfstep.nets.denoiser import Cond, Memo, cond_to, eager, predictor, sample_shape
 from halfstep.nets.reuse import OUT, Place, Reused
 
@@ -55,24 +55,24 @@ def example_inputs(
 ) -> Inputs:
     """What one call of a diffusers denoiser takes, read from its config.
 
-    `sample` [B, in_channels, H, W], standard normal (always the same numbers; the global generators are left alone);
-    `timestep` [B] of ones; the condition that its family takes, a text of `tokens` tokens where it takes one
-    (`Architecture.example`). `device` and `dtype` are the model's own where not given.
+    `sample` [B, in_channels, H, W] (of FLUX packed tokens [B, L, C]), standard normal: always the same numbers, and the
+    global generators are left alone; `timestep` [B] of ones; the condition that its family takes, a text of `tokens`
+    tokens where it takes one (`Architecture.example`). `device` and `dtype` are the model's own where not given.
     Raises ModelError where the config lacks the shape, or the model needs other inputs.
     """
     model = eager(model)
     where = type(model).__name__
     config: Any = getattr(model, "config", None)
-    size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
-    if size is None or channels is None:
+    channels = getattr(config, "in_channels", None)
+    if channels is None:
         expected = "a diffusers config with sample_size and in_channels"
-        raise ModelError(got=f"{size} and {channels}", expected=expected, where=where, do="set them in the config")
+        raise ModelError(got="no in_channels", expected=expected, where=where, do="set them in the config")
     own_device, own_dtype = _home(model)
     device, dtype = device or own_device, dtype or own_dtype
     random = torch.Generator().manual_seed(0)
-    sample = torch.randn(sample_shape(config, batch), generator=random).to(device, dtype)
-    timestep = torch.ones(batch, dtype=torch.long, device=device)  # not zero: Fourier embeddings take its logarithm
     called = model.model if isinstance(model, Reused) else model
+    sample = torch.randn(shape_of(called, batch), generator=random).to(device, dtype)
+    timestep = torch.ones(batch, dtype=torch.long, device=device)  # not zero: Fourier embeddings take its logarithm
     inputs = Inputs(sample, timestep, cond_to(example_of(called, batch, tokens), device, dtype))
     _check_inputs(model, inputs)
     return inputs
@@ -372,7 +372,7 @@ def _check_inputs(model: nn.Module, inputs: Inputs) -> None:
     """Raise ModelError unless forward can be called with exactly these."""
     signature = inspect.signature(model.forward)
     try:
-        signature.bind(inputs.sample, inputs.timestep, **inputs.cond)
+        signature.bind(inputs.sample, timestep=inputs.timestep, **inputs.cond)
     except TypeError:
         got, expected = (
             f"forward({', '.join(signature.parameters)})",

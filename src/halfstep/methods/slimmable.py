@@ -36,7 +36,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Cut, Entry, Own, Twin
 from halfstep.engine.subject import Subject
 from halfstep.methods.sparse import Masked
-from halfstep.nets.architectures import architecture_of, narrowed, require, skeleton, slices_for
+from halfstep.nets.architectures import architecture_of, constants, narrowed, require, skeleton, slices_for
 from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.slices import Slices, cut_all
@@ -70,10 +70,12 @@ class Supernet:
         self.widths = tuple(sorted(widths, reverse=True))
         self.slices: dict[float, Slices] = {}
         self._skeletons: dict[float, Any] = {}
+        self._constants: dict[float, Mapping[str, torch.Tensor]] = {}
         for width in self.widths:
             if width != own:
                 self.slices[width] = slices_for(family, model.config, width / own, concat)
-                self._skeletons[width] = skeleton(family, narrowed(family, model.config, width / own))
+                narrow = narrowed(family, model.config, width / own)
+                self._skeletons[width], self._constants[width] = skeleton(family, narrow), constants(family, narrow)
 
     def predict(self, width: float, through: Through | None = None) -> Predict:
         """The network at `width` as a function, its weights passed `through`."""
@@ -85,7 +87,8 @@ class Supernet:
             net.train(self.model.training)
             found = self.model.state_dict(keep_vars=True)
             found = found if width == self.own else cut_all(found, self.slices[width])
-            return through(found) if through else found
+            fixed = {name: one.to(self.model.device) for name, one in self._constants.get(width, {}).items()}
+            return {**(through(found) if through else found), **fixed}
 
         return predictor(net, weights)
 

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import nn
 
 from halfstep.core.errors import ModelError
-from halfstep.nets import unet, unet_condition, uvit, wavelet
+from halfstep.nets import blocks, dit, transformers, unet, unet_condition, uvit, wavelet
 from halfstep.nets.channels import Free
 from halfstep.nets.continuous import ContinuousUNet2DModel
-from halfstep.nets.denoiser import Cond, class_example, eager
+from halfstep.nets.denoiser import Cond, class_example, eager, sample_shape
 from halfstep.nets.slices import Pieces
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.nets.wavelet import SpectralUNet2DModel
@@ -83,7 +92,7 @@ class Architecture:
     `parts`: which of its layers stand apart.
     `example(config, batch, tokens)`: a condition [B, ...] as its calls take it, float32 on the CPU, for prices and
     checks; `tokens`: how long a text is, by default as the family's pipelines have it; raises ModelError for one that
-    is not known.
+    is not known. `shape(config, batch)`: of the sample beside it; raises ModelError for a config without one.
     `word`: what a recipe's `model.kind` calls it. `fresh`: the config for (spec, size, channels, classes, timesteps).
     """
 
@@ -96,12 +105,25 @@ class Architecture:
     cuts: Cuts | None = None
     parts: Parts = Parts()
     example: Callable[[Config, int, int | None], Cond] = class_example
+    shape: Callable[[Config, int], tuple[int, ...]] = sample_shape
     word: str = ""
     fresh: Callable[..., dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
         return self.kind.__name__
+
+
+_MODULATION = ("time_text_embed.*", "*.norm.linear", "*.norm1.linear", "*.norm1_context.linear", "norm_out.linear")
+"""Embeddings of time and pooled text, and the layers that scale, shift and gate by them."""
+
+_CONTEXT = ("context_embedder", "transformer_blocks.0.attn.add_[qkv]_proj")
+"""What reads the text before the picture's tokens have been mixed into it."""
+
+
+def _by_blocks(walked: blocks.Walked) -> Cuts:
+    """The cuts of a transformer whose calls are known in blocks."""
+    return Cuts(blocks.cut_count, partial(blocks.tapped, walked), partial(blocks.shallow, walked))
 
 
 ROWS = (
@@ -152,6 +174,37 @@ ROWS = (
         ),
         example=unet_condition.example,
     ),
+    Architecture(
+        DiTTransformer2DModel,
+        slim=Slimming(dit.narrow_config, dit.slice_exceptions),
+        free=dit.free_channels,
+        cuts=_by_blocks(dit.walked),
+        parts=Parts(ends=("pos_embed.*", "proj_out_2"), time=("*.norm1.*", "proj_out_1")),
+        example=dit.example,
+    ),
+    Architecture(
+        PixArtTransformer2DModel,
+        cuts=_by_blocks(transformers.pixart),
+        parts=Parts(
+            ends=("pos_embed.*", "proj_out"),
+            time=("adaln_single.*",),
+            text=("caption_projection.*", "*.attn2.to_k", "*.attn2.to_v"),
+        ),
+        example=transformers.pixart_example,
+    ),
+    Architecture(
+        SD3Transformer2DModel,
+        cuts=_by_blocks(transformers.sd3),
+        parts=Parts(ends=("pos_embed.*", "proj_out"), time=_MODULATION, text=_CONTEXT),
+        example=transformers.sd3_example,
+    ),
+    Architecture(
+        FluxTransformer2DModel,
+        cuts=_by_blocks(transformers.flux),
+        parts=Parts(ends=("x_embedder", "proj_out"), time=_MODULATION, text=_CONTEXT),
+        example=transformers.flux_example,
+        shape=transformers.flux_shape,
+    ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in ROWS}
 """Every family of denoisers, by the name of its class."""
@@ -185,6 +238,13 @@ def example_of(model: Any, batch: int, tokens: int | None = None) -> Cond:
     return example(model.config, batch, tokens)
 
 
+def shape_of(model: Any, batch: int) -> tuple[int, ...]:
+    """The shape of the sample that a call of the model takes; [B, C, H, W] but for packed tokens, [B, L, C]."""
+    model = eager(model)
+    shape = next((row.shape for row in ROWS if isinstance(model, row.kind)), sample_shape)
+    return shape(model.config, batch)
+
+
 def require(family: Architecture, ability: Ability, rows: Iterable[Architecture] = ROWS) -> Any:
     """What `family` gives for `ability`. Raises ModelError, which names the families that have it."""
     found = getattr(family, ability)
@@ -207,6 +267,17 @@ def skeleton(family: Architecture, config: Config) -> Any:
     """A denoiser without memory (on the meta device), to be run with weights from elsewhere."""
     with torch.device("meta"):
         return family.kind.from_config(dict(config))
+
+
+def constants(family: Architecture, config: Config) -> dict[str, torch.Tensor]:
+    """The buffers of a denoiser that no file holds (sinusoids of places), whose numbers a skeleton lacks."""
+    net = skeleton(family, config)
+    unsaved = {name for name, _ in net.named_buffers()} - set(net.state_dict())
+    if not unsaved:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        net = family.kind.from_config(dict(config))
+    return {name: buffer for name, buffer in net.named_buffers() if name in unsaved}
 
 
 def slices_for(

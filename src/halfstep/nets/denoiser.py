@@ -33,20 +33,41 @@ Draw = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tenso
 
 
 def predictor(model: Callable[..., Any], weights: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> Predict:
-    """A diffusers denoiser as a function.
+    """A diffusers denoiser as a function: its prediction alone, without a learned variance beside it.
 
     `weights` is asked at every call for the weights to run the module with in place of its own (gradients reach them).
     """
 
+    # of diffusers' transformers the text comes second, and each sample has a timestep; its U-Nets take one for all
+    each = hasattr(eager(model) if isinstance(model, nn.Module) else model, "transformer_blocks")
+
+    def arguments(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond) -> tuple[tuple, dict[str, Any]]:
+        if each:
+            return (sample,), {"timestep": per_sample(timestep, len(sample)), **cond, "return_dict": False}
+        return (sample, timestep), {**cond, "return_dict": False}
+
     def predict(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
-        return model(sample, timestep, **cond, return_dict=False)[0]
+        placed, named = arguments(sample, timestep, cond)
+        return prediction_of(model(*placed, **named)[0], sample)
 
     def predict_with(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
         assert weights is not None and isinstance(model, nn.Module)
-        given = {**cond, "return_dict": False}
-        return torch.func.functional_call(model, dict(weights()), (sample, timestep), given)[0]
+        placed, named = arguments(sample, timestep, cond)
+        return prediction_of(torch.func.functional_call(model, dict(weights()), placed, named)[0], sample)
 
     return predict if weights is None else predict_with
+
+
+def per_sample(timestep: torch.Tensor | float, count: int) -> torch.Tensor:
+    """A timestep of no axes for each of `count` samples; [B] as it is."""
+    timestep = torch.as_tensor(timestep)
+    return timestep.expand(count) if timestep.ndim == 0 else timestep
+
+
+def prediction_of(output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """What a network's output [B, C or 2C, ...] predicts of a sample [B, C, ...]: of a learned variance (Improved DDPM,
+    arXiv 2102.09672) the first half, the mean; the other is read by ancestral samplers only, which are refused."""
+    return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * sample.shape[1] else output
 
 
 def cond_of(labels: torch.Tensor | None) -> Cond:
@@ -131,11 +152,15 @@ def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 def clean_and_noise(
     prediction: torch.Tensor, sample: torch.Tensor, level: torch.Tensor, prediction_type: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both parts of sample = sqrt(level) clean + sqrt(1 - level) noise, as a prediction of any type has them.
+    """Both parts of sample = sqrt(level) clean + sqrt(1 - level) noise, as a prediction of any type has them; of flow
+    matching those of sample = level clean + (1 - level) noise.
 
-    prediction, sample: [B, ...].  level: alphas_cumprod, a number or [B].  Raises ModelError for an unknown type.
+    prediction, sample: [B, ...].  level: alphas_cumprod, or one minus flow matching's noise level, a number or [B].
+    Raises ModelError for an unknown type.
     """
     level = level.to(sample).reshape(-1, *[1] * (sample.ndim - 1))
+    if prediction_type == "flow_prediction":  # noise - clean
+        return sample - (1 - level) * prediction, sample + level * prediction
     signal, rest = level.sqrt(), (1 - level).sqrt()
     match prediction_type:
         case "epsilon":
@@ -144,7 +169,7 @@ def clean_and_noise(
             return prediction, (sample - signal * prediction) / rest
         case "v_prediction":
             return signal * sample - rest * prediction, signal * prediction + rest * sample
-    expected = "epsilon, sample or v_prediction"
+    expected = "epsilon, sample, v_prediction or flow_prediction"
     raise ModelError(got=prediction_type, expected=expected, where="prediction type", do="bring a model of these")
 
 
@@ -175,8 +200,8 @@ def corrected_as(
 ) -> torch.Tensor:
     """The prediction of any type whose noise is the corrected one, for the same sample.
 
-    sample = sqrt(level) clean + sqrt(1 - level) noise.  level: alphas_cumprod, a number; at 0 (zero terminal SNR) the
-    sample is the noise, and nothing that is predicted corrects it.  Raises ModelError.
+    level: as `clean_and_noise` has it, a number; at 0 (zero terminal SNR, the start of a flow) the sample is the noise,
+    and nothing that is predicted corrects it.  Raises ModelError.
     """
     if prediction_type == "epsilon":
         return corrected(prediction, scale, threshold)
@@ -184,7 +209,8 @@ def corrected_as(
         return prediction
     noise = clean_and_noise(prediction, sample, level, prediction_type)[1]
     signal, rest = level.to(sample).sqrt(), (1 - level.to(sample)).sqrt()
-    slope = 1 / signal if prediction_type == "v_prediction" else -rest / signal  # of the prediction by the noise
+    slopes = {"v_prediction": 1 / signal, "sample": -rest / signal, "flow_prediction": 1 / level.to(sample)}
+    slope = slopes[prediction_type]  # of the prediction by the noise
     return prediction + slope * (corrected(noise, scale, threshold) - noise)
 
 
@@ -203,8 +229,15 @@ def copy_of(model: Model) -> Model:
 
 
 def sample_shape(config: Mapping[str, Any], count: int = 1) -> tuple[int, int, int, int]:
-    """[B, C, H, W] of `count` samples that a denoiser with this config takes."""
-    size = config["sample_size"]
+    """[B, C, H, W] of `count` samples that a denoiser with this config takes. Raises ModelError for one of any size."""
+    size = config.get("sample_size")
+    if size is None:
+        raise ModelError(
+            got="a model without a sample_size",
+            expected="the side of its samples, or two sides",
+            where="the model's config",
+            do="run it inside its own pipeline, which packs pictures of any size into tokens",
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return count, config["in_channels"], height, width
 
@@ -214,6 +247,8 @@ def class_count(config: Mapping[str, Any]) -> int:
 
     Raises ModelError for a conditioning that is no class number.
     """
+    if config.get("norm_type") == "ada_norm_zero":  # DiT, which has no other name for its classes
+        return config["num_embeds_ada_norm"]
     kind, count = config.get("class_embed_type"), config.get("num_class_embeds")
     if kind is not None or count == 0:
         raise ModelError(
@@ -232,13 +267,14 @@ def require_config(holds: bool, got: str, expected: str, where: str) -> None:
 
 
 def require_same_shape(config: Mapping[str, Any], where: object) -> None:
-    """Raise ModelError unless a denoiser puts out what it takes in: its prediction and nothing beside it."""
-    given, wanted = config.get("out_channels"), config.get("in_channels")
-    if given != wanted:
-        beside = " (a learned variance beside the prediction)" if given == 2 * (wanted or 0) else ""
+    """Raise ModelError unless a denoiser puts out what it takes in: its prediction, and at most a learned variance of
+    the same size beside it (`prediction_of`)."""
+    wanted = config.get("in_channels")
+    given = config.get("out_channels") or wanted  # DiT: as it takes in, where it says nothing
+    if given not in (wanted, 2 * (wanted or 0)):
         raise ModelError(
-            got=f"{given} channels out{beside}",
-            expected=f"{wanted}, as it takes in",
+            got=f"{given} channels out",
+            expected=f"{wanted}, as it takes in, or twice as many, a learned variance beside the prediction",
             where=where,
             do="bring a model that predicts one picture from one picture",
         )

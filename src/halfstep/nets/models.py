@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from diffusers.configuration_utils import FrozenDict
 from halfstep.core.bundled import BUNDLED, model_of
 from halfstep.core.disk import read_json
 from halfstep.core.errors import ModelError
-from halfstep.core.process import Process
+from halfstep.core.process import FLOW_SCHEDULERS, Process
 from halfstep.core.sums import require_whole
 from halfstep.core.typed import near, shown
 from halfstep.data.classes import read_classes
-from halfstep.nets.architectures import ARCHITECTURES, example_of
+from halfstep.nets.architectures import ARCHITECTURES, example_of, shape_of
 from halfstep.nets.denoiser import Memo, class_count, cond_to, predictor
 from halfstep.nets.files import weight_files
 from halfstep.nets.weights import (
@@ -51,11 +51,20 @@ MOST = {
     "layers_per_block": 64,
     "transformer_layers_per_block": 64,
     "reverse_transformer_layers_per_block": 64,
-    "cross_attention_dim": 65536,
     "depth": 512,
     "levels": 12,
     "patch_size": 8192,
     "num_heads": 4096,
+    "num_attention_heads": 4096,
+    "num_layers": 512,
+    "num_single_layers": 512,
+    "num_embeds_ada_norm": 1 << 20,
+    "cross_attention_dim": 65536,
+    "joint_attention_dim": 65536,
+    "pooled_projection_dim": 65536,
+    "caption_projection_dim": 65536,
+    "caption_channels": 65536,
+    "pos_embed_max_size": 8192,
     "attention_head_dim": 65536,
     "norm_num_groups": 65536,
     "time_embed_dim": 65536,
@@ -70,8 +79,8 @@ _MAYBE_NONE = ("transformer_layers_per_block", "reverse_transformer_layers_per_b
 MAX_LEVELS = 16
 MAX_PIXELS = 1 << 26
 """Numbers in one sample: 256 MiB of float32."""
-MAX_PARAMETERS = 1 << 33
-"""A network of 32 GiB of float32."""
+MAX_PARAMETERS = 1 << 34
+"""A network of 64 GiB of float32, which holds FLUX.1's 12 billion."""
 
 
 # ------------------------------------------------------------------------------------------------------------- configs
@@ -173,30 +182,32 @@ def empty_model(
     if parameters > MAX_PARAMETERS:
         raise _unusable(f"a network of {parameters:,} parameters", f"at most {MAX_PARAMETERS:,}", where)
     sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, list | tuple) else []
-    if classes is MODEL_CLASSES and not (len(sides) == 2 and all(isinstance(s, int) for s in sides)):
+    sized = "sample_size" in inspect.signature(kind.__init__).parameters  # FLUX takes pictures of any
+    if classes is MODEL_CLASSES and sized and not (len(sides) == 2 and all(isinstance(s, int) for s in sides)):
         raise _unusable(f"sample_size {shown(size)}", "the side of the images, or two sides", where)
-    if sides and math.prod(sides) * max(model.config["in_channels"], model.config["out_channels"]) > MAX_PIXELS:
+    channels = max(model.config["in_channels"], model.config["out_channels"] or 0)
+    if sides and math.prod(sides) * channels > MAX_PIXELS:
         raise _unusable(f"samples of {size} pixels a side", f"at most {MAX_PIXELS:,} numbers in one", where)
     if classes is MODEL_CLASSES and not ARCHITECTURES[config["_class_name"]].own_checks:
-        _require_runs(model, sides, where)
+        _require_runs(model, where)
     return model
 
 
 @torch.no_grad()
-def _require_runs(model: Any, sides: Sequence[int], where: object) -> None:
+def _require_runs(model: Any, where: object) -> None:
     """Raise ModelError unless a network on the meta device maps a sample to one of its size: many a config builds
     what cannot be called."""
-    sample = torch.empty(1, model.config.in_channels, *sides, device="meta")
+    sample = torch.empty(shape_of(model, 1), device="meta")
     step = torch.zeros(1, dtype=torch.long, device="meta")
     try:
         cond = cond_to(example_of(model, 1), "meta")
-        found = tuple(predictor(model)(sample, step, cond, Memo()).shape[2:])
+        found, sides = (tuple(x.shape[2:]) for x in (predictor(model)(sample, step, cond, Memo()), sample))
     except ModelError:
         raise
     except Exception as error:  # whatever torch makes of layers that do not fit together
         raise _unusable(f"a network that does not run ({error})", "layers that fit together", where) from error
-    if found != tuple(sides):
-        raise _unusable(f"a network from {tuple(sides)} pixels to {found}", "samples of one size", where)
+    if found != sides:
+        raise _unusable(f"a network from {sides} pixels to {found}", "samples of one size", where)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -310,19 +321,20 @@ def load_denoiser(
     """A denoiser and the config of its noise scheduler; `variant` and `dtype` as in `load_model`.
 
     `source`: "digits" (bundled; `fashion` is a bank: `open_subject` gives its dense net), a diffusers pipeline folder
-    (its `unet` and `scheduler`), a run folder of `halfstep train`, or a model folder with a `scheduler_config.json`, or
-    with a folder `scheduler` inside or beside it. Without any of these a warning says that the process of DDPM is
-    assumed. Raises ModelError, also for files that changed since digests of them were written.
+    (its `unet` or `transformer`, and its `scheduler`), a run folder of `halfstep train`, or a model folder with a
+    `scheduler_config.json`, or with a folder `scheduler` inside or beside it. Without any of these a warning says that
+    the process of DDPM is assumed. Raises ModelError, also for files that changed since digests of them were written.
     """
     folder = pipeline_folder(source)
     require_whole(folder)
-    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+    inner = next((folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder)
     model = load_model(inner, variant=variant, dtype=dtype)
     for place in (folder / "scheduler", folder, folder.parent / "scheduler"):  # the second is the hub's layout of 2022
         if (place / "scheduler_config.json").is_file():
             file, do = place / "scheduler_config.json", "save the pipeline again"
             record = read_json(file, what="a scheduler config", do=do, error=ModelError, infinity=True)
-            return model, {"prediction_type": "epsilon", **record}
+            flow = FLOW_SCHEDULERS.get(str(record.get("_class_name"))) == "shift"
+            return model, {"prediction_type": "flow_prediction" if flow else "epsilon", **record}
     process = Process()
     warnings.warn(f"{source}: no scheduler_config.json; it is taken for a model of {process}", stacklevel=2)
     return model, process.config()

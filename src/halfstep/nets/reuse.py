@@ -22,7 +22,7 @@ from torch import nn
 
 from halfstep.core.errors import ModelError
 from halfstep.nets.architectures import Cuts, architecture_of, require
-from halfstep.nets.denoiser import Cond, Memo, Predict, eager, predictor
+from halfstep.nets.denoiser import Cond, Memo, Predict, eager, prediction_of, predictor
 
 OUT: Literal["out"] = "out"
 """The cut behind the whole network: what is reused is its prediction, and nothing is computed."""
@@ -62,7 +62,8 @@ def tapped(
     inner = [cut for cut in cuts if cut != OUT]
     kept: dict[Place, torch.Tensor] = {}
     if inner:
-        prediction, found = _cuts(model).tapped(eager(model), sample, timestep, cond, inner)
+        output, found = _cuts(model).tapped(eager(model), sample, timestep, cond, inner)
+        prediction = prediction_of(output, sample)
         kept.update(found.items())
     else:
         prediction = predictor(model)(sample, timestep, cond, Memo())
@@ -78,7 +79,7 @@ def shallow(
     call, bit for bit, where `tapped` left them of the same input."""
     if cut == OUT:
         return features
-    return _cuts(model).shallow(eager(model), sample, timestep, cond, cut, features)
+    return prediction_of(_cuts(model).shallow(eager(model), sample, timestep, cond, cut, features), sample)
 
 
 def forecast(known: Sequence[tuple[float, torch.Tensor]], time: float, order: int) -> torch.Tensor:
