@@ -104,14 +104,14 @@ def process_of(opened: Opened, where: object) -> Process:
     signal, and for a denoiser that predicts more than a picture."""
     require_same_shape(opened.bank.config, where)
     process = Process.of(opened.scheduler, where=where, latent=opened.bank.vae is not None)
-    process.scheduler()
+    process.check()
     return process
 
 
 def _without_model(data: str | None, recipe: Recipe, watch: Watch) -> Subject:
     vae = load_vae(recipe.model.vae) if recipe.model.vae else None
     process = recipe.noise if vae is None else replace(recipe.noise, clip_sample=False)  # latents are no pixels
-    process.scheduler()  # refuses betas that leave no signal
+    process.check()  # refuses betas that leave no signal
     recipe = replace(recipe, noise=process, sample=settled(process, recipe.sample, None))
     return Subject(
         source="",

@@ -49,7 +49,8 @@ from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
 from halfstep.core.machine import this_process
 from halfstep.core.plan import StepPlan
-from halfstep.core.recipe import Recipe, RunRecord
+from halfstep.core.process import Process
+from halfstep.core.recipe import Recipe, RunRecord, SampleSpec
 from halfstep.core.results import Comparison, Cost
 from halfstep.core.seeds import Stage, own_random, seeded, stage_seed
 from halfstep.core.sums import write_sums
@@ -60,6 +61,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
 from halfstep.engine.reading import about_bank
+from halfstep.engine.samplers import sampler_of
 from halfstep.engine.sampling import fewer_steps, sample_images
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
@@ -106,11 +108,11 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
         return preview_of(bank.to(twin.device), recipe.noise, recipe, subject.conditions)
 
     _announce_training(subject.bank_of({"full": copy_of(net)}, "full"), recipe, watch)
-    diffusion, state = Diffusion(recipe.noise), TrainState.new(net, recipe.train)
-    run_loop(out, state, seen, recipe, dense_objective(net, diffusion), "dense", watch, preview)
+    state, objective = TrainState.new(net, recipe.train), dense_objective(net, Diffusion(recipe.noise))
+    run_loop(out, state, seen, recipe, objective, "dense", watch, preview)
     net.load_state_dict(state.average())
     if this_process().is_main_process:
-        disk.write_atomic(done, lambda folder: _write_stock(folder, subject, net.cpu(), diffusion))
+        disk.write_atomic(done, lambda folder: _write_stock(folder, subject, net.cpu(), recipe.noise))
     return done
 
 
@@ -126,11 +128,14 @@ def _announce_training(
     announce(watch, bank.to(default_device()), [work, *more], batch=spec.batch)
 
 
-def _write_stock(folder: Path, subject: Subject, net: Any, diffusion: Diffusion) -> None:
-    """A dense denoiser as a pipeline of diffusers' own, with the names of its classes and the digests of its files."""
-    pipeline: Any = DDPMPipeline(net, diffusion.scheduler)
+def _write_stock(folder: Path, subject: Subject, net: Any, process: Process) -> None:
+    """A dense denoiser as a pipeline of diffusers' own, with the names of its classes and the digests of its files;
+    under flow matching with a sampler that the pipeline's loop runs."""
+    spec = SampleSpec(scheduler="euler" if subject.vae is None else "dpmsolver++")
+    scheduler = sampler_of(process, spec) if process.is_flow else process.scheduler()
+    pipeline: Any = DDPMPipeline(net, scheduler)
     if subject.vae is not None:
-        pipeline = LDMPipeline(subject.vae.cpu(), net, diffusion.scheduler)
+        pipeline = LDMPipeline(subject.vae.cpu(), net, scheduler)
     pipeline.save_pretrained(folder)
     write_classes(folder, subject.classes_of(net.config))
     write_sums(folder)

@@ -196,7 +196,7 @@ class StepPlan:
             raise _refused("no rows", "one row per step", "give at least one row")
         for key, kind in WORDS.items():
             said = self.sampler.config.get(key)
-            if said is not None and not isinstance(said, kind):
+            if said is not None and not isinstance(said, (float, int) if kind is float else kind):
                 raise _refused(f"a sampler with {key} {said!r}", f"a {kind.__name__}", "use its scheduler's own config")
         for name in (self.reference, *self.nets):
             if name not in self.prices:

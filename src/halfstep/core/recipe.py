@@ -26,6 +26,7 @@ Images = Annotated[int, Bounds(2, MOST)]
 Batch = Annotated[int, Bounds(1, MOST_IN_A_BATCH)]
 Positive = Annotated[float, Bounds(0, None, above=True)]
 Weight = Annotated[float, Bounds(0)]
+Shift = Annotated[float, Bounds(0, 1e3)]
 Text = Annotated[str, Bounds(0, MOST_LETTERS)]
 SamplerName = Literal["own", "ddim", "ddpm", "dpmsolver++", "unipc", "deis", "heun", "euler", "pndm"]
 Order = Literal[0, 1, 2, 3]
@@ -204,6 +205,7 @@ class SampleSpec:
         Spacing, "which timesteps, or noise levels (karras, lambdas: even log-SNR); own: as the scheduler has it"
     ] = "own"
     order: Annotated[Order, "of a solver that has several; 0: its own"] = 0
+    shift: Annotated[Shift, "of flow matching's noise levels; 0: the process's own"] = 0.0
     steps: Annotated[Count, "sampling steps, at most the timesteps of the training"] = 50
     guidance: Annotated[
         float, "weight of classifier-free guidance by the model itself, as its pipeline's guidance_scale; 1: none"

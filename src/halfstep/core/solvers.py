@@ -20,7 +20,7 @@ sigma^(1/7) at even steps (arXiv 2206.00364, equation 5), and log-SNR at even st
 class Solver:
     """A stock sampler: `cls`, the diffusers class; `told`, its name in sentences; `options`, what its config says
     beside the process; the `spacings` and `orders` that it can be asked for; `order`, the one it has by itself, 0 where
-    there is no choice."""
+    there is no choice. `flow`: the class for flow matching, "" for none."""
 
     cls: str
     told: str
@@ -28,6 +28,7 @@ class Solver:
     spacings: tuple[str, ...] = EVEN
     orders: tuple[int, ...] = ()
     order: int = 0
+    flow: str = ""
 
 
 SOLVERS = {
@@ -40,16 +41,25 @@ SOLVERS = {
         (*EVEN, "karras", "lambdas"),
         (1, 2, 3),
         2,
+        "DPMSolverMultistepScheduler",
     ),
-    "unipc": Solver("UniPCMultistepScheduler", "UniPC", {}, (*EVEN, "karras"), (1, 2, 3), 2),
+    "unipc": Solver(
+        "UniPCMultistepScheduler",
+        "UniPC",
+        {},
+        (*EVEN, "karras"),
+        (1, 2, 3),
+        2,
+        "UniPCMultistepScheduler",
+    ),
     "deis": Solver("DEISMultistepScheduler", "DEIS", {}, (*EVEN, "karras"), (1, 2, 3), 2),
-    "heun": Solver("HeunDiscreteScheduler", "Heun", {}, (*EVEN, "karras")),
-    "euler": Solver("EulerDiscreteScheduler", "Euler", {}, (*EVEN, "karras")),
+    "heun": Solver("HeunDiscreteScheduler", "Heun", {}, (*EVEN, "karras"), flow="FlowMatchHeunDiscreteScheduler"),
+    "euler": Solver("EulerDiscreteScheduler", "Euler", {}, (*EVEN, "karras"), flow="FlowMatchEulerDiscreteScheduler"),
     "pndm": Solver("PNDMScheduler", "PNDM", {"skip_prk_steps": True}),
 }
 """By the name that `sample.scheduler` has for each."""
 
-_BY_CLASS = {solver.cls: solver for solver in SOLVERS.values()}
+_BY_CLASS = {cls: solver for solver in SOLVERS.values() for cls in (solver.cls, solver.flow) if cls}
 
 
 def solver_of(cls: str) -> Solver | None:
@@ -57,7 +67,13 @@ def solver_of(cls: str) -> Solver | None:
     return _BY_CLASS.get(cls)
 
 
-WORDS: dict[str, type] = {"timestep_spacing": str, "algorithm_type": str, "solver_order": int}
+WORDS: dict[str, type] = {
+    "timestep_spacing": str,
+    "algorithm_type": str,
+    "solver_order": int,
+    "shift": float,
+    "flow_shift": float,
+}
 """What `name_of` reads from a config, each with what it has to be where it is given."""
 
 
@@ -71,5 +87,8 @@ def name_of(cls: str, config: Mapping[str, Any], spacing: str | None) -> str:
     told = solver.told.replace("++", "") if kind in ("dpmsolver", "sde-dpmsolver") else solver.told
     order = config.get("solver_order", solver.order)
     level = next((word for key, word in SPACED.values() if config.get(key)), spacing)
+    shift = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
+    flow = ["flow"] if "FlowMatch" in cls or config.get("use_flow_sigmas") else []
+    flow += [f"shift {shift:g}"] if flow and shift != 1 else []
     return " ".join([told, *(["SDE"] if kind.startswith("sde-") else []), *([str(order)] if order else []),
-                     *([level] if level else [])])  # fmt: skip
+                     *([level] if level else []), *flow])  # fmt: skip

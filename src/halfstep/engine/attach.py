@@ -38,11 +38,12 @@ from halfstep.engine.pipelines import (
     says_guidance,
     scheduler_for,
 )
+from halfstep.engine.samplers import prediction_type
 from halfstep.engine.sampling import guided, levels_of
 from halfstep.nets.denoiser import Memo, Predict, corrected_as, eager
 from halfstep.nets.reuse import leaving, require_cut, taking
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 """What a correction knows how to correct."""
 
 
@@ -238,10 +239,10 @@ def _require_one_prediction(pipe: Any, plan: StepPlan, net: Any) -> None:
 
 def _require_corrects(plan: StepPlan, scheduler: Any, net: Any) -> None:
     """Raise PlanError where the plan corrects predictions that no correction is known for."""
-    kind = scheduler.config.get("prediction_type")
+    kind = prediction_type(scheduler)
     if plan.corrected and kind not in PREDICTIONS:
         raise PlanError(
-            got=f"corrections of {kind or 'a flow'}",
+            got=f"corrections of {kind}",
             expected=" or ".join(PREDICTIONS),
             where="plan",
             do="leave the corrections out of the plan",
@@ -400,7 +401,7 @@ class _Director:
 
     def _corrected(self, found: torch.Tensor, call: Call, i: int) -> torch.Tensor:
         """The prediction with its row's correction."""
-        kind, times = self.scheduler.config.prediction_type, self.scheduler.timesteps
+        kind, times = prediction_type(self.scheduler), self.scheduler.timesteps
         sample = call.sample[:, : found.shape[1]]  # inpainting nets take a mask and a picture beside it
         levels = times if kind == "epsilon" else levels_of(self.scheduler)  # which no noise asks for
         return corrected_as(kind, found, sample, levels[i], *self.plan.rows[i].correction)

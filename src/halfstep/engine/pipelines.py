@@ -14,7 +14,7 @@ from halfstep.core.plan import Price, Row, Sampler, StepPlan, call_of
 from halfstep.core.process import BETA_SCHEDULERS, Process
 from halfstep.engine.entry import Reuse, reuse_named
 from halfstep.engine.profiling import count_macs, reused_macs
-from halfstep.engine.samplers import plain_config, scheduler_of, with_timesteps
+from halfstep.engine.samplers import noise_scale, plain_config, scheduler_of, with_timesteps
 from halfstep.nets.architectures import ARCHITECTURES
 from halfstep.nets.denoiser import eager
 from halfstep.nets.reuse import require_cut
@@ -140,7 +140,7 @@ def _require_runs(pipe: Any, scheduler: Any) -> None:
     """Raise PlanError for a scheduler that asks for more than the pipeline's loop does."""
     names = [cls.__name__ for cls in type(pipe).__mro__]
     given = next((STEP_TAKES[name] for name in names if name in STEP_TAKES), None)
-    scaled = float(scheduler.init_noise_sigma) != 1 and bool({*names} & {*UNIT_NOISE})
+    scaled = float(noise_scale(scheduler)) != 1 and bool({*names} & {*UNIT_NOISE})
     if scaled or (given is not None and given not in inspect.signature(scheduler.step).parameters):
         raise PlanError(
             got=f"a plan for {type(scheduler).__name__}",
@@ -158,6 +158,8 @@ def _another_process(pipe: Any, got: str, mine: str) -> PlanError:
 def _same_process(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two scheduler configs tell of the same noise and the same prediction."""
     both = [Process.of(config, where="the scheduler", error=PlanError) for config in (one, other)]
+    if both[0].is_flow or both[1].is_flow:  # its shift is a matter of the sampler
+        return both[0].is_flow == both[1].is_flow and both[0].timesteps == both[1].timesteps
     first, second = (process.scheduler().alphas_cumprod for process in both)
     same = first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=1e-9)
     return same and both[0].prediction == both[1].prediction

@@ -29,6 +29,7 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank, calls_of
 from halfstep.engine.networks import RowCall, networks_of
 from halfstep.engine.profiling import example_inputs, interleave
+from halfstep.engine.samplers import noise_scale
 from halfstep.engine.sampling import build_scheduler, image_generators, last, start_noise, to_images, walk
 from halfstep.nets.denoiser import sample_shape
 
@@ -62,7 +63,7 @@ def drawing(bank: Bank, plan: StepPlan, batch: int, networks: Sequence[RowCall] 
     noise = start_noise(bank, generators)
     scheduler = build_scheduler(plan, noise.device)
     called = networks_of(bank, plan) if networks is None else networks
-    start = noise * scheduler.init_noise_sigma
+    start = noise * noise_scale(scheduler)
     cond = example_inputs(bank[bank.reference], batch, tokens=bank.tokens).cond
     return to_images(bank, last(walk(called, plan.rows, scheduler, start, generators, cond)))
 

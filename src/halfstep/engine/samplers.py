@@ -16,7 +16,7 @@ import diffusers
 import torch
 
 from halfstep.core.errors import PlanError
-from halfstep.core.process import Process
+from halfstep.core.process import FLOW_SCHEDULERS, Process
 from halfstep.core.recipe import Order, SamplerName, SampleSpec, Spacing
 from halfstep.core.solvers import SOLVERS, SPACED, Solver, solver_of
 
@@ -54,6 +54,11 @@ def sampler_of(process: Process, sample: SampleSpec, own: Mapping[str, Any] | No
     """
     if sample.scheduler == "own" and own is not None and own_class(own) not in TRAINING:
         return _own_sampler(process, sample, own)
+    if process.is_flow:
+        return _flow_sampler(process, sample)
+    if sample.shift:
+        got, expected = f"a shift of {sample.shift:g}", "0 for a process of betas"
+        raise PlanError(got=got, expected=expected, where="sample.shift", do="leave it out")
     name = "ddim" if sample.scheduler == "own" else sample.scheduler
     solver, (cls, options) = SOLVERS[name], SCHEDULERS[name]
     trained = process.scheduler()
@@ -76,6 +81,24 @@ def sampler_of(process: Process, sample: SampleSpec, own: Mapping[str, Any] | No
     return cls.from_config(config)
 
 
+def _flow_sampler(process: Process, sample: SampleSpec) -> Any:
+    """A recipe's sampler by its class for flow matching; Euler where the recipe says "own" and the model nothing.
+    Raises PlanError for one that has none, and for a spacing: what spaces noise levels there is the shift."""
+    name = "euler" if sample.scheduler == "own" else sample.scheduler
+    solver = SOLVERS[name]
+    if not solver.flow:
+        able = _or([other for other, one in SOLVERS.items() if one.flow])
+        raise PlanError(got=name, expected=able, where="flow matching", do="take one of these")
+    if sample.spacing != "own":
+        got, expected = f"spacing {sample.spacing} of {name}", "own: flow matching spaces by its shift"
+        raise PlanError(got=got, expected=expected, where="sample.spacing", do="write e.g. --set sample.shift=3")
+    process = replace(process, shift=sample.shift or process.shift)
+    asked = _choices(name, solver, sample)
+    if FLOW_SCHEDULERS[solver.flow] == "shift":
+        return scheduler_of(solver.flow, {"num_train_timesteps": process.timesteps, "shift": process.shift} | asked)
+    return scheduler_of(solver.flow, {**process.config(), **solver.options, **asked})
+
+
 def own_class(config: Mapping[str, Any]) -> str:
     """The diffusers class of a scheduler's config; DDPM's where it says none."""
     return str(config.get("_class_name") or "DDPMScheduler")
@@ -86,6 +109,8 @@ def settled(process: Process, sample: SampleSpec, own: Mapping[str, Any] | None)
     with nothing, or with DDIM of which the process carries every key. So runs of before, whose recipes say DDIM, hold.
     """
     if sample.scheduler != "own":
+        return sample
+    if process.is_flow:
         return sample
     named = replace(sample, scheduler="ddim")
     if own is None or own_class(own) in TRAINING:
@@ -110,7 +135,9 @@ def _own_sampler(process: Process, sample: SampleSpec, own: Mapping[str, Any]) -
     cls = own_class(own)
     said = {key: value for key, value in own.items() if not key.startswith("_") and value is not None}
     said.pop("predict_epsilon", None)  # how diffusers said the prediction until 0.10
-    config = process.config() | said | {"prediction_type": process.prediction}
+    if process.is_flow and sample.shift:
+        said[FLOW_SCHEDULERS[cls]] = sample.shift
+    config = said if process.is_flow else process.config() | said | {"prediction_type": process.prediction}
     if sample.spacing != "own":  # in place of what the config says
         others = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")
         config = {key: value for key, value in config.items() if key not in others}
@@ -182,17 +209,39 @@ FREE: tuple[tuple[SamplerName, tuple[Order, ...], tuple[Spacing, ...]], ...] = (
 """What a user gets for a word: stock samplers, with the orders and the spacings that are worth a try."""
 
 
+FLOW: tuple[tuple[SamplerName, tuple[Order, ...], tuple[float, ...]], ...] = (
+    ("euler", (0,), (0, 1, 3)),
+    ("heun", (0,), (0, 1, 3)),
+    ("dpmsolver++", (2, 3), (0, 1, 3)),
+    ("unipc", (2, 3), (0, 1, 3)),
+)
+"""The same for flow matching, with shifts of its noise levels: the process's own, none, and SD3's."""
+
+
 def families(process: Process) -> list[SampleSpec]:
-    """Every sampler of `FREE` with its order and spacing, but those that cannot be put on the process. A process that
-    is not of betas has none: its own samplers will stand here beside these when such processes are carried."""
-    found = []
-    for name, orders, spacings in FREE:
-        for order, spacing in itertools.product(orders, spacings):
-            spec = SampleSpec(scheduler=name, spacing=spacing, order=order, steps=FEW)
-            with contextlib.suppress(PlanError):
-                sampler_of(process, spec)
-                found.append(spec)
-    return found
+    """Every sampler of `FREE` with its order and spacing, but those that cannot be put on the process; for flow
+    matching every one of `FLOW` with its order and shift."""
+    if process.is_flow:
+        found = [
+            SampleSpec(scheduler=name, order=order, shift=shift, steps=FEW)
+            for name, orders, shifts in FLOW
+            for order, shift in itertools.product(orders, shifts)
+            if shift != process.shift  # which 0 is already
+        ]
+    else:
+        found = [
+            SampleSpec(scheduler=name, spacing=spacing, order=order, steps=FEW)
+            for name, orders, spacings in FREE
+            for order, spacing in itertools.product(orders, spacings)
+        ]
+    return [spec for spec in found if _fits(process, spec)]
+
+
+def _fits(process: Process, spec: SampleSpec) -> bool:
+    with contextlib.suppress(PlanError):
+        sampler_of(process, spec)
+        return True
+    return False
 
 
 FEW = 4
@@ -263,7 +312,7 @@ def rehearse(scheduler: Any) -> None:
     sample = torch.ones(2, 1, 2, 2)
     try:
         for t in walker.timesteps:
-            walker.scale_model_input(sample, t)
+            model_input(walker, sample, t)
             sample = walker.step(torch.zeros_like(sample), t, sample, return_dict=False, **options)[0]
     except Exception as error:
         raise _refused(name, error, "plan") from error
@@ -274,6 +323,21 @@ def rehearse(scheduler: Any) -> None:
             where="plan",
             do="change the betas, the timestep spacing or the number of steps",
         )
+
+
+def model_input(scheduler: Any, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What the network is given of the scheduler's sample at a timestep; flow matching's own classes scale nothing."""
+    return scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What a scheduler takes; flow matching's own classes have no word for the one that they take."""
+    return scheduler.config.get("prediction_type", "flow_prediction")
+
+
+def noise_scale(scheduler: Any) -> Any:
+    """What unit noise is multiplied by where a trajectory begins."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:

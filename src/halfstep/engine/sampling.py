@@ -18,7 +18,17 @@ from halfstep.data.latents import decode
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for
 from halfstep.engine.networks import RowCall, networks_of
-from halfstep.engine.samplers import plain_config, rehearse, sampler_of, scheduler_of, step_options, with_timesteps
+from halfstep.engine.samplers import (
+    model_input,
+    noise_scale,
+    plain_config,
+    prediction_type,
+    rehearse,
+    sampler_of,
+    scheduler_of,
+    step_options,
+    with_timesteps,
+)
 from halfstep.nets.denoiser import (
     Cond,
     Memo,
@@ -145,7 +155,7 @@ def trajectory(
     networks = networks_of(bank, plan, start)
     if scheduler is None:
         scheduler = build_scheduler(plan, sample.device)
-        sample = sample * scheduler.init_noise_sigma
+        sample = sample * noise_scale(scheduler)
     return walk(networks, plan.rows, scheduler, sample, generators, cond, start)
 
 
@@ -164,12 +174,12 @@ def walk(
     networks: by row, what it calls, its guide with it.  scheduler: its timesteps are those of the rows; it
     stands at row `start`.
     """
-    kind, timesteps, cond, memo = scheduler.config.prediction_type, scheduler.timesteps, cond or {}, Memo()
+    kind, timesteps, cond, memo = prediction_type(scheduler), scheduler.timesteps, cond or {}, Memo()
     options = step_options(scheduler, generators)
     levels = levels_of(scheduler) if kind != "epsilon" and any(row.corrected for row in rows) else timesteps
     for i in range(start, len(rows)):
         row, t = rows[i], timesteps[i]
-        inputs = scheduler.scale_model_input(sample, t)
+        inputs = model_input(scheduler, sample, t)
         inputs = inputs.flatten().view(inputs.shape)  # plain strides: else one entry's layout rules the next one's
         found, used = predicted(networks[i], row, inputs, t, cond, memo)
         if row.corrected:
@@ -210,7 +220,10 @@ def guided(own: torch.Tensor, guide: torch.Tensor, weight: float) -> torch.Tenso
 
 
 def levels_of(scheduler: Any) -> torch.Tensor:
-    """alphas_cumprod at every call, [rows]: what the network's input is mixed by, once the scheduler has scaled it."""
+    """alphas_cumprod at every call, [rows]: what the network's input is mixed by, once the scheduler has scaled it; of
+    flow matching the share of the picture in it."""
+    if prediction_type(scheduler) == "flow_prediction":
+        return 1 - scheduler.sigmas[: len(scheduler.timesteps)]
     if hasattr(scheduler, "sigmas"):  # of float timesteps too
         return 1 / (1 + scheduler.sigmas[: len(scheduler.timesteps)].square())
     return scheduler.alphas_cumprod[scheduler.timesteps.cpu().long()]

@@ -30,7 +30,7 @@ from halfstep.core.results import Fidelity, Interval
 from halfstep.data.arrays import open_array, open_cached, write_cached
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for
-from halfstep.engine.samplers import LEAST_SIGNAL, scheduler_of, step_options, with_timesteps
+from halfstep.engine.samplers import LEAST_SIGNAL, model_input, scheduler_of, step_options, with_timesteps
 from halfstep.engine.sampling import (
     Prices,
     denoise,
@@ -58,7 +58,7 @@ def converged_plan(
     bank: Bank, process: Process | Mapping[str, Any], steps: int = FINE, prices: Prices | None = None
 ) -> StepPlan:
     """The reference in every row of a fine solver: DPM-Solver++ of order 2 at trailing timesteps, of half the process's
-    at most; `prices` as in `plan_for`.
+    at most; of flow matching Heun's. `prices` as in `plan_for`.
 
     Where a process ends in pure noise, its sampler leaves the last timesteps out ("leading"), and there order 2 leads
     further away with more steps: order 1 (DDIM that does not clip) with five times as many takes its place. Stock DDIM
@@ -67,6 +67,8 @@ def converged_plan(
     """
     process = Process.of(process)
     most = max(1, process.timesteps // 2)
+    if process.is_flow:
+        return reference_plan(bank, process, SampleSpec(scheduler="heun", steps=min(steps, most)), prices)
     fine = SampleSpec(scheduler="dpmsolver++", spacing="trailing", steps=min(steps, most))
     if process.prediction == "epsilon" and float(process.scheduler().alphas_cumprod[-1]) < LEAST_SIGNAL:
         fine = replace(fine, spacing="leading", order=1, steps=min(5 * steps, most))
@@ -84,7 +86,7 @@ def stochastic(sampler: Sampler) -> bool:
     options = step_options(scheduler, image_generators(0, 0, 2))
     sample = torch.ones(2, 1, 2, 2)
     for t in scheduler.timesteps if options else ():
-        scheduler.scale_model_input(sample, t)
+        model_input(scheduler, sample, t)
         sample = scheduler.step(torch.zeros_like(sample), t, sample, return_dict=False, **options)[0]
         if not torch.equal(sample[0], sample[1]):
             return True

@@ -23,6 +23,7 @@ from halfstep.core.typed import build
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for
 from halfstep.engine.networks import networks_of
+from halfstep.engine.samplers import model_input, noise_scale
 from halfstep.engine.sampling import (
     build_scheduler,
     image_generators,
@@ -168,7 +169,7 @@ class _ReferenceWalk:
         self.local = np.zeros((len(plan.rows), len(space.entries)))
         starts = {int(s) for s in np.cumsum([0, *space.rows[:-1]])}
         scheduler = build_scheduler(plan, bank.device)
-        sample = start_noise(bank, self.generators) * scheduler.init_noise_sigma
+        sample = start_noise(bank, self.generators) * noise_scale(scheduler)
         others = [(e, plan.uniform(space.entries[e])) for e in space.alone if e != space.reference]
         called = [(e, other.rows, networks_of(bank, other)) for e, other in others]
         before, states = copy.deepcopy(scheduler), [g.get_state() for g in self.generators]
@@ -176,7 +177,7 @@ class _ReferenceWalk:
             if step.row in starts:
                 self.saved[step.row] = (step.sample.clone(), copy.deepcopy(before), states)
             t = scheduler.timesteps[step.row]
-            inputs = before.scale_model_input(step.sample, t)
+            inputs = model_input(before, step.sample, t)
             for e, rows, networks in called:
                 gap = predicted(networks[step.row], rows[step.row], inputs, t, self.cond, Memo())[1] - step.used
                 self.local[step.row, e] = gap.square().mean().item()

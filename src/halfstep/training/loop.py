@@ -13,7 +13,7 @@ from halfstep.core import disk
 from halfstep.core.errors import DivergedError
 from halfstep.core.folder import DIVERGED
 from halfstep.core.process import Process
-from halfstep.core.recipe import STEADIER, Recipe, TrainSpec
+from halfstep.core.recipe import STEADIER, Recipe, SamplerName, TrainSpec
 from halfstep.core.watch import Watch
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
@@ -106,7 +106,8 @@ def preview_of(
     bank: Bank, noise: Process, recipe: Recipe, conditions: Conditions | None = None, count: int = 32
 ) -> torch.Tensor:
     """A few images of every entry of a bank by 20 DDIM steps, [entries * count, C, S, S]."""
-    sample = replace(recipe.sample, scheduler="ddim", spacing="own", order=0, steps=20)
+    word: SamplerName = "euler" if noise.is_flow else "ddim"
+    sample = replace(recipe.sample, scheduler=word, spacing="own", order=0, steps=20)
     plan = reference_plan(bank, noise, sample, dict.fromkeys(bank, 1))
     rows = [plan.uniform(name) for name in bank]
     return torch.cat([x for p in rows for x in sample_images(bank, p, count, seed=1234, conditions=conditions)])

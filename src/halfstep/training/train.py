@@ -7,6 +7,7 @@ a run that was killed and resumed draws what the uninterrupted run draws.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
@@ -29,7 +32,7 @@ from halfstep.data.images import Images
 from halfstep.data.latents import Latents
 from halfstep.engine.text import Captioned
 from halfstep.nets.content import digest_tensors
-from halfstep.nets.denoiser import Cond, Memo, Predict, cond_of, cond_to, predictor
+from halfstep.nets.denoiser import Cond, Memo, Predict, class_count, cond_of, cond_to, predictor
 from halfstep.nets.weights import open_weights
 
 
@@ -76,13 +79,20 @@ time; the gradients add up, which is the gradient of the summed losses."""
 
 
 class Diffusion:
-    """The forward process and its regression loss (DDPM, arXiv 2006.11239, eq. 14; any prediction type).
+    """The forward process and its regression loss (DDPM, arXiv 2006.11239, eq. 14; any prediction type; of flow
+    matching that of arXiv 2209.03003, eq. 1, at its timesteps with their shift).
 
-    `scheduler`: the process as diffusers' training scheduler. Raises RecipeError for betas that leave no signal.
+    Raises RecipeError for betas that leave no signal.
     """
 
     def __init__(self, process: Process):
-        self.scheduler = process.scheduler()
+        process.check()
+        self.process = process
+
+    @functools.cached_property
+    def scheduler(self) -> DDPMScheduler:
+        """The process as diffusers' training scheduler. Raises RecipeError for flow matching, which has none."""
+        return self.process.scheduler()
 
     def draw(
         self, clean: torch.Tensor, generator: torch.Generator = torch.default_generator
@@ -90,8 +100,10 @@ class Diffusion:
         """Draw timesteps and noise; return (noisy sample, timestep, target), the target by prediction type."""
         drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
         noise = torch.randn(clean.shape, dtype=clean.dtype, **drawn).to(clean.device)
-        steps = self.scheduler.config.num_train_timesteps
+        steps = self.process.timesteps
         timestep = torch.randint(0, steps, (len(clean),), **drawn).to(clean.device)
+        if self.process.is_flow:
+            return self._flow(clean, noise, (timestep + 1) / steps)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         match self.scheduler.config.prediction_type:
             case "epsilon":
@@ -101,6 +113,15 @@ class Diffusion:
             case _:
                 target = clean
         return noisy, timestep, target
+
+    def _flow(
+        self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of flow matching, at even noise levels [B] in (0, 1], which the process shifts."""
+        shift = self.process.shift
+        level = shift * level / (1 + (shift - 1) * level)
+        part = level.reshape(-1, *[1] * (clean.ndim - 1)).to(clean.dtype)
+        return (1 - part) * clean + part * noise, level * self.process.timesteps, noise - clean
 
     def loss(self, predict: Predict, batch: Batch) -> torch.Tensor:
         noisy, timestep, target = self.draw(batch.clean, batch.generator)
@@ -387,7 +408,8 @@ class ShuffledOrder:
 
 def _drops(model: torch.nn.Module) -> bool:
     """Whether a training of the model draws dropout."""
-    return any(part.p > 0 for part in model.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd))
+    kinds = torch.nn.modules.dropout._DropoutNd, LabelEmbedding
+    return any(getattr(m, "p", getattr(m, "dropout_prob", 0)) > 0 for m in model.modules() if isinstance(m, kinds))
 
 
 def _cond_of(
@@ -400,7 +422,8 @@ def _cond_of(
 
 
 def _wants_labels(model: torch.nn.Module) -> bool:
-    return bool(getattr(model.config, "num_class_embeds", None))
+    config: Any = model.config
+    return class_count(config) > 0
 
 
 def _mix(*numbers: int) -> int:
