@@ -58,7 +58,7 @@ FEWEST = 7
 
 def recipe_of(size: int, edits: list[str]) -> Recipe:
     base = named(f"fashion{size}")
-    features = ["eval.features=fashion"] if size == 16 else []
+    features = ["eval.features=fashion"] if size == 16 else [f"eval.features=file:{HERE}/models/fashion32-features"]
     settings = ["sample.steps=50", "sample.scheduler=ddim", "sample.batch=128", "eval.images=8192", *features]
     return base.edit([*settings, *edits])
 
@@ -72,14 +72,14 @@ def ground_of(size: int, recipe: Recipe, work: Path, watch: RichWatch) -> Ground
 # ------------------------------------------------------------------------------------------------------------ the plans
 
 
-def question_of(what: str, today: StepPlan) -> Question:
+def question_of(what: str, today: StepPlan, parts: tuple[float, ...]) -> Question:
     """Parts of what today's plan takes, or of its MACs."""
     if what == "time":
-        return Question("us", tuple(round(1000 * today.whole.us / part) for part in LADDER))
-    return Question("macs", tuple(today.macs // part for part in SHARES))
+        return Question("us", tuple(round(1000 * today.whole.us / part) for part in parts))
+    return Question("macs", tuple(int(today.macs / part) for part in parts))
 
 
-def found_plans(ground: Ground, file: Path, units: str) -> dict[str, StepPlan]:
+def found_plans(ground: Ground, file: Path, units: str, parts: tuple[float, ...] = ()) -> dict[str, StepPlan]:
     """The plans of the search, kept in a file: the best free, and the joint plans with their controls, for parts of
     today's time and of its MACs."""
     known = json.loads(file.read_text()) if file.is_file() else {}
@@ -87,13 +87,14 @@ def found_plans(ground: Ground, file: Path, units: str) -> dict[str, StepPlan]:
     for what in units.split(","):
         if what in known:
             continue
-        question = question_of(what, today)
+        asked = parts or (LADDER if what == "time" else SHARES)
+        question = question_of(what, today, asked)
         with ground.side_by_side(os.cpu_count()):
             free, among = ground.free, ground.families
             answers = search_joint(ground.track, ground.book, ground.stock, among, today, question, ground.recipe)
         plans = {"best free": free.plan} | {f"free, {plan.sampler.told}": plan for plan, _ in free.frontier}
         for one in answers:
-            part = (LADDER if what == "time" else SHARES)[question.limits.index(one.limit)]
+            part = asked[question.limits.index(one.limit)]
             told = f"1/{part:g} of the {what}"
             plans[f"joint, {told}"] = one.plan
             plans |= {f"{name}, {told}": plan for name, plan in one.controls.items()}
@@ -154,7 +155,7 @@ def all_plans(ground: Ground, size: int, only_key: bool, units: str) -> dict[str
     plans = {"DDIM, 50 steps": ground.today}
     plans["DDIM, 20 steps"] = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=20)))
     plans |= found_plans(ground, HERE / f"free{size}-plans.json", units)
-    plans |= contenders(ground.stock)
+    plans |= contenders(ground.stock) if size == 16 else {}
     if only_key:
         plans = {name: plan for name, plan in plans.items() if not (is_free(plan) and len(plan.rows) < FEWEST)}
     else:
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, choices=(16, 32), default=16)
     parser.add_argument("--only", choices=("search", "quality", "table"), help="one part; the others' files are there")
     parser.add_argument("--units", default="time,MACs", help="what budgets are searched in")
+    parser.add_argument("--parts", default="", help="of today's cost, e.g. 22,11; default: those of the table")
     parser.add_argument("--images", type=int, default=8192)
     parser.add_argument("--key", action="store_true", help="without the stock samplers that the search did not name")
     parser.add_argument("--repeats", type=int, default=3)
@@ -341,8 +343,9 @@ def main() -> None:
     ground = ground_of(args.size, recipe_of(args.size, args.set), work, watch)
     if args.only == "quality":
         ground.prices.priced = lambda plan: plan  # no time is asked for
+    parts = tuple(float(one) for one in args.parts.split(",") if one)
     if args.only == "search":
-        for name, plan in found_plans(ground, HERE / f"free{args.size}-plans.json", args.units).items():
+        for name, plan in found_plans(ground, HERE / f"free{args.size}-plans.json", args.units, parts).items():
             print(f"{name}: {plan}\n")
         return
     plans = all_plans(ground, args.size, args.key, args.units)
