@@ -74,7 +74,7 @@ compress_app = typer.Typer(
 app.add_typer(compress_app, name="compress")
 
 Model = Annotated[
-    str, typer.Option("--model", help="A diffusers model or pipeline folder; bundled: `fashion`, `digits`.")
+    str, typer.Option("--model", help="A diffusers model or pipeline folder, `hub:NAME`, `fashion` or `digits`.")
 ]
 Data = Annotated[
     str,
@@ -319,7 +319,7 @@ def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = 
 @common(*SAMPLED)
 def tune(
     model: Annotated[
-        str, typer.Option("--model", "--pipeline", help="A diffusers model or pipeline; bundled: `fashion`, `digits`.")
+        str, typer.Option("--model", "--pipeline", help="A diffusers model or pipeline, `hub:NAME`, `fashion`.")
     ],
     out: Out,
     common: Common,

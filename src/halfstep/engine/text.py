@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from halfstep.core.errors import DataError
+from halfstep.core.errors import DataError, ModelError
 from halfstep.data.captions import read_captions
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
@@ -28,7 +28,18 @@ def takes_text(bank: Bank) -> bool:
 
 
 def with_text(bank: Bank, source: str | Path, guidance: float) -> Bank:
-    """The bank with the condition on nothing, "", which its pipeline folder's text encoder gives, and guided so."""
+    """The bank with the condition on nothing, "", which its pipeline folder's text encoder gives, and guided so.
+
+    Raises ModelError for a model that takes more than one encoder's hidden states (Stable Diffusion XL and later).
+    """
+    more = set(example_of(bank[bank.reference], 1)) - {"encoder_hidden_states", "encoder_attention_mask"}
+    if more:
+        raise ModelError(
+            got=f"a model that takes {', '.join(sorted(more))} beside its text",
+            expected="the hidden states of one text encoder",
+            where=source,
+            do="make a plan with halfstep.plan_for and attach it to its pipeline",
+        )
     encoder = load_text_encoder(source, for_net=takes_mask(bank))
     return bank.with_null(encode_prompts(encoder, [NOTHING]), guidance)
 

@@ -26,6 +26,7 @@ from halfstep.data.classes import read_classes
 from halfstep.nets.architectures import ARCHITECTURES, example_of, shape_of
 from halfstep.nets.denoiser import Memo, class_count, cond_to, predictor
 from halfstep.nets.files import weight_files
+from halfstep.nets.hub import SCHEME, hub_folder
 from halfstep.nets.weights import (
     open_weights,
     require_finite,
@@ -279,7 +280,10 @@ def _nameless(model: ModelMixin) -> ModelMixin:
 
 
 def pipeline_folder(source: str | Path) -> Path:
-    """The folder of a bundled model by its word, of a model or pipeline, or of a run's pipeline. Raises ModelError."""
+    """The folder of a bundled model by its word, of one of the hub, of a model or pipeline, or of a run's pipeline.
+    Raises ModelError."""
+    if str(source).startswith(SCHEME):
+        return hub_folder(str(source))
     folder = model_of(str(source)) if source in BUNDLED else Path(source)
     if not folder.is_dir():
         expected = f"a diffusers model or pipeline folder, or a bundled one ({', '.join(BUNDLED)})"
