@@ -80,7 +80,7 @@ def test_a_plan_under_flow_matching_is_diffusers_own_loop(name, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = StepAwarePipeline.from_pretrained(tmp_path)
     assert again.process == pipe.process and again.process.is_flow and again.plan == plan
-    pictures = [p(2, seed=1, output_type="pt").images for p in (pipe, again)]
+    pictures = [p(batch_size=2, seed=1, output_type="pt").images for p in (pipe, again)]
     assert torch.equal(*pictures)
 
 
