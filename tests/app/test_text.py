@@ -15,7 +15,7 @@ from halfstep.core.plan import Guide, StepPlan
 from halfstep.core.recipe import Recipe
 from halfstep.engine.sampling import image_generators, reference_plan, sample_images, start_noise
 from halfstep.engine.stepaware import StepAwarePipeline
-from pipelines import BETAS, sdxl, stable_diffusion, text_unet, vae
+from pipelines import BETAS, dit, sdxl, stable_diffusion, text_unet, vae
 
 pytest.importorskip("transformers")
 PROMPTS = ["a b c", "b", "c a"]
@@ -98,6 +98,20 @@ def test_a_model_that_takes_more_than_text_is_refused_by_name(tmp_path):
     sdxl().save_pretrained(tmp_path / "xl")
     with pytest.raises(HalfstepError, match="added_cond_kwargs"):
         open_subject(tmp_path / "xl", None, Recipe().edit([f"data.prompts={tmp_path / 'none.txt'}"]))
+
+
+@torch.no_grad()
+def test_classes_of_a_dit_are_guided_from_its_null_class(tmp_path):
+    """Oracle: the stock pipeline, on the same noise."""
+    stock = dit()
+    stock.save_pretrained(tmp_path / "dit")
+    subject = open_subject(tmp_path / "dit", None, Recipe().edit(["sample.guidance=4", "sample.steps=4"]))
+    pipe = StepAwarePipeline(subject.stand_ins, subject.reference())
+    drawn = {"generator": torch.Generator().manual_seed(3), "output_type": "np"}
+    mine = pipe(batch_size=2, class_labels=[7, 0], **drawn).images
+    drawn = {"generator": torch.Generator().manual_seed(3), "output_type": "np"}
+    wanted = stock([7, 0], guidance_scale=4.0, num_inference_steps=4, **drawn).images
+    assert torch.allclose(torch.from_numpy(mine), torch.from_numpy(wanted), atol=1e-4)
 
 
 def test_guidance_without_text_or_a_null_condition_is_refused():

@@ -19,6 +19,7 @@ from halfstep.engine.samplers import settled
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.engine.text import conditions_of, takes_text, with_text
+from halfstep.nets.architectures import architecture_of
 from halfstep.nets.denoiser import require_same_shape
 from halfstep.nets.fit import Fitted, fit
 from halfstep.nets.models import load_classes, load_denoiser, load_vae, pipeline_folder
@@ -44,7 +45,7 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         bank = bank.with_null(bank.null, recipe.sample.guidance)
         conditions = conditions_of(bank, model, recipe.data.prompts, data)
     else:
-        _require_no_text(recipe)
+        bank = _without_text(bank, recipe)
     sample = settled(process, recipe.sample, opened.scheduler)
     recipe = replace(_with_size_of(recipe, bank), noise=process, sample=sample)
     fitted = None
@@ -65,15 +66,19 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
     )
 
 
-def _require_no_text(recipe: Recipe) -> None:
-    """Raise ModelError for prompts and guidance that the model does not take."""
+def _without_text(bank: Bank, recipe: Recipe) -> Bank:
+    """The bank of a model without prompts, guided where its family has a null condition. Raises ModelError for prompts
+    and for guidance that the model does not take."""
+    null, weight = architecture_of(bank[bank.reference]).null, recipe.sample.guidance
     if recipe.data.prompts:
         got, where = f"prompts {recipe.data.prompts}", "--prompts"
-    elif recipe.sample.guidance != 1:
-        got, where = f"guidance {recipe.sample.guidance:g}", "--guidance"
-    else:
-        return
-    raise ModelError(got=got, expected="a model that is conditional on text", where=where, do="leave it out")
+        raise ModelError(got=got, expected="a model that is conditional on text", where=where, do="leave it out")
+    if bank.null is None and null is None and weight != 1:
+        got, expected = f"guidance {weight:g}", "a model with a null condition: of text, or a DiT"
+        raise ModelError(got=got, expected=expected, where="--guidance", do="leave it out")
+    if bank.null is not None or null is None:
+        return bank if bank.null is None else bank.with_null(bank.null, weight)
+    return bank.with_null(null(bank.config), weight)
 
 
 class Opened(NamedTuple):

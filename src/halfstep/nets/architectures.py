@@ -93,6 +93,8 @@ class Architecture:
     `example(config, batch, tokens)`: a condition [B, ...] as its calls take it, float32 on the CPU, for prices and
     checks; `tokens`: how long a text is, by default as the family's pipelines have it; raises ModelError for one that
     is not known. `shape(config, batch)`: of the sample beside it; raises ModelError for a config without one.
+    `null(config)`: the condition of one sample, each tensor [1, ...], that stands for none, where the family has one in
+    its own layers; a text's is its encoder's.
     `word`: what a recipe's `model.kind` calls it. `fresh`: the config for (spec, size, channels, classes, timesteps).
     """
 
@@ -105,6 +107,7 @@ class Architecture:
     cuts: Cuts | None = None
     parts: Parts = Parts()
     example: Callable[[Config, int, int | None], Cond] = class_example
+    null: Callable[[Config], Cond] | None = None
     shape: Callable[[Config, int], tuple[int, ...]] = sample_shape
     word: str = ""
     fresh: Callable[..., dict[str, Any]] | None = None
@@ -181,6 +184,7 @@ ROWS = (
         cuts=_by_blocks(dit.walked),
         parts=Parts(ends=("pos_embed.*", "proj_out_2"), time=("*.norm1.*", "proj_out_1")),
         example=dit.example,
+        null=dit.null,
     ),
     Architecture(
         PixArtTransformer2DModel,

@@ -73,6 +73,11 @@ def example(config: Mapping[str, Any], batch: int, tokens: int | None = None) ->
     return cond_of(torch.zeros(batch, dtype=torch.long))
 
 
+def null(config: Mapping[str, Any]) -> Cond:
+    """The condition on no class: the row after the classes', which training drops them to (arXiv 2212.09748)."""
+    return {"class_labels": torch.tensor([config["num_embeds_ada_norm"]])}
+
+
 def walked(model: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, Any]) -> Walk:
     """`DiTTransformer2DModel.forward` in its parts, step by step."""
     given = known(cond, ("class_labels", "cross_attention_kwargs"), model)
