@@ -84,7 +84,7 @@ def test_a_search_that_may_measure_every_plan_finds_the_best_of_all(unit, stage,
     track, stock, book = stage
     today = today_of(judge)
     question = Question(unit, (us(today) // 3 if unit == "us" else today.macs // 3,))
-    kept = screened(track, stock, FEW, today, question, 2)
+    kept = screened(track, book.on(64, 2 + 16 * 0), stock, FEW, today, question, 2)
     joint = Joint(question, prepared(track, book, kept, question, recipe()), book.on(64, 2 + 16 * 0), recipe())
     joint.begin()
     joint.correct()

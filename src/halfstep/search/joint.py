@@ -35,6 +35,8 @@ from halfstep.search.surrogate import Fitted, Plan, fit_arms
 
 LOW_RANK = 0.5
 """A rank correlation below this says that the error model is not to be relied on."""
+SCREENED = 3
+"""How many arms pass the race by fidelity for each that is searched."""
 WORST = 5.0
 """Scores above so many times the best one are told to the error model as that: it is to be right near the best."""
 
@@ -375,10 +377,12 @@ def sources_of(bank: Bank, choices: Sequence[str]) -> dict[str, tuple[str, int]]
 
 
 def screened(
-    track: Track, stock: Stock, among: Sequence[SampleSpec], today: StepPlan, question: Question, keep: int
-) -> list[Arm]:
+    track: Track, scores: Scores, stock: Stock, among: Sequence[SampleSpec], today: StepPlan, question: Question,
+    keep: int,
+) -> list[Arm]:  # fmt: skip
     """The arms that are worth a table: for every limit the best `keep` of them, each with the dearest entry that the
-    limit allows in every row; the sampler of `today` races too. Raises PlanError where nothing meets any limit."""
+    limit allows in every row; the sampler of `today` races too. Fidelity leaves `SCREENED` times as many, of which the
+    distance to the data takes its choice. Raises PlanError where nothing meets any limit."""
     found: list[Arm] = []
     counts = [calls for calls in COUNTS if calls <= len(today.rows)]
     arms = [arm for calls in counts for _, arm in stock.at(calls, among)] + [Arm(today.uniform())]
@@ -390,7 +394,10 @@ def screened(
             if fitting:
                 able.append((arm, max(fitting, key=question.price)))
         if able:
-            best = track.best([plan for _, plan in able], keep, f"race arms within {question.told(limit)}")
+            plans = [plan for _, plan in able]
+            near = track.best(plans, SCREENED * keep, f"race arms within {question.told(limit)}")
+            values = scores.many([plans[k] for k in near], "arms")
+            best = [near[int(i)] for i in np.argsort(values, kind="stable")[:keep]]
             found += [able[k][0] for k in best]
     if not found:
         raise too_small(question, arms, names)
@@ -471,7 +478,7 @@ def search_joint(
     """
     watch, spec = track.watch, recipe.search
     scores = book.on(spec.images, stage_seed(recipe.seed, Stage.SEARCH))
-    kept = screened(track, stock, among, today, question, spec.arms)
+    kept = screened(track, scores, stock, among, today, question, spec.arms)
     watch.say("searched under " + "; ".join(arm.told for arm in kept))
     joint = Joint(question, prepared(track, book, kept, question, recipe), scores, recipe, watch)
     joint.begin()
