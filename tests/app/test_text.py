@@ -191,6 +191,8 @@ def test_a_saved_pipeline_of_text_takes_what_users_of_diffusers_give_it(folder, 
     for wrong in ({"prompt": 3 * ["a"], "negative_prompt": ["b", "c"]}, {"negative_prompt": "b"}):
         with pytest.raises(HalfstepError, match="negative_prompt"):
             pipe(**wrong)
+    with pytest.raises(HalfstepError, match="batch_size=2"):
+        pipe(2)
     with pytest.raises(TypeError, match="eta"):
         pipe("a", eta=0.5)
 

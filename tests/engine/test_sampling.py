@@ -192,7 +192,7 @@ def test_schedulers_that_no_plan_can_carry_are_refused_by_name(scheduler):
 def test_a_narrow_plan_equals_the_static_narrow_net(kind):
     bank = bank_of()
     plan = plan_of(bank, kind)
-    mixed = pipeline(bank, plan.uniform("slim"))(2, seed=3, output_type="pt").images
+    mixed = pipeline(bank, plan.uniform("slim"))(batch_size=2, seed=3, output_type="pt").images
     alone = Bank({"slim": bank["slim"]}, "slim", "epsilon")
     static = reference_plan(alone, DDPMScheduler().config, SampleSpec(scheduler=kind, steps=5), {"slim": 1})
     assert torch.equal(mixed, pipeline(alone, static)(batch_size=2, seed=3, output_type="pt").images)
@@ -242,7 +242,7 @@ def test_heun_has_a_row_for_each_evaluation_and_each_row_runs_its_entry():
     called = []
     for name in bank:
         bank[name].register_forward_hook(lambda *_, name=name: called.append(name))
-    pipeline(bank, plan.with_entries(entries))(1)
+    pipeline(bank, plan.with_entries(entries))(batch_size=1)
     assert called == entries
 
 
@@ -393,7 +393,7 @@ def test_a_list_of_cuda_generators_draws():
     bank = bank_of().to("cuda")
     generators = [torch.Generator("cuda").manual_seed(k) for k in range(2)]
     for kind in SCHEDULERS:
-        images = pipeline(bank, plan_of(bank, kind))(2, generator=generators, output_type="pt").images
+        images = pipeline(bank, plan_of(bank, kind))(batch_size=2, generator=generators, output_type="pt").images
         assert images.shape == (2, 1, 8, 8) and bool(images.isfinite().all())
 
 
@@ -655,7 +655,7 @@ def test_plans_that_do_not_fit_are_refused():
 def test_a_list_of_generators_that_is_not_one_per_image_is_refused(count):
     bank = bank_of()
     with pytest.raises(PlanError) as error:
-        pipeline(bank, plan_of(bank))(2, generator=image_generators(0, 0, count))
+        pipeline(bank, plan_of(bank))(batch_size=2, generator=image_generators(0, 0, count))
     assert f"{count} generators" in str(error.value) and "2" in str(error.value)
 
 

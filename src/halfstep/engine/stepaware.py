@@ -124,6 +124,8 @@ class StepAwarePipeline(DiffusionPipeline):
             if negative is not None:
                 raise PlanError(got="no prompt", expected="one", where="negative_prompt", do="give a prompt too")
             return self.bank, cond_for(self.bank, 0, count) if classes is None else self._asked(classes, count)
+        if isinstance(prompt, int):  # as the number of images was given before there were prompts
+            raise PlanError(got=prompt, expected="a text", where="prompt", do=f"write batch_size={prompt}")
         texts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(each)]
         cond = cond_to(encode_prompts(self._encoder, texts), self.bank.device, self.bank.dtype)
         if negative is None:
