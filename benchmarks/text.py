@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +32,7 @@ from fashion import DATA
 from halfstep import attached, plan_for
 from halfstep.core import disk
 from halfstep.core.machine import cpu_name
-from halfstep.core.plan import StepPlan
+from halfstep.core.plan import Price, StepPlan
 from halfstep.core.process import Process
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.seeds import Stage, stage_seed
@@ -40,7 +40,7 @@ from halfstep.data.arrays import read_arrays, save_arrays
 from halfstep.data.captions import read_captions
 from halfstep.data.images import load_images
 from halfstep.data.pictures import picture_grid, to_uint8
-from halfstep.engine.profiling import interleave
+from halfstep.engine.profiling import count_macs, example_inputs, interleave, reused_macs
 from halfstep.engine.samplers import sampler_of, scheduler_of
 from halfstep.engine.sampling import image_generators
 from halfstep.measure.agreement import agreement, gained, matches
@@ -48,6 +48,7 @@ from halfstep.measure.features import FeatureNet, extract, extractor_of
 from halfstep.measure.fidelity import mean_of, squared_errors
 from halfstep.measure.quality import difference, distances, floor, reference_stats
 from halfstep.nets.content import fingerprint
+from halfstep.nets.reuse import cut_count
 from text_model import opened
 from text_plans import BATCH, GUIDANCE, HERE, JUDGE, MODEL, PROMPTS, known_plans
 from text_tables import Measured, grid_rows, page, pareto
@@ -56,7 +57,7 @@ SEED = stage_seed(0, Stage.REPORT)
 STEPS = 50
 RACED = (("dpmsolver++", 2, ("own", "karras")), ("dpmsolver++", 3, ("own", "karras")), ("unipc", 2, ("own",)),
          ("deis", 3, ("karras",)), ("pndm", 0, ("own",)))  # fmt: skip
-COUNTS = (20, 15, 10, 8, 6, 5)
+COUNTS = (6, 8, 10, 15, 20)
 KEPT = 2
 """Samplers of every number of steps that are measured against the data: the nearest to the converged pictures."""
 TWINS = 64
@@ -85,6 +86,15 @@ class Row:
         return f"{self.way}{self.interval}-{self.plan.digest}"
 
 
+@cache
+def prices_of(pipe: Any) -> dict[str, Price]:
+    """MACs of one call of the net and of its reuse, at the length that its prompts have."""
+    net, tokens = pipe.unet, pipe.tokenizer.model_max_length
+    whole = {"full": Price(count_macs(net, inputs=example_inputs(net, tokens=tokens))), "full~out": Price(0)}
+    shallow = [Price(reused_macs(net, cut, tokens=tokens)) for cut in range(cut_count(net))]
+    return whole | {f"full~{cut}{more}": one for cut, one in enumerate(shallow) for more in ("", "+")}
+
+
 class Drawer:
     """The stock pipeline with its prompts encoded, and what it drew by a row."""
 
@@ -98,6 +108,7 @@ class Drawer:
         self.net = FeatureNet.load(JUDGE)
         self.extractor = extractor_of(self.net)
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.pipe.encode_prompt(list(prompts), "cpu", 1, True)
 
@@ -181,7 +192,7 @@ def _deep_cache(pipe: Any, interval: int) -> Any:
 
 def stock_row(pipe: Any, spec: SampleSpec, group: str = "stock samplers") -> Row:
     scheduler = sampler_of(Process.of(dict(pipe.scheduler.config), latent=True), spec, pipe.scheduler.config)
-    plan = plan_for(pipe, spec.steps, sampler=scheduler, guidance=GUIDANCE)
+    plan = plan_for(pipe, spec.steps, sampler=scheduler, guidance=GUIDANCE, prices=prices_of(pipe))
     return Row(plan.sampler.told, group, plan)
 
 
@@ -197,33 +208,31 @@ def raced(pipe: Any) -> list[list[Row]]:
 def spoken(pipe: Any, base: Row, phrases: Sequence[Sequence[str]], name: str, group: str) -> Row:
     """A plan of phrases under a row's sampler, attached."""
     sampler = base.plan.sampler
-    plan = plan_for(pipe, sampler.steps, sampler=sampler, guidance=GUIDANCE, phrases=phrases)
+    given = {"sampler": sampler, "guidance": GUIDANCE, "phrases": phrases, "prices": prices_of(pipe)}
+    plan = plan_for(pipe, sampler.steps, **given)
     return Row(f"{name}, {sampler.told}", group, plan, "plan")
 
 
 def reuse_rows(pipe: Any, base: Row) -> list[Row]:
-    """DeepCache at its intervals, and our plans at the same: from the same cut, from a deeper one, along a line."""
+    """DeepCache at its intervals, and our plans at the same: the same features, and a straight line through two."""
     found = []
     for n in INTERVALS:
         same = spoken(pipe, base, [["full"] + ["full~0"] * (n - 1)], f"reuse 1 in {n}", "our reuse, equal intervals")
         told = f"DeepCache {n}, {base.plan.sampler.told}"
         found += [Row(told, "DeepCache", same.plan, "DeepCache", n), same]
-        for entry, word in (("full~1", "cut 1"), ("full~0+", "order 1")):
-            found.append(spoken(pipe, base, [["full"] + [entry] * (n - 1)], f"reuse 1 in {n}, {word}", found[-1].group))
+        found.append(spoken(pipe, base, [["full"] + ["full~0+"] * (n - 1)], f"reuse 1 in {n}, order 1", same.group))
     return found
 
 
 def guidance_rows(pipe: Any, base: Row) -> list[Row]:
     """Parts of the guidance left out."""
-    steps, half = len(base.plan.rows), (1 + GUIDANCE) / 2
+    steps, half = len(base.plan.rows), f"full|full*{(1 + GUIDANCE) / 2:g}"
     third = steps // 3
     ways = {
         "first third unguided": [["full|"] * third, ["full"]],
         "last third unguided": [["full"] * (steps - third), ["full|"]],
-        "both thirds unguided": [["full|"] * third, ["full"] * (steps - 2 * third), ["full|"]],
-        f"guidance {half:g}": [[f"full|full*{half:g}"]],
         "unconditional half 1 in 2": [["full", "full|full~out"]],
-        "unconditional half 1 in 3, cut 0": [["full", "full|full~0", "full|full~0"]],
+        "half guidance in the outer thirds": [[half] * third, ["full"] * (steps - 2 * third), [half]],
     }
     return [spoken(pipe, base, phrases, name, "guidance") for name, phrases in ways.items()]
 

@@ -30,6 +30,7 @@ from halfstep.core.errors import HalfstepError, ModelError, PlanError
 from halfstep.engine.attach import Attached
 from halfstep.engine.entry import Cut, Twin
 from halfstep.engine.pipelines import denoiser_of
+from halfstep.engine.profiling import count_macs, example_inputs, reused_macs
 from halfstep.engine.sampling import plan_for as sampler_plan
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.methods.slimmable import Supernet
@@ -718,6 +719,19 @@ def test_phrases_say_how_rows_are_guided():
     full, shallow_one = plan.prices["full"].macs, plan.prices["full~0"].macs
     assert plan.guides == (Guide("full", 4.0), Guide("full~0", 4.0), None, None, None)
     assert plan.macs == 6 * full + shallow_one and 0 < shallow_one < full
+
+
+def test_a_plan_for_short_prompts_costs_what_short_prompts_cost():
+    long, short = (pipelines.stable_diffusion() for _ in range(2))
+    short.tokenizer.model_max_length = 8
+    counted = {}
+    for pipe, length in ((long, 77), (short, 8)):
+        phrases = [["full", "full~0"]]
+        plan = plan_for(pipe, 4, phrases=phrases)
+        counted[length] = plan.prices["full"].macs
+        assert counted[length] == count_macs(pipe.unet, inputs=example_inputs(pipe.unet, tokens=length))
+        assert plan.prices["full~0"].macs == reused_macs(pipe.unet, 0, tokens=length)
+    assert counted[8] < counted[77]
 
 
 # ---------------------------------------------------------------------------------------------------------- the page

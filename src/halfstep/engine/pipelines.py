@@ -13,11 +13,12 @@ from halfstep.core.errors import ModelError, PlanError
 from halfstep.core.plan import Price, Row, Sampler, StepPlan, call_of
 from halfstep.core.process import BETA_SCHEDULERS, Process
 from halfstep.engine.entry import Reuse, reuse_named
-from halfstep.engine.profiling import count_macs, reused_macs
+from halfstep.engine.profiling import count_macs, example_inputs, reused_macs
 from halfstep.engine.samplers import noise_scale, plain_config, scheduler_of, with_timesteps
 from halfstep.nets.architectures import ARCHITECTURES
 from halfstep.nets.denoiser import eager
 from halfstep.nets.reuse import require_cut
+from halfstep.nets.text import MOST_TOKENS
 
 ROLES = ("unet", "transformer")
 """What diffusers pipelines call their denoiser."""
@@ -245,7 +246,7 @@ def plan_for(
         rows=tuple(Row(t, FULL) for t in times),
         sampler=Sampler(chosen.name, chosen.config, steps),
         reference=FULL,
-        prices=_macs(net, links) if prices is None else dict(prices),
+        prices=_macs(net, links, _padded(pipe)) if prices is None else dict(prices),
         guidance=guidance,
     )
     return plan.with_entries(spoken)
@@ -276,6 +277,19 @@ def own_reuse(name: str, net: Any, of: str = FULL) -> Reuse:
     return link
 
 
-def _macs(net: Any, links: Mapping[str, Reuse]) -> dict[str, Price]:
-    """MACs of one call of the net, and of its reuse."""
-    return {FULL: Price(count_macs(net))} | {name: Price(reused_macs(net, one.cut)) for name, one in links.items()}
+def _padded(pipe: Any) -> int | None:
+    """How many tokens Stable Diffusion's pipelines pad a prompt to, which their tokenizer says; None: as the denoiser's
+    family has it."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    stable = any(cls.__name__.startswith("StableDiffusion") for cls in type(pipe).__mro__)
+    if tokenizer is None or not stable or family_name(pipe_net(pipe)) != "UNet2DConditionModel":
+        return None
+    length = tokenizer.model_max_length  # 10 ** 30 where it knows none
+    return length if length <= MOST_TOKENS else None
+
+
+def _macs(net: Any, links: Mapping[str, Reuse], tokens: int | None) -> dict[str, Price]:
+    """MACs of one call of the net, and of its reuse, with texts of so many tokens."""
+    inputs = None if tokens is None else example_inputs(net, tokens=tokens)
+    whole = {FULL: Price(count_macs(net, inputs=inputs))}
+    return whole | {name: Price(reused_macs(net, one.cut, tokens=tokens)) for name, one in links.items()}
