@@ -60,6 +60,8 @@ RACED = (("dpmsolver++", 2, ("own", "karras")), ("dpmsolver++", 3, ("own", "karr
 COUNTS = (6, 8, 10, 15, 20)
 KEPT = 2
 """Samplers of every number of steps that are measured against the data: the nearest to the converged pictures."""
+RACERS = 16
+"""Pictures of the race that says so."""
 TWINS = 64
 """Pictures that are held against their converged twins."""
 FINE = 100
@@ -121,7 +123,7 @@ class Drawer:
             arrays = {"text": text.numpy(), "null": null.numpy()}
             disk.write_atomic(file, lambda temporary: save_arrays(temporary, arrays))
         found = _kept(file)
-        return torch.from_numpy(found["text"]), torch.from_numpy(found["null"])
+        return torch.tensor(found["text"]), torch.tensor(found["null"])
 
     def asked(self, begin: int, count: int) -> np.ndarray:
         """The classes of these pictures."""
@@ -155,11 +157,14 @@ class Drawer:
         return self.folder / row.key / f"{begin}.npz"
 
     def batch(self, row: Row, begin: int) -> dict[str, np.ndarray]:
-        """Pictures float16, features and whether each is of its class; drawn where they are not kept."""
+        """Pictures float16, features, whether each is of its class, and how long the batch took; drawn where they are
+        not kept."""
         file = self.file(row, begin)
         if not file.is_file():
+            started = time.process_time()
             images = self.draw(row, begin)
-            found = {"pictures": images.half().numpy(), "features": extract(self.extractor, [images])}
+            ms = np.full(BATCH, 1e3 * (time.process_time() - started))
+            found = {"ms": ms, "pictures": images.half().numpy(), "features": extract(self.extractor, [images])}
             found["matched"] = matches(self.net, [images], self.asked(begin, BATCH))
             file.parent.mkdir(parents=True, exist_ok=True)
             disk.write_atomic(file, lambda temporary: save_arrays(temporary, found))
@@ -283,9 +288,18 @@ def errors(drawer: Drawer, row: Row, target: Row) -> dict[str, np.ndarray]:
     return {"mse": squared_errors(*pictures).double().numpy(), "features": apart}
 
 
-def nearest(drawer: Drawer, rows: Sequence[Row], target: Row) -> list[Row]:
-    told = {row.key: float(errors(drawer, row, target)["features"].mean()) for row in rows}
-    return sorted(rows, key=lambda row: told[row.key])[:KEPT]
+def raced_errors(drawer: Drawer, rows: Sequence[Row], target: Row, clock: Clock) -> dict[str, float]:
+    """By key how far the first few pictures are from their converged twins, in features; kept."""
+    file = drawer.folder / "race.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    twins = drawer.all_of(target, TWINS)["features"][:RACERS]
+    for row in rows:
+        if row.key not in known and not clock():
+            found = extract(drawer.extractor, [drawer.draw(row, 0, RACERS)])
+            known[row.key] = float(np.square(found - twins).sum(axis=1).mean())
+            disk.write_json(file, known)
+            print(f"race {row.name}: {known[row.key]:.3g}", flush=True)
+    return known
 
 
 def measured(drawer: Drawer, rows: Sequence[Row], images: int, target: Row, work: Path) -> dict[str, Measured]:
@@ -342,13 +356,20 @@ def best_free(drawer: Drawer, today: Row, rows: Sequence[Row], target: Row, work
 
 
 def times_of(drawer: Drawer, rows: Sequence[Row], repeats: int, file: Path) -> dict[str, list[float]]:
-    """Milliseconds of a batch by key, in turns in one run; also of what every row has: prompts and decoding."""
-    if not repeats:
+    """Milliseconds of a batch by key, in turns in one run; also of what every row has: prompts and decoding.
+
+    Without `repeats` those of before; where there are none those of the drawn batches, which went row by row too.
+    """
+    if not repeats and file.is_file():
         return json.loads(file.read_text())
     latents = torch.zeros(BATCH, 4, 8, 8)
     calls = {row.key: partial(drawer.draw, row) for row in rows}
     calls["prompts"] = partial(drawer.encode, [drawer.texts[k] for k in drawer.order[:BATCH]])
     calls["decoding"] = torch.no_grad()(lambda: drawer.pipe.vae.decode(latents))
+    if not repeats:
+        calls = {name: call for name, call in calls.items() if name in ("prompts", "decoding")}
+        drawn = {row.key: drawer.all_of(row, drawer.count(row))["ms"][::BATCH].tolist() for row in rows}
+        return drawn | interleave(calls, repeats=1, warmup=0, clock=time.process_time)
     found = interleave(calls, repeats=repeats, warmup=1, clock=time.process_time)
     disk.write_json(file, found)
     return found
@@ -363,10 +384,10 @@ def rows_to_draw(drawer: Drawer, images: int, work: Path, clock: Clock) -> tuple
     target, today = converged_row(pipe), stock_row(pipe, SampleSpec(steps=STEPS), "stock samplers")
     draw_all(drawer, [target], TWINS, clock)
     every = raced(pipe)
-    draw_all(drawer, [row for rows in every for row in rows], BATCH, clock)
+    far = raced_errors(drawer, [row for rows in every for row in rows], target, clock)
     if clock():
         raise SystemExit("cut: repeat the command to go on")
-    kept = [row for rows in every for row in nearest(drawer, rows, target)]
+    kept = [row for rows in every for row in sorted(rows, key=lambda row: far[row.key])[:KEPT]]
     draw_all(drawer, [today, *kept], min(images, LEAST), clock)
     free = best_free(drawer, today, kept, target, work)
     rows = [today, *kept, *joint_rows()]
@@ -381,7 +402,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--images", type=int, default=1024, help="pictures of every row, a multiple of 64")
     parser.add_argument("--only", choices=("draw", "table"), help="one part; the other's files are there")
-    parser.add_argument("--repeats", type=int, default=3, help="timed batches of every row; 0: the times of before")
+    parser.add_argument("--repeats", type=int, default=3, help="timed batches of every row; 0: as timed before")
     parser.add_argument("--seconds", type=float, default=1e9, help="draw for so long, and keep what was drawn")
     parser.add_argument("--work", type=Path, default=Path("runs/text"))
     args = parser.parse_args()
