@@ -126,6 +126,15 @@ def test_a_trajectory_without_its_calls_calls_no_network():
     assert hand.calls == before and before["full"] == before["slim"] > 1
 
 
+def test_decoding_is_timed_once_for_all_samplers():
+    bank = bank_of(latent=True)
+    hand = Hand(bank)
+    book = PriceBook(bank, BATCH, clock=hand)
+    plans = [plan_of(bank, name, steps) for name in ("ddim", "dpmsolver++") for steps in (4, 5, 6)]
+    fixed = {book.fixed(plan).us for plan in plans}
+    assert hand.calls["decode"] == 6 and fixed == {1e6 * COSTS["decode"] / BATCH}
+
+
 def test_prices_are_measured_once_and_kept(tmp_path):
     bank, file = bank_of(), tmp_path / "prices.json"
     hand, watch = Hand(bank), Listening()

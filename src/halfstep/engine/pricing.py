@@ -56,29 +56,39 @@ def typical(times: Sequence[float]) -> float:
     return fmean(sorted(times)[cut : len(times) - cut])
 
 
-def drawing(bank: Bank, plan: StepPlan, batch: int, networks: Sequence[RowCall] | None = None) -> torch.Tensor:
-    """One whole batch of a plan, from its noise to its pictures, [batch,C,H,W]: what is timed. `networks`: instead of
-    the bank's."""
+def drawing(bank: Bank, plan: StepPlan, batch: int) -> torch.Tensor:
+    """One whole batch of a plan, from its noise to its pictures, [batch,C,H,W]: what is timed."""
+    return to_images(bank, ended(bank, plan, batch, networks_of(bank, plan)))
+
+
+def ended(bank: Bank, plan: StepPlan, batch: int, networks: Sequence[RowCall]) -> torch.Tensor:
+    """Where a batch of a plan ends under these networks, one a row, not decoded."""
     generators = image_generators(0, 0, batch)
     noise = start_noise(bank, generators)
     scheduler = build_scheduler(plan, noise.device)
-    called = networks_of(bank, plan) if networks is None else networks
     start = noise * noise_scale(scheduler)
     cond = example_inputs(bank[bank.reference], batch, tokens=bank.tokens).cond
-    return to_images(bank, last(walk(called, plan.rows, scheduler, start, generators, cond)))
+    return last(walk(networks, plan.rows, scheduler, start, generators, cond))
 
 
-def fixed_us(
-    bank: Bank, plan: StepPlan, batch: int, *, repeats: int = 5, warmup: int = 1, clock: Clock = time.perf_counter
-) -> float:
-    """Microseconds per image of a trajectory beside its calls: noise, set-up and steps of the scheduler, guides' and
-    corrections' arithmetic, decoding. The plan is walked with networks that cost nothing: they predict zeros."""
+def walk_us(bank: Bank, plan: StepPlan, batch: int, clock: Clock = time.perf_counter) -> float:
+    """Microseconds per image of a trajectory beside its calls and its decoding: noise, set-up and steps of the
+    scheduler, guides' and corrections' arithmetic. It is walked with networks that cost nothing: they predict zeros."""
     zeros = torch.zeros(sample_shape(bank.config, batch), device=bank.device, dtype=bank.dtype)
     free: list[RowCall] = [lambda sample, timestep, cond, memo: (zeros, zeros)] * len(plan.rows)
-    times = interleave(
-        {"fixed": partial(drawing, bank, plan, batch, free)}, repeats=repeats, warmup=warmup, clock=clock
-    )
-    return 1e3 * typical(times["fixed"]) / batch
+    return _typical_us(partial(ended, bank, plan, batch, free), batch, clock)
+
+
+def pictures_us(bank: Bank, batch: int, clock: Clock = time.perf_counter) -> float:
+    """Microseconds per image of what a batch becomes at its end: decoded, where the bank works on latents."""
+    zeros = torch.zeros(sample_shape(bank.config, batch), device=bank.device, dtype=bank.dtype)
+    return _typical_us(partial(to_images, bank, zeros), batch, clock)
+
+
+def _typical_us(call: Callable[[], object], batch: int, clock: Clock) -> float:
+    with torch.no_grad():
+        times = interleave({"it": call}, repeats=5, warmup=1, clock=clock)
+    return 1e3 * typical(times["it"]) / batch
 
 
 def predicted_ms(plan: StepPlan, batch: int) -> float:
@@ -140,7 +150,8 @@ Micros = Annotated[float, Bounds(0, 1e15)]
 @dataclass(frozen=True, kw_only=True)
 class PriceList:
     """state/prices.json: per image, one call of every entry; `fixed`, the microseconds of a trajectory beside its calls
-    by `PriceBook.key`; and the setting in which all of it was measured."""
+    by `PriceBook.key`, and those of its pictures at the end, which no sampler changes; and the setting in which all of
+    it was measured."""
 
     setting: Setting
     prices: dict[str, Price]
@@ -180,12 +191,17 @@ class PriceBook:
 
     def fixed(self, plan: StepPlan) -> Price:
         """What a trajectory of the plan costs per image beside its calls; measured on the first call for its sampler
-        and its numbers of guided and corrected rows."""
-        key = self.key(plan)
+        and its numbers of guided and corrected rows; its decoding, which is dear and the same for all, once."""
+        key, told = f"{self.key(plan)} before pictures", "pictures"
+        walked = self._fixed(key, lambda: walk_us(self.bank, plan, self.batch, self.clock))
+        made = self._fixed(told, lambda: pictures_us(self.bank, self.batch, self.clock))
+        return Price(self.bank.fixed().macs, walked + made)
+
+    def _fixed(self, key: str, measure: Callable[[], float]) -> float:
+        """A fixed part by its name, measured on the first call for it."""
         if key not in self._list.fixed:
-            found = round(fixed_us(self.bank, plan, self.batch, clock=self.clock), 3)
-            self._keep(replace(self._list, fixed={**self._list.fixed, key: found}))
-        return Price(self.bank.fixed().macs, self._list.fixed[key])
+            self._keep(replace(self._list, fixed={**self._list.fixed, key: round(measure(), 3)}))
+        return self._list.fixed[key]
 
     def priced(self, plan: StepPlan) -> StepPlan:
         """The same plan with these prices, and with its fixed part."""
