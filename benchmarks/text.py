@@ -57,7 +57,7 @@ SEED = stage_seed(0, Stage.REPORT)
 STEPS = 50
 RACED = (("dpmsolver++", 2, ("own", "karras")), ("dpmsolver++", 3, ("own", "karras")), ("unipc", 2, ("own",)),
          ("deis", 3, ("karras",)), ("pndm", 0, ("own",)))  # fmt: skip
-COUNTS = (6, 8, 10, 15, 20)
+COUNTS = (4, 5, 6, 8, 10, 15, 20)
 KEPT = 2
 """Samplers of every number of steps that are measured against the data: the nearest to the converged pictures."""
 RACERS = 16
@@ -69,7 +69,7 @@ FINE = 100
 LEAST = 256
 """Pictures from which the best free is chosen, four for each feature."""
 INTERVALS = (2, 3, 5)
-BOOT, TOLERANCE = 300, 0.05
+BOOT, TOLERANCE = 200, 0.05
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ def reuse_rows(pipe: Any, base: Row) -> list[Row]:
         same = spoken(pipe, base, [["full"] + ["full~0"] * (n - 1)], f"reuse 1 in {n}", "our reuse, equal intervals")
         told = f"DeepCache {n}, {base.plan.sampler.told}"
         found += [Row(told, "DeepCache", same.plan, "DeepCache", n), same]
-        found.append(spoken(pipe, base, [["full"] + ["full~0+"] * (n - 1)], f"reuse 1 in {n}, order 1", same.group))
+        line = [["full"], ["full"] + ["full~0+"] * (n - 1)]  # a line wants two points
+        found.append(spoken(pipe, base, line, f"reuse 1 in {n}, order 1", same.group))
     return found
 
 
