@@ -16,7 +16,7 @@ from halfstep.app.measurement import features
 from halfstep.core.errors import HalfstepError, RunError
 from halfstep.core.recipe import Recipe, RunRecord, SampleSpec
 from halfstep.core.sums import write_sums
-from halfstep.data.sources import _names
+from halfstep.data.sources import names_below
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import reference_plan
 from halfstep.engine.stepaware import StepAwarePipeline
@@ -110,7 +110,9 @@ def test_a_run_inside_of_its_own_pictures_is_no_data_and_can_be_repeated(picture
     (pictures / "pizza").mkdir()
     (pictures / "pizza" / "recipe.json").write_text('{"oven": 200}')  # somebody's own
     Image.new("L", (8, 8)).save(pictures / "pizza" / "a.png")
-    assert any("pizza" in str(name) for name in _names(pictures)) and not any("run" in str(n) for n in _names(pictures))
+    assert any("pizza" in str(name) for name in names_below(pictures)) and not any(
+        "run" in str(n) for n in names_below(pictures)
+    )
 
 
 def test_a_feature_network_of_before_is_used_for_its_own_data_alone(pictures: Path, tmp_path: Path):

@@ -235,7 +235,7 @@ def test_a_class_is_asked_for_by_name_or_number():
 
 def test_the_pipeline_takes_names_and_numbers_and_refuses_others():
     pipe = pipeline_of(bank_of())
-    draw = lambda asked, n=2: pipe(n, asked, seed=3, output_type="np").images  # noqa: E731
+    draw = lambda asked, n=2: pipe(batch_size=n, class_labels=asked, seed=3, output_type="np").images  # noqa: E731
     assert np.array_equal(draw(["dog", "eel"]), draw([1, 2]))
     assert np.array_equal(draw("dog"), draw(torch.tensor([1, 1])))
     assert np.array_equal(draw(None), draw([0, 1])) and not np.allclose(draw(None), draw([1, 1]))

@@ -146,7 +146,8 @@ def test_a_scheduler_of_the_users_own_equals_a_straight_loop_over_it(scheduler):
     assert torch.equal(mine, straight_loop(bank["full"], own, 5, image_generators(1, 0, 2)))
     double = bank.double()
     both, second = (
-        pipeline(double, plan)(n, generator=image_generators(1, 2 - n, n), output_type="pt").images for n in (2, 1)
+        pipeline(double, plan)(batch_size=n, generator=image_generators(1, 2 - n, n), output_type="pt").images
+        for n in (2, 1)
     )
     assert torch.allclose(both[1:], second, atol=1e-5)
 
@@ -212,7 +213,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(kind):
     assert not torch.allclose(torch.cat(list(sample_images(bank, plan, 8, seed=10, batch=8))), whole, atol=1e-2)
     assert all(not torch.allclose(whole[i], whole[i + 1], atol=1e-2) for i in range(7))
     pipe = pipeline(bank, plan)
-    ones = [pipe(n, seed=9, output_type="pt").images for n in (1, 3, 8)]
+    ones = [pipe(batch_size=n, seed=9, output_type="pt").images for n in (1, 3, 8)]
     assert all(torch.allclose(images, (whole[: len(images)] / 2 + 0.5), atol=1e-5) for images in ones)
 
 
@@ -330,7 +331,7 @@ def test_a_saved_pipeline_gives_the_same_images(kind, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert again.plan == pipe.plan
     first = pipe(batch_size=2, output_type="pt").images
-    assert torch.equal(first, again(2, output_type="pt").images)
+    assert torch.equal(first, again(batch_size=2, output_type="pt").images)
     index = json.loads((tmp_path / "p" / "model_index.json").read_text())
     assert index["_class_name"] == "StepAwarePipeline"
     stock = getattr(diffusers, plan.sampler.name).from_pretrained(tmp_path / "p", subfolder="scheduler")
