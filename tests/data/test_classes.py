@@ -244,7 +244,7 @@ def test_the_pipeline_takes_names_and_numbers_and_refuses_others():
             draw(asked)
     plain = pipeline_of(Bank({"full": net()}, "full", "epsilon"))
     with pytest.raises(PlanError, match="unconditional"):
-        plain(2, [0, 1])
+        plain(batch_size=2, class_labels=[0, 1])
 
 
 def test_sample_draws_the_classes_asked_for(tmp_path):
