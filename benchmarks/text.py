@@ -319,6 +319,7 @@ def measured(drawer: Drawer, rows: Sequence[Row], images: int, target: Row, work
             macs=row.plan.macs,
             psnr=-10 * np.log10(max(float(error["mse"].mean()), 1e-12) / 4),
             far=mean_of(error["features"], least=0.0),
+            median=float(np.median(error["features"])),
             distance=far[row.key],
             change=difference(far[first.key], far[row.key], reference, least),
             agreement=agreement(drawer.net, seen[row.key]["matched"], asked),

@@ -19,7 +19,7 @@ GROUPS = (
     "guidance",
 )
 COLUMNS = (
-    *("", "calls", "MMACs", "ms", "of stock's time", "of the best free's", "PSNR", "feature distance", "FD"),
+    *("", "calls", "MMACs", "ms", "of stock's time", "of the best free's", "PSNR", "feature distance", "median", "FD"),
     *("beside stock", "verdict", "class agreement", "gained on stock"),
 )
 
@@ -27,7 +27,7 @@ COLUMNS = (
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """A row: what it costs, how far its pictures are from the converged ones of the same noise (`psnr` in dB, `far` in
-    features, squared), its distance to the data with the paired `change` from stock, and whether the classifier sees
+    features, squared, and the `median`, which no single picture decides), its distance to the data with the paired `change` from stock, and whether the classifier sees
     what was asked for, paired too (`gained`). `beside`: the change from another row, by its key."""
 
     name: str
@@ -36,6 +36,7 @@ class Measured:
     macs: int
     psnr: float
     far: Interval
+    median: float
     distance: Distances
     change: Difference
     agreement: Agreement
@@ -61,6 +62,7 @@ def cells(one: Measured, stock: Measured, free: Measured) -> tuple[str, ...]:
         f"1/{free.ms / one.ms:.2f}",
         f"{one.psnr:.1f}",
         f"{one.far.value:.3g} [{one.far.low:.3g}, {one.far.high:.3g}]",
+        f"{one.median:.2g}",
         one.fd,
         change_cell(one.change),
         one.change.verdict(TOLERANCE),
