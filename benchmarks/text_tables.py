@@ -27,8 +27,9 @@ COLUMNS = (
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """A row: what it costs, how far its pictures are from the converged ones of the same noise (`psnr` in dB, `far` in
-    features, squared, and the `median`, which no single picture decides), its distance to the data with the paired `change` from stock, and whether the classifier sees
-    what was asked for, paired too (`gained`). `beside`: the change from another row, by its key."""
+    features, squared, and the `median`, which no single picture decides), its distance to the data with the paired
+    `change` from stock, and whether the classifier sees what was asked for, paired too (`gained`). `beside`: the change
+    from another row, by its key."""
 
     name: str
     group: str
