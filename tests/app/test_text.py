@@ -203,3 +203,16 @@ def test_a_scale_for_rows_of_several_weights_is_refused(folder):
     pipe = StepAwarePipeline(subject.stand_ins, plan, subject.encoder)
     with pytest.raises(HalfstepError, match="one weight"):
         pipe("a", guidance_scale=4.0)
+
+
+@torch.no_grad()
+def test_sample_draws_what_the_prompts_say(folder, tmp_path):
+    """Oracle: the stock pipeline, on the same noise; pixels to one of 255."""
+    from PIL import Image
+
+    verbs.sample(str(folder / "pipe"), tmp_path / "out", recipe(folder, "seed=4"), count=3)
+    noise = start_noise(open_subject(folder / "pipe", None, recipe(folder)).stand_ins, image_generators(4, 0, 3))
+    wanted = pipeline()(PROMPTS, num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="pt").images
+    for k in range(3):
+        found = torch.tensor(list(Image.open(tmp_path / "out" / f"{k:06d}.png").convert("L").getdata()))
+        assert (found - 255 * wanted[k].flatten()).abs().max() <= 1

@@ -462,7 +462,7 @@ def sample(
     begun, done = time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:
-        wanted = Conditions.of_classes(asked) if asked else None
+        wanted = Conditions.of_classes(asked) if asked else subject.conditions
         for images in sample_images(bank, plan, count, seed=recipe.seed, batch=recipe.sample.batch, conditions=wanted):
             pixels = to_uint8(images)
             shown.append(pixels[: max(0, 64 - done)])
