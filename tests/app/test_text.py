@@ -211,6 +211,7 @@ def test_sample_draws_what_the_prompts_say(folder, tmp_path):
     from PIL import Image
 
     verbs.sample(str(folder / "pipe"), tmp_path / "out", recipe(folder, "seed=4"), count=3)
+    assert "conditional on text" in " ".join(open_subject(folder / "pipe", None, recipe(folder)).read())
     noise = start_noise(open_subject(folder / "pipe", None, recipe(folder)).stand_ins, image_generators(4, 0, 3))
     wanted = pipeline()(PROMPTS, num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="pt").images
     for k in range(3):

@@ -9,6 +9,7 @@ from halfstep.core.process import Process
 from halfstep.data.classes import listed
 from halfstep.data.latents import shape_for
 from halfstep.engine.bank import Bank
+from halfstep.nets.architectures import example_of
 from halfstep.nets.denoiser import class_count
 from halfstep.nets.fit import Fitted
 
@@ -52,7 +53,8 @@ def about_model(
     parts.append(taken if vae is None else f"latents of {taken}")
     count = class_count(net.config)
     names = f" ({listed(classes)})" if classes else ", not named"
-    parts.append(f"{count} classes{names}" if count else "unconditional")
+    unnamed = "conditional on text" if "encoder_hidden_states" in example_of(net, 1) else "unconditional"
+    parts.append(f"{count} classes{names}" if count else unnamed)
     return "; ".join([*parts, *([f"noise: {process}"] if process else [])])
 
 

@@ -134,6 +134,7 @@ def _loaded(tokenizer: Path, folder: Path) -> tuple[Any, Any]:
         raise _unusable(
             "no transformers", "it, to encode prompts", "text encoder", "pip install halfstep[text]"
         ) from error
+    transformers.utils.logging.disable_progress_bar()  # one for every load, of a tenth of a second
     try:
         reader = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
         net = getattr(transformers, CLASSES[kind]).from_pretrained(folder, local_files_only=True, use_safetensors=True)
