@@ -41,8 +41,7 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
     bank, process = opened.bank, process_of(opened, model)
     conditions = None
     if takes_text(bank):
-        bank = bank if bank.null is not None else with_text(bank, model, recipe.sample.guidance)
-        bank = bank.with_null(bank.null, recipe.sample.guidance)
+        bank = with_text(bank, model, recipe.sample.guidance)
         conditions = conditions_of(bank, model, recipe.data.prompts, data)
     else:
         bank = _without_text(bank, recipe)

@@ -28,10 +28,12 @@ def takes_text(bank: Bank) -> bool:
 
 
 def with_text(bank: Bank, source: str | Path, guidance: float) -> Bank:
-    """The bank with the condition on nothing, "", which its pipeline folder's text encoder gives, and guided so.
+    """The bank guided so, with the condition on nothing: its own, or that of "" by its pipeline folder's text encoder.
 
     Raises ModelError for a model that takes more than one encoder's hidden states (Stable Diffusion XL and later).
     """
+    if bank.null is not None:
+        return bank.with_null(bank.null, guidance)
     more = set(example_of(bank[bank.reference], 1)) - {"encoder_hidden_states", "encoder_attention_mask"}
     if more:
         raise ModelError(
