@@ -33,8 +33,9 @@ VALUES = (
 
 @st.composite
 def any_plan(draw):
-    """Any names, timesteps, corrections, guides, costs and (JSON-shaped) scheduler config."""
-    prices = draw(st.dictionaries(st.text(min_size=1, max_size=8), PRICES, min_size=1, max_size=5))
+    """Any names (but for what joins calls), timesteps, corrections, guides, costs and (JSON-shaped) config."""
+    name = st.text(st.characters(codec="utf-8", exclude_characters="|*"), min_size=1, max_size=8)
+    prices = draw(st.dictionaries(name, PRICES, min_size=1, max_size=5))
     names = st.sampled_from(sorted(prices))
     guides = st.none() | st.builds(Guide, names, st.floats(-5, 5))
     row = st.builds(Row, st.floats(0, 1e4, allow_nan=False), names, CORRECTIONS | st.just(NONE), guides)
@@ -67,6 +68,12 @@ def test_price_is_the_sum_of_the_steps_and_json_round_trips(plan):
     again = StepPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan and hash(again) == hash(plan) and again.digest == plan.digest
     assert again.to_json()["macs"] == total
+
+
+@pytest.mark.parametrize("name", ["|", "full|", "full|slim*2", "a*b"])
+def test_a_name_that_joins_calls_is_no_entry(name):
+    with pytest.raises(PlanError, match=r"got entry .* expected a name without \| and \*"):
+        StepPlan((Row(0.0, name),), Sampler("DDIMScheduler", {}, 1), name, {name: Price(1)})
 
 
 @unhurried

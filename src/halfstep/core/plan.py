@@ -178,9 +178,9 @@ class StepPlan:
     beside its calls (decoding latents); no share and no budget counts it. `baseline`: the plan that a search chose this
     one instead of; None where there was none. `guidance`: the weight with which the reference is guided by itself, and
     by default every entry; 1 where it is unguided.
-    Raises PlanError for a plan without rows, a sampler whose config is none, an entry or a guide without a price, a
-    reference or a baseline that costs nothing (shares are of it), and numbers out of the bounds of `Correction` and
-    `Guide`.
+    Raises PlanError for a plan without rows, a sampler whose config is none, an entry or a guide without a price or of
+    a name that joins calls (see `call_of`), a reference or a baseline that costs nothing (shares are of it), and
+    numbers out of the bounds of `Correction` and `Guide`.
     """
 
     rows: tuple[Row, ...]
@@ -199,6 +199,8 @@ class StepPlan:
             if said is not None and not isinstance(said, (float, int) if kind is float else kind):
                 raise _refused(f"a sampler with {key} {said!r}", f"a {kind.__name__}", "use its scheduler's own config")
         for name in (self.reference, *self.nets):
+            if BAR in name or "*" in name:
+                raise _refused(f"entry {name!r}", f"a name without {BAR} and *, which join calls", "name it otherwise")
             if name not in self.prices:
                 raise _refused(f"entry {name!r}", f"one of {', '.join(self.prices)}", "use the bank's names")
         for price in (self.prices[self.reference], *([self.baseline.price] if self.baseline else [])):
