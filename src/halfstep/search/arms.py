@@ -32,9 +32,9 @@ ROUNDS = 4
 """How many times as many images an arm has after the last round of a race as after the first."""
 FAMILIES = 8
 """Families (a sampler with its order and spacing) that go on to every number of calls."""
-NEAREST = 2
-"""Arms of a number of calls, the nearest to the converged pictures, whose distance to the data is measured: fidelity
-drops the hopeless, and does not crown (PNDM in 9 to 11 calls is never the nearest, and often the best)."""
+HOPELESS = 4
+"""A number of calls whose nearest arm is so many times as far from the data as is tolerated has no second one measured:
+the second was never seen to be a quarter of the first."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -162,8 +162,10 @@ def best_free(
     """The cheapest stock sampler of the dense net whose score on common noise is no worse than that of `today`; `today`
     itself where none is.
 
-    From few calls upwards the `NEAREST` families to the converged pictures are taken and their distance to the data
-    measured, until one is within what is `tolerated` of today's score.
+    From few calls upwards the nearest family to the converged pictures is taken and its distance to the data measured,
+    and the second one's too where the first is not `HOPELESS`: fidelity drops the hopeless and does not crown (PNDM in
+    9 to 11 calls is never the nearest, and often the best). It ends where one is within what is `tolerated` of today's
+    score.
     """
     found: list[tuple[StepPlan, float]] = []
     counts = [calls for calls in COUNTS if calls < len(today.called)]
@@ -175,9 +177,11 @@ def best_free(
             if not near:
                 continue
             errors = track.errors(near, 0, min(track.first, track.converged.count))
-            order = np.argsort([float(one.mean()) for one in errors], kind="stable")[:NEAREST]
-            tried = [near[int(k)] for k in order]
-            found.append(min(zip(tried, scores.many(tried, "free"), strict=True), key=lambda one: one[1]))
+            first, *second = [near[k] for k in np.argsort([float(one.mean()) for one in errors], kind="stable")[:2]]
+            seen = [(first, scores(first, "free"))]
+            if seen[0][1] <= HOPELESS * limit:
+                seen += [(one, scores(one, "free")) for one in second]
+            found.append(min(seen, key=lambda one: one[1]))
             best = found[-1][0]
             told(done + 2, f"{best.sampler.told}: {found[-1][1]:.3g} (today {start:.3g})")
             if found[-1][1] <= limit:
