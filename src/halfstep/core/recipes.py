@@ -63,7 +63,7 @@ def fashion() -> Recipe:
         sample=SampleSpec(steps=50, batch=128),
         search=SearchSpec(images=256, error_images=16, fit=12, genes=5, race=8, arms=2, finalists=2, final_images=512),
         shrink=ShrinkSpec(scales=(0.96, 0.98, 0.99, 1.01)),
-        eval=EvalSpec(images=512, features="fashion", bootstrap=300, repeats=3),
+        eval=EvalSpec(images=512, features="fashion", bootstrap=300, repeats=2),
     )
 
 
