@@ -101,6 +101,11 @@ def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
     )  # fmt: skip
 
 
+def painted(colours: int) -> dict[str, int]:
+    """The config of a VAE of pictures with so many channels."""
+    return {"in_channels": colours, "out_channels": colours}
+
+
 @seeded
 def text_unet(**config: Any) -> UNet2DConditionModel:
     small = {
@@ -165,14 +170,14 @@ def controlnet() -> Any:
     return stable_diffusion(StableDiffusionControlNetPipeline, controlnet=net)
 
 
-def sdxl() -> Any:
+def sdxl(colours: int = 3, **config: Any) -> Any:
     unet = text_unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         addition_embed_type="text_time", addition_time_embed_dim=4, cross_attention_dim=2 * TEXT,
-        projection_class_embeddings_input_dim=6 * 4 + TEXT, use_linear_projection=True,
+        projection_class_embeddings_input_dim=6 * 4 + TEXT, use_linear_projection=True, **config,
     )  # fmt: skip
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False, **BETAS)
-    parts = (vae(), clip(), clip(TEXT), clip_tokenizer(), clip_tokenizer(), unet, scheduler)
+    parts = (vae(**painted(colours)), clip(), clip(TEXT), clip_tokenizer(), clip_tokenizer(), unet, scheduler)
     return quiet(StableDiffusionXLPipeline(*parts, add_watermarker=False))
 
 
@@ -184,21 +189,24 @@ def dit() -> Any:
     return quiet(DiTPipeline(net, vae(), DDIMScheduler(clip_sample=False)))
 
 
-def pixart() -> Any:
-    net = seeded(PixArtTransformer2DModel)(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
-        cross_attention_dim=16, caption_channels=TEXT, num_embeds_ada_norm=1000,
-    )  # fmt: skip
-    return quiet(PixArtAlphaPipeline(t5_tokenizer(), t5(), vae(), net, DPMSolverMultistepScheduler()))
+def pixart(colours: int = 3, **config: Any) -> Any:
+    small = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 3,
+        "sample_size": 8, "cross_attention_dim": 16, "caption_channels": TEXT, "num_embeds_ada_norm": 1000,
+    }  # fmt: skip
+    net = seeded(PixArtTransformer2DModel)(**small | config)
+    return quiet(PixArtAlphaPipeline(t5_tokenizer(), t5(), vae(**painted(colours)), net, DPMSolverMultistepScheduler()))
 
 
-def sd3() -> Any:
-    net = seeded(SD3Transformer2DModel)(
-        sample_size=WIDE // 2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=2 * TEXT, caption_projection_dim=16, pooled_projection_dim=2 * TEXT, pos_embed_max_size=16,
-    )  # fmt: skip
+def sd3(colours: int = 3, **config: Any) -> Any:
+    small = {
+        "sample_size": WIDE // 2, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 2 * TEXT, "caption_projection_dim": 16,
+        "pooled_projection_dim": 2 * TEXT, "pos_embed_max_size": 16,
+    }  # fmt: skip
+    net, images = seeded(SD3Transformer2DModel)(**small | config), vae(shift_factor=0.1, **painted(colours))
     scheduler, texts = FlowMatchEulerDiscreteScheduler(shift=3.0), (clip(TEXT), clip_tokenizer())
-    return quiet(StableDiffusion3Pipeline(net, scheduler, vae(shift_factor=0.1), *texts, *texts, None, None))
+    return quiet(StableDiffusion3Pipeline(net, scheduler, images, *texts, *texts, None, None))
 
 
 def flux() -> Any:

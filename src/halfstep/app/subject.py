@@ -20,9 +20,10 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.engine.text import conditions_of, takes_text, with_text
 from halfstep.nets.architectures import architecture_of
-from halfstep.nets.denoiser import require_same_shape
+from halfstep.nets.denoiser import require_same_shape, sample_shape
 from halfstep.nets.fit import Fitted, fit
 from halfstep.nets.models import load_classes, load_denoiser, load_vae, pipeline_folder
+from halfstep.nets.prompting import load_prompter
 
 
 def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, watch: Watch = SILENT) -> Subject:
@@ -39,10 +40,11 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         return _without_model(data, recipe, watch)
     opened = open_model(model)
     bank, process = opened.bank, process_of(opened, model)
-    conditions = None
+    prompter = conditions = None
     if takes_text(bank):
-        bank = with_text(bank, model, recipe.sample.guidance)
-        conditions = conditions_of(bank, model, recipe.data.prompts, data)
+        prompter = load_prompter(model, bank[bank.reference], bank.vae)
+        bank = with_text(bank, prompter, recipe.sample.guidance)
+        conditions = conditions_of(prompter, recipe.data.prompts, data)
     else:
         bank = _without_text(bank, recipe)
     sample = settled(process, recipe.sample, opened.scheduler)
@@ -62,6 +64,7 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         recipe=recipe,
         scheduler=opened.scheduler,
         conditions=conditions,
+        prompter=prompter,
     )
 
 
@@ -95,6 +98,7 @@ def open_model(source: str | Path) -> Opened:
         pipe = StepAwarePipeline.from_pretrained(folder)
         return Opened(pipe.bank, pipe.plan, pipe.plan.sampler.scheduler_config)
     dense, config = load_denoiser(source)
+    sample_shape(dense.config)  # refuses FLUX, which has none
     vae = load_vae(source, checked=True)
     if vae is not None:
         check_vae(vae, dense.config, source)

@@ -12,7 +12,7 @@ import torch
 from halfstep.core.errors import ModelError
 from halfstep.data.captions import Captions
 from halfstep.data.classes import in_turn, spread
-from halfstep.data.prompts import TextEncoder, encode_prompts
+from halfstep.data.prompts import Prompter
 from halfstep.engine.bank import Bank
 from halfstep.nets.architectures import example_of
 from halfstep.nets.content import fingerprint
@@ -38,9 +38,9 @@ class Conditions:
         return cls(cond_of(torch.from_numpy(kinds)), tuple(order.tolist()))
 
     @classmethod
-    def of_prompts(cls, encoder: TextEncoder, captions: Captions, *, cut: bool = False) -> Conditions:
+    def of_prompts(cls, prompter: Prompter, captions: Captions, *, cut: bool = False) -> Conditions:
         """Images that show what these captions say, image k the caption of k; each different text is encoded once."""
-        return cls(encode_prompts(encoder, captions.texts, cut=cut), tuple(captions.order.tolist()), captions.texts)
+        return cls(prompter.condition(captions.texts, cut=cut), tuple(captions.order.tolist()), captions.texts)
 
     @property
     def content(self) -> dict[str, Any]:

@@ -20,16 +20,15 @@ from halfstep.core.plan import Price, StepPlan
 from halfstep.core.process import Process
 from halfstep.core.sums import require_whole, write_sums
 from halfstep.data.classes import numbers_of, read_classes, write_classes
-from halfstep.data.prompts import NOTHING, TextEncoder, encode_prompts
+from halfstep.data.prompts import NOTHING, Prompter
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import cond_for
 from halfstep.engine.networks import require_fed
 from halfstep.engine.samplers import rehearse
 from halfstep.engine.sampling import build_scheduler, image_generators, start_noise, to_images, trajectory
-from halfstep.engine.text import takes_mask
-from halfstep.nets.denoiser import Cond, class_count, cond_of, cond_to, sample_shape
+from halfstep.nets.denoiser import Cond, class_count, cond_of, cond_to, flattened, sample_shape
 from halfstep.nets.models import load_vae
-from halfstep.nets.text import copy_text_encoder, load_text_encoder
+from halfstep.nets.prompting import copy_text_encoder, load_prompter
 from halfstep.nets.weights import require_safetensors
 
 Texts = str | Sequence[str]
@@ -98,7 +97,7 @@ class StepAwarePipeline(DiffusionPipeline):
         """
         plan = _rescaled(plan or self.plan, guidance_scale)
         bank, cond = self._asked_for(prompt, negative_prompt, num_images_per_prompt, batch_size, class_labels)
-        count = batch_size if prompt is None else len(next(iter(cond.values())))
+        count = batch_size if prompt is None else len(next(flattened(cond))[1])
         noise, generators = _noise(bank, count, seed, generator)
         with self.progress_bar(total=len(plan.rows)) as bar:
             for step in trajectory(bank, plan, noise, generators, cond):
@@ -127,7 +126,7 @@ class StepAwarePipeline(DiffusionPipeline):
         if isinstance(prompt, int):  # as the number of images was given before there were prompts
             raise PlanError(got=prompt, expected="a text", where="prompt", do=f"write batch_size={prompt}")
         texts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(each)]
-        cond = cond_to(encode_prompts(self._encoder, texts), self.bank.device, self.bank.dtype)
+        cond = cond_to(self._prompter.condition(texts), self.bank.device, self.bank.dtype)
         if negative is None:
             return self.bank, cond
         away = [negative] if isinstance(negative, str) else [text for text in negative for _ in range(each)]
@@ -138,18 +137,16 @@ class StepAwarePipeline(DiffusionPipeline):
                 where="negative_prompt",
                 do="give one for each prompt",
             )
-        null = encode_prompts(self._encoder, [text or NOTHING for text in away])
+        null = self._prompter.condition([text or NOTHING for text in away])
         return self.bank.with_null(null, self.bank.guidance), cond
 
     @cached_property
-    def _encoder(self) -> TextEncoder:
+    def _prompter(self) -> Prompter:
         """Of the prompts. Raises PlanError for a pipeline that takes none, ModelError for one without its encoder."""
         if self.bank.null is None or self.encoder is None:
             got, expected = "a prompt", "a pipeline of text, with its text encoder"
             raise PlanError(got=got, expected=expected, where="prompt", do="leave it out, or load the pipeline whole")
-        found = load_text_encoder(self.encoder, for_net=takes_mask(self.bank))
-        found.net.to(self.bank.device)
-        return found
+        return load_prompter(self.encoder, self.bank[self.bank.reference], self.bank.vae).to(self.bank.device)
 
     def _asked(self, asked: str | int | Sequence[str | int] | torch.Tensor, count: int) -> Cond:
         """The condition on the classes asked for. Raises PlanError."""

@@ -14,6 +14,7 @@ from halfstep.core.recipe import Recipe
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents, encode_images
+from halfstep.data.prompts import Prompter
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
@@ -37,7 +38,7 @@ class Subject:
     names of its classes, where it has them. `fitted`: the images as the model takes them; None for a verb without.
     `recipe`: with what follows from the model: its process, the images' size and channels. `scheduler`: the config of
     the scheduler that the model came with, for a recipe whose sampler is "own". `conditions`: what images are drawn
-    under, of a model that is conditional on text.
+    under, of a model that is conditional on text. `prompter`: what encodes its prompts.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Subject:
     recipe: Recipe
     scheduler: Mapping[str, Any] | None = None
     conditions: Conditions | None = None
+    prompter: Prompter | None = None
 
     def __repr__(self) -> str:
         """What was read, in words: a model and a recipe print hundreds of lines."""
@@ -94,9 +96,10 @@ class Subject:
         """What a denoiser is trained on: `encoded`, of a model of text with the images' captions. Raises DataError
         where images have none."""
         seen = self.encoded(watch)
-        if self.conditions is None:
+        null = self.stand_ins.null if self.prompter is not None else None
+        if self.prompter is None or null is None:
             return seen
-        return captioned(seen, self.stand_ins, self.source, self.data, self.recipe.train.dropped)
+        return captioned(seen, self.prompter, null, self.data, self.recipe.train.dropped)
 
     def reference(self, bank: Bank | None = None) -> StepPlan:
         """The reference, of the model's bank or of another for its samples, in every row of the recipe's sampler."""

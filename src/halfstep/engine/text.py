@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from halfstep.core.errors import DataError, ModelError
+from halfstep.core.errors import DataError
 from halfstep.data.captions import read_captions
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
-from halfstep.data.prompts import NOTHING, encode_prompts
+from halfstep.data.prompts import Prompter
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.nets.architectures import example_of
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import Cond, class_count, joined, picked
-from halfstep.nets.text import load_text_encoder
 
 
 def takes_text(bank: Bank) -> bool:
@@ -27,26 +25,12 @@ def takes_text(bank: Bank) -> bool:
     return "encoder_hidden_states" in example_of(bank[bank.reference], 1)
 
 
-def with_text(bank: Bank, source: str | Path, guidance: float) -> Bank:
-    """The bank guided so, with the condition on nothing: its own, or that of "" by its pipeline folder's text encoder.
-
-    Raises ModelError for a model that takes more than one encoder's hidden states (Stable Diffusion XL and later).
-    """
-    if bank.null is not None:
-        return bank.with_null(bank.null, guidance)
-    more = set(example_of(bank[bank.reference], 1)) - {"encoder_hidden_states", "encoder_attention_mask"}
-    if more:
-        raise ModelError(
-            got=f"a model that takes {', '.join(sorted(more))} beside its text",
-            expected="the hidden states of one text encoder",
-            where=source,
-            do="make a plan with halfstep.plan_for and attach it to its pipeline",
-        )
-    encoder = load_text_encoder(source, for_net=takes_mask(bank))
-    return bank.with_null(encode_prompts(encoder, [NOTHING]), guidance)
+def with_text(bank: Bank, prompter: Prompter, guidance: float) -> Bank:
+    """The bank guided so, with the condition on nothing: its own, or the one that its pipeline has without a prompt."""
+    return bank.with_null(prompter.nothing() if bank.null is None else bank.null, guidance)
 
 
-def conditions_of(bank: Bank, source: str | Path, prompts: str, data: str | None) -> Conditions:
+def conditions_of(prompter: Prompter, prompts: str, data: str | None) -> Conditions:
     """What images are drawn under: the prompts of a file, `prompts:FILE`, or where there are none the captions of the
     images, in an order whose every beginning has their mix.
 
@@ -56,7 +40,7 @@ def conditions_of(bank: Bank, source: str | Path, prompts: str, data: str | None
         got, do = "no prompts", "write --prompts FILE, one prompt a line, or give images with captions"
         raise DataError(got=got, expected="some: the model is conditional on text", where="--prompts", do=do)
     found = read_captions(f"prompts:{prompts}") if prompts else read_captions(str(data)).mixed()
-    return Conditions.of_prompts(load_text_encoder(source, for_net=takes_mask(bank)), found)
+    return Conditions.of_prompts(prompter, found)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,23 +73,17 @@ class Captioned:
         return picked(self.table, torch.where(dropped, int(self.order.max()) + 1, self.order[index]))
 
 
-def captioned(images: Images | Latents, bank: Bank, source: str | Path, data: str, dropped: float) -> Captioned:
-    """Images with their own captions. Raises DataError where some or all have none."""
+def captioned(images: Images | Latents, prompter: Prompter, null: Cond, data: str, dropped: float) -> Captioned:
+    """Images with their own captions, and the condition on nothing. Raises DataError where some or all have none."""
     found = read_captions(data)
     if len(found) != len(images):
         got, expected = f"{len(found)} captions", f"{len(images)}, one for each image"
         raise DataError(got=got, expected=expected, where=data, do="caption all of them")
-    known = Conditions.of_prompts(load_text_encoder(source, for_net=takes_mask(bank)), found)
-    assert bank.null is not None, "a bank of text has one"
+    known = Conditions.of_prompts(prompter, found)
     return Captioned(
         images=images,
-        table=joined(known.table, bank.null),
+        table=joined(known.table, null),
         order=torch.tensor(known.order),
         dropped=dropped,
-        fingerprint=fingerprint(images.fingerprint, known.content, bank.null, {"dropped": dropped}),
+        fingerprint=fingerprint(images.fingerprint, known.content, null, {"dropped": dropped}),
     )
-
-
-def takes_mask(bank: Bank) -> bool:
-    """Whether the denoiser is told which tokens are padding."""
-    return "encoder_attention_mask" in example_of(bank[bank.reference], 1)

@@ -236,7 +236,7 @@ def sample_shape(config: Mapping[str, Any], count: int = 1) -> tuple[int, int, i
             got="a model without a sample_size",
             expected="the side of its samples, or two sides",
             where="the model's config",
-            do="run it inside its own pipeline, which packs pictures of any size into tokens",
+            do="put a plan of halfstep.plan_for under its own pipeline, which packs pictures of any size into tokens",
         )
     height, width = (size, size) if isinstance(size, int) else size
     return count, config["in_channels"], height, width

@@ -12,9 +12,8 @@ from halfstep.core.errors import ModelError
 from halfstep.core.typed import shown
 
 STEM = "diffusion_pytorch_model"
-WEIGHTS = f"{STEM}.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-_VARIANT = re.compile(rf"{STEM}(?:\.safetensors\.index)?\.(\w[\w-]{{0,40}}?)\.(?:safetensors|json)")
+"""How diffusers calls the files of weights; transformers calls them `model`."""
+WEIGHTS, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}")
 
 
@@ -27,17 +26,17 @@ class WeightFiles:
     where: Path
 
 
-def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
-    """Those of a folder: of a `variant` where one is asked for, else its plain weights; of a folder that has one
-    variant alone that one, and a warning says so.
+def weight_files(folder: Path, variant: str | None = None, stem: str = STEM) -> WeightFiles:
+    """Those of a folder, which are called `stem`: of a `variant` where one is asked for, else its plain weights; of a
+    folder that has one variant alone that one, and a warning says so.
 
     Raises ModelError, which names what lies there instead, and for an index of other than files beside it.
     """
-    found = sorted(_variants(folder))
-    if variant is None and not _whole(folder, None) and len(found) == 1:
+    found = sorted(_variants(folder, stem))
+    if variant is None and not any((folder / name).exists() for name in _names(stem, None)) and len(found) == 1:
         variant = found[0]
         warnings.warn(f"{folder}: there are no plain weights; those of its only variant, {variant}", stacklevel=3)
-    one, index = _names(variant)
+    one, index = _names(stem, variant)
     if (folder / index).exists():
         return WeightFiles(_shards(folder, folder / index), variant, folder / index)
     if (folder / one).is_file():
@@ -45,17 +44,15 @@ def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
     raise _missing(folder, one, found)
 
 
-def _names(variant: str | None) -> tuple[str, str]:
+def _names(stem: str, variant: str | None) -> tuple[str, str]:
     """One file's name, and the index's of many."""
-    return (WEIGHTS, INDEX) if variant is None else (f"{STEM}.{variant}.safetensors", f"{WEIGHTS}.index.{variant}.json")
+    own = "" if variant is None else f".{variant}"
+    return f"{stem}{own}.safetensors", f"{stem}.safetensors.index{own}.json"
 
 
-def _whole(folder: Path, variant: str | None) -> bool:
-    return any((folder / name).exists() for name in _names(variant))
-
-
-def _variants(folder: Path) -> set[str]:
-    matches = [_VARIANT.fullmatch(file.name) for file in folder.glob(f"{STEM}.*") if file.is_file()]
+def _variants(folder: Path, stem: str) -> set[str]:
+    named = re.compile(rf"{stem}(?:\.safetensors\.index)?\.(\w[\w-]{{0,40}}?)\.(?:safetensors|json)")
+    matches = [named.fullmatch(file.name) for file in folder.glob(f"{stem}.*") if file.is_file()]
     return {found[1] for found in matches if found and found[1] != "index" and not _SHARD.fullmatch(found[1])}
 
 

@@ -6,7 +6,6 @@ names the package that brings it and the digest of its weights: another encoder'
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -18,13 +17,19 @@ from halfstep.core.sums import digest_of
 from halfstep.core.typed import Bounds, shown
 from halfstep.data.prompts import TextEncoder
 from halfstep.nets.content import fingerprint
+from halfstep.nets.files import weight_files
 from halfstep.nets.models import pipeline_folder
 from halfstep.nets.weights import open_weights, require_finite
 
 FILE = "text_encoder.json"
 WEIGHTS = "model.safetensors"
-CLASSES = {"bert": "BertModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
-"""The classes of transformers that are loaded, by the model_type of their config.json. Nothing else is imported."""
+CLASSES = {
+    "bert": ("BertModel",),
+    "clip_text_model": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "t5": ("T5EncoderModel",),
+}
+"""The classes of transformers that are loaded, by the model_type of their config.json, the plain one first. Nothing
+else is imported."""
 MOST_TOKENS = 4096
 
 
@@ -51,16 +56,6 @@ def write_external(folder: Path, package: str, inner: str, *, tokens: int, maske
     write_json(folder / FILE, asdict(record))
 
 
-def copy_text_encoder(source: str | Path, folder: Path) -> None:
-    """Copy a pipeline's text encoder and tokenizer, or the record that names them, into another's folder."""
-    source = pipeline_folder(source)
-    for name in ("text_encoder", "tokenizer"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-    if (source / FILE).is_file():
-        shutil.copyfile(source / FILE, folder / FILE)
-
-
 def load_text_encoder(source: str | Path, encoder: str | Path | None = None, *, for_net: bool = False) -> TextEncoder:
     """The text encoder of a pipeline folder: its own `text_encoder` and `tokenizer`, or the one that it names.
 
@@ -70,17 +65,17 @@ def load_text_encoder(source: str | Path, encoder: str | Path | None = None, *, 
     """
     folder = pipeline_folder(source)
     if (folder / "text_encoder" / "config.json").is_file():
-        tokenizer, net = _loaded(folder / "tokenizer", folder / "text_encoder")
+        tokenizer, net = load_encoder(folder / "tokenizer", folder / "text_encoder")
         tokens, masked = tokenizer.model_max_length, bool(getattr(net.config, "use_attention_mask", False))
         masked = masked or for_net
-        _require_length(tokens, net, folder / "tokenizer")
+        require_length(tokens, net, folder / "tokenizer")
     elif (folder / FILE).is_file():
         record = read_record(folder / FILE, External, what="which text encoder it has", do="copy it", error=ModelError)
         place = Path(encoder) if encoder else _of_package(record.package, record.folder, folder)
         _require_weights(place, record.weights_sha256, folder)
-        tokenizer, net = _loaded(place, place)
+        tokenizer, net = load_encoder(place, place)
         tokens, masked = record.tokens, record.masked
-        _require_length(tokens, net, folder / FILE)
+        require_length(tokens, net, folder / FILE)
     else:
         expected = f"text_encoder/ and tokenizer/, or a {FILE} that names them"
         raise _unusable("a text model without its encoder", expected, folder, "copy the whole pipeline")
@@ -114,20 +109,27 @@ def _require_weights(place: Path, digest: str, where: object) -> None:
         raise _unusable(f"other weights in {file}", f"those with SHA-256 {digest[:12]}…", where, do)
 
 
-def _require_length(tokens: int, net: Any, where: object) -> None:
+def require_length(tokens: int, net: Any, where: object) -> None:
+    """Raise ModelError unless an encoder takes prompts of so many tokens."""
     most = min(MOST_TOKENS, getattr(net.config, "max_position_embeddings", None) or MOST_TOKENS)
     if not 1 <= tokens <= most:  # a tokenizer without a length says 10 ** 30
         raise _unusable(f"prompts of {tokens} tokens", f"1 to {most}", where, "set the tokenizer's model_max_length")
 
 
-def _loaded(tokenizer: Path, folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and network in float32, from files alone. Raises ModelError."""
+def load_encoder(tokenizer: Path, folder: Path, kind: str | None = None) -> tuple[Any, Any]:
+    """Tokenizer and network in float32, from files alone: plain weights or the only variant (fp16), whole or in shards.
+
+    kind: the class of transformers to load, of those in `CLASSES`; by default the plain one. Raises ModelError.
+    """
     do = "copy or save it again"
-    kind = read_json(folder / "config.json", what="a text encoder's config", do=do, error=ModelError).get("model_type")
-    if kind not in CLASSES:
-        raise _unusable(f"a text encoder of type {shown(kind)}", f"one of {', '.join(CLASSES)}", folder, "use another")
-    with open_weights(folder / WEIGHTS, what="the weights of a text encoder"):
-        pass  # bounded and whole
+    found = read_json(folder / "config.json", what="a text encoder's config", do=do, error=ModelError).get("model_type")
+    if found not in CLASSES or (kind and kind not in CLASSES[found]):
+        known = [name for name, kinds in CLASSES.items() if kind is None or kind in kinds]
+        raise _unusable(f"a text encoder of type {shown(found)}", f"one of {', '.join(known)}", folder, "use another")
+    weights = weight_files(folder, stem="model")
+    for file in weights.files:
+        with open_weights(file, what="the weights of a text encoder"):
+            pass  # bounded and whole
     try:
         import transformers
     except ImportError as error:
@@ -135,12 +137,13 @@ def _loaded(tokenizer: Path, folder: Path) -> tuple[Any, Any]:
             "no transformers", "it, to encode prompts", "text encoder", "pip install halfstep[text]"
         ) from error
     transformers.utils.logging.disable_progress_bar()  # one for every load, of a tenth of a second
+    given = {"local_files_only": True, "use_safetensors": True, "variant": weights.variant}
     try:
         reader = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
-        net = getattr(transformers, CLASSES[kind]).from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        net = getattr(transformers, kind or CLASSES[found][0]).from_pretrained(folder, **given)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         got = f"what transformers cannot load ({error})"
         raise _unusable(got, "a tokenizer and a text encoder", folder, do) from error
     net = net.float().eval().requires_grad_(False)
-    require_finite(net.state_dict(), folder / WEIGHTS)
+    require_finite(net.state_dict(), weights.where)
     return reader, net
