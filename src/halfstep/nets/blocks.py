@@ -132,8 +132,8 @@ def known(cond: Mapping[str, Any], names: Sequence[str], model: Any) -> dict[str
 
 def picture(tokens: torch.Tensor, height: int, width: int, patch: int) -> torch.Tensor:
     """[B, height * width, patch * patch * C] -> [B, C, height * patch, width * patch]; the channel runs fastest."""
-    x = tokens.reshape(len(tokens), height, width, patch, patch, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height * patch, width * patch)
+    x = tokens.reshape(tokens.shape[0], height, width, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, height * patch, width * patch)
 
 
 @contextlib.contextmanager

@@ -344,7 +344,7 @@ class ContinuousUNet2DModel(ModelMixin, ConfigMixin):
         if not self.timed:
             return None
         config: Any = self.config
-        steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        steps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         if self.table is None:
             found = get_timestep_embedding(steps, config.time_embed_dim, downscale_freq_shift=0)
         else:

@@ -1,4 +1,7 @@
-"""The only door to a network: every part calls it as a plain function of (sample, timestep, condition, memo)."""
+"""The only door to a network: every part calls it as a plain function of (sample, timestep, condition, memo).
+
+Inside of networks a batch is `x.shape[0]` and not `len(x)`, which is a constant to what traces them for other runtimes.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def predictor(model: Callable[..., Any], weights: Callable[[], Mapping[str, torc
 
     def arguments(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond) -> tuple[tuple, dict[str, Any]]:
         if each:
-            return (sample,), {"timestep": per_sample(timestep, len(sample)), **cond, "return_dict": False}
+            return (sample,), {"timestep": per_sample(timestep, sample.shape[0]), **cond, "return_dict": False}
         return (sample, timestep), {**cond, "return_dict": False}
 
     def predict(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:

@@ -82,7 +82,7 @@ def walked(model: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mappi
     """`DiTTransformer2DModel.forward` in its parts, step by step."""
     given = known(cond, ("class_labels", "cross_attention_kwargs"), model)
     labels, options = given.get("class_labels"), given.get("cross_attention_kwargs")
-    steps = per_sample(timestep, len(sample))
+    steps = per_sample(timestep, sample.shape[0])
 
     def run(block: Any, streams: Streams) -> Streams:
         return (block(streams[0], timestep=steps, class_labels=labels, cross_attention_kwargs=options),)

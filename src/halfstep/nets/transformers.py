@@ -42,14 +42,14 @@ def pixart(model: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mappi
     height, width = (side // model.config.patch_size for side in sample.shape[-2:])
     tokens = model.pos_embed(sample)
     time, embedding = model.adaln_single(
-        per_sample(timestep, len(sample)),
+        per_sample(timestep, sample.shape[0]),
         given.get("added_cond_kwargs"),
-        batch_size=len(sample),
+        batch_size=sample.shape[0],
         hidden_dtype=tokens.dtype,
     )
     text = given.get("encoder_hidden_states")
     if model.caption_projection is not None:
-        text = model.caption_projection(text).view(len(sample), -1, tokens.shape[-1])
+        text = model.caption_projection(text).view(sample.shape[0], -1, tokens.shape[-1])
     options = {
         "encoder_hidden_states": text,
         "attention_mask": _bias(given.get("attention_mask"), sample.dtype),
@@ -91,7 +91,7 @@ _SD3 = ("encoder_hidden_states", "pooled_projections", "block_controlnet_hidden_
 
 
 def sd3(model: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, Any]) -> Walk:
-    given, steps = known(cond, _SD3, model), per_sample(timestep, len(sample))
+    given, steps = known(cond, _SD3, model), per_sample(timestep, sample.shape[0])
     time = model.time_text_embed(steps, given["pooled_projections"])
     options = dict(given.get("joint_attention_kwargs", {}))
     if "ip_adapter_image_embeds" in options:
@@ -140,7 +140,7 @@ _FLUX = (
 
 def flux(model: Any, sample: torch.Tensor, timestep: torch.Tensor, cond: Mapping[str, Any]) -> Walk:
     given, x = known(cond, _FLUX, model), model.x_embedder(sample)
-    times = [per_sample(timestep, len(sample)).to(x.dtype) * 1000]
+    times = [per_sample(timestep, sample.shape[0]).to(x.dtype) * 1000]
     if "guidance" in given:
         times.append(given["guidance"].to(x.dtype) * 1000)
     time = model.time_text_embed(*times, given["pooled_projections"])

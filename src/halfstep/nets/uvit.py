@@ -111,7 +111,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         """What the first block takes, [B, L, D]: class, time, patches, each with its place."""
         config: Any = self.config
         require_labels(class_labels, config, where="UViT2DModel")
-        steps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        steps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = get_timestep_embedding(steps, config.embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         tokens = [self.time_embed(time.to(sample.dtype))[:, None]]
         if class_labels is not None:
@@ -186,8 +186,8 @@ class Mlp(nn.Module):
 def _unpatch(x: torch.Tensor, patch: int, channels: int) -> torch.Tensor:
     """[B, L, patch * patch * channels] -> [B, channels, S, S]; inside a token the channel runs fastest."""
     side = round(x.shape[1] ** 0.5)
-    x = x.view(len(x), side, side, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), channels, side * patch, side * patch)
+    x = x.view(x.shape[0], side, side, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], channels, side * patch, side * patch)
 
 
 def _init(module: nn.Module) -> None:

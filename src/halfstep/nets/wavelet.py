@@ -73,7 +73,7 @@ class Gates(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(channels, channels // 2), nn.SiLU(), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ffn(x.mean((2, 3))).sigmoid().view(len(x), 4, self.gates, 1, 1)
+        return self.ffn(x.mean((2, 3))).sigmoid().view(x.shape[0], 4, self.gates, 1, 1)
 
 
 class WaveletDown(nn.Module):
