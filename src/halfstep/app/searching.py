@@ -25,7 +25,7 @@ from halfstep.data.arrays import save_arrays
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device, side_by_side
-from halfstep.engine.pricing import PriceBook
+from halfstep.engine.pricing import PriceBook, timed_prices
 from halfstep.engine.profiling import reused_macs
 from halfstep.engine.sampling import sample_images
 from halfstep.engine.subject import Subject
@@ -48,6 +48,8 @@ CONVERGED = 50
 """Steps of the fine solver that samplers are raced against: more than any raced one has."""
 LADDER = (32, 22, 16, 11, 8, 5.6)
 """Parts of what is run today that a search for the cheapest plan tries as limits."""
+CLEARLY = 0.7
+"""The part of the shortest time, of a few calls, below which a budget is refused before prices are measured well."""
 
 
 @dataclass(frozen=True)
@@ -325,16 +327,22 @@ def work_of(question: Question, today: StepPlan, recipe: Recipe) -> list[Drawing
     ]
 
 
-def require_reachable(goal: Goal, today: StepPlan, bank: Bank) -> None:
-    """Raise PlanError, before anything is trained or drawn, for a budget in MACs below the cheapest plan of all: the
-    cheapest entry in every one of the fewest calls. A time is not known yet."""
-    if goal.budget is None or goal.budget.priced_in != "macs":
+def require_reachable(goal: Goal, today: StepPlan, bank: Bank, batch: int) -> None:
+    """Raise PlanError, before anything is trained or drawn, for a budget below the cheapest plan of all: the cheapest
+    entry in every one of the fewest calls. A time is measured in a few calls of `batch` images, and refused where it is
+    clearly too short; the search measures again."""
+    if goal.budget is None:
         return
-    least = min(COUNTS[0], len(today.rows)) * min(today.prices[name].macs for name in bank.computed)
-    if goal.budget.limit(today.price, 1) < least * (1 - 1e-9):
+    cheapest, sure = min(bank.computed, key=lambda name: today.prices[name].macs), 1 - 1e-9
+    unit = goal.budget.priced_in
+    if unit == "us":
+        timed = timed_prices(bank.only(dict.fromkeys((bank.reference, cheapest))), batch, repeats=3, warmup=1)
+        today, sure = replace(today, prices={**today.prices, **timed}, fixed=Price(0, 0)), CLEARLY
+    least = replace(today, rows=today.rows[: COUNTS[0]]).uniform(cheapest).whole
+    if goal.budget.limit(today.price, batch) < getattr(least, unit) * sure:
         raise PlanError(
             got=goal.budget,
-            expected=f"at least {goal.budget.told(Price(least), today.price, 1)}, the cheapest plan there is",
+            expected=f"at least {goal.budget.told(least, today.price, batch)}, the cheapest plan there is",
             where="--budget",
             do="raise the budget, or add cheaper stand-ins",
         )

@@ -281,7 +281,7 @@ def optimize(
     require_measurable(subject.images, recipe)
     draft = slimmable.draft(subject, recipe)
     bank = draft.bank()
-    require_reachable(goal, subject.reference(bank), bank)
+    require_reachable(goal, subject.reference(bank), bank, recipe.sample.timed)
     inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     if is_measured(out):
@@ -313,6 +313,7 @@ def tune(
     begun, subject = time.time(), open_subject(model, data, recipe, watch=watch)
     if data is not None:
         require_measurable(subject.images, subject.recipe)
+    require_reachable(goal, subject.reference(), subject.stand_ins, recipe.sample.timed)
     inputs = {"verb": "tune", "model": subject.source, "data": data or CONVERGED_DATA, "goal": str(goal)}
     open_run(out, subject.recipe, inputs, subject.content, watch, subject.read())
     if is_measured(out):
@@ -357,7 +358,7 @@ def search(
     subject = open_subject(model, data, recipe, watch=watch)
     bank, recipe = subject.stand_ins, subject.recipe
     require_measurable(subject.images, recipe)
-    require_reachable(goal, subject.reference(), bank)
+    require_reachable(goal, subject.reference(), bank, recipe.sample.timed)
     inputs = {"verb": "search", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     if recipe.search.reuse:
