@@ -273,7 +273,12 @@ def test_common_options_are_edits_of_the_recipe():
 
 @pytest.mark.parametrize("option", FIELDS)
 def test_an_option_and_another_edit_of_its_field_are_refused_by_name(option):
-    words = {"scheduler": ("ddim", "ddpm"), "spacing": ("karras", "trailing"), "order": (2, 1)}
+    words = {
+        "scheduler": ("ddim", "ddpm"),
+        "spacing": ("karras", "trailing"),
+        "order": (2, 1),
+        "runtime": ("auto", "compile"),
+    }
     value, other = words.get(option, (2, 3))
     assert Common(edits=[f"{FIELDS[option]}={value}"], **{option: value}).recipe_for("x") is not None
     with pytest.raises(RecipeError, match=f"--{option} {value} and --set {FIELDS[option]}={other}"):

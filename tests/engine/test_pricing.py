@@ -147,7 +147,7 @@ def test_prices_are_measured_once_and_kept(tmp_path):
     assert again.priced(plan.uniform("slim")).fixed == priced.fixed  # it hangs on the sampler, not on the entries
     record = json.loads(file.read_text())
     assert record["prices"]["full"]["us"] == 2000 and list(record["setting"]) == [
-        *("device", "cpu", "threads", "dtype", "batch", "torch", "layouts")
+        *("device", "cpu", "threads", "dtype", "batch", "torch", "layouts", "runtimes")
     ]
     assert any("DDIM, 5 steps" in key for key in record["fixed"])
 
@@ -197,6 +197,12 @@ def test_layouts_precision_and_networks_that_are_others_are_seen(tmp_path):
     bank, file, watch = bank_of(), tmp_path / "prices.json", Listening()
     open_again = partial(PriceBook, batch=BATCH, file=file, watch=watch)
     PriceBook(bank, BATCH, file)
+    bank.set_runtimes({"slim": "compile"}, [])  # graphs of no batch: all of them run eagerly
+    open_again(bank)
+    bank.set_runtimes({"slim": "eager"}, [])
+    open_again(bank)
+    assert [line.rpartition(": ")[2] for line in watch.said] == ["runtime of slim compile", "runtime of slim eager"]
+    watch.said.clear()
     bank.set_layouts({"slim": "channels_last"})
     open_again(bank)
     more = bank.with_entry("more", unet(2, (4, 4)), "epsilon")

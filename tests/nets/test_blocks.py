@@ -13,7 +13,7 @@ from halfstep.core.errors import ModelError
 from halfstep.nets.architectures import architecture_of
 from halfstep.nets.blocks import skipped
 from halfstep.nets.denoiser import Memo, prediction_of, predictor
-from halfstep.nets.reuse import cut_count, leaving, shallow, taking, tapped
+from halfstep.nets.reuse import Forwards, cut_count, leaving, shallow, taking, tapped
 from transformers_tiny import dit, flux, inputs_of, pixart, sd3
 
 MODELS = {
@@ -134,10 +134,10 @@ def test_a_straight_line_through_two_calls_is_taken_at_the_third():
     memo = Memo()
     first, second, third = (called(model, k) for k in range(3))
     for inputs, time in ((first, 900.0), (second, 700.0)):
-        leaving(model, "full", [1], time)(*inputs, memo)
+        leaving(Forwards.of(model), "full", [1], time)(*inputs, memo)
     (_, a), (_, b) = memo["full", "1"]
     wanted = shallow(model, *third, 1, b + (b - a) * (400 - 700) / (700 - 900))
-    assert torch.allclose(taking(model, "full", 1, 1, 400.0)(*third, memo), wanted, atol=1e-5)
+    assert torch.allclose(taking(Forwards.of(model), "full", 1, 1, 400.0)(*third, memo), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [dit, sd3, flux], ids=["DiT", "SD3", "Flux"])

@@ -16,7 +16,7 @@ from halfstep.nets.architectures import ROWS, narrowed, slices_for
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.models import filled_model
-from halfstep.nets.reuse import OUT, cut_count, forecast, leaving, require_cut, shallow, taking, tapped
+from halfstep.nets.reuse import OUT, Forwards, cut_count, forecast, leaving, require_cut, shallow, taking, tapped
 from halfstep.nets.slices import cut_all
 from tiny import SDXL, cond_for_net, ode_unet, text_unet, unet, uvit, wavelet_unet
 from transformers_tiny import dit
@@ -249,7 +249,7 @@ def test_a_memo_holds_the_last_two_times_and_of_one_time_the_newer_call():
     model, memo = made("two"), Memo()
     samples = [inputs_of(model, seed)[0] for seed in range(5)]
     for time, sample in zip([900.0, 700.0, 700.0, 200.0], samples, strict=False):
-        leaving(model, "full", [1, OUT], time)(sample, torch.tensor(time), {}, memo)
+        leaving(Forwards.of(model), "full", [1, OUT], time)(sample, torch.tensor(time), {}, memo)
     assert {key: [time for time, _ in kept] for key, kept in memo.items()} == {
         ("full", "1"): [700.0, 200.0],
         ("full", "out"): [700.0, 200.0],
@@ -257,7 +257,7 @@ def test_a_memo_holds_the_last_two_times_and_of_one_time_the_newer_call():
     left = tapped(model, samples[2], torch.tensor(700.0), {}, [1])[1][1]
     assert torch.equal(memo["full", "1"][0][1], left)
     before = {key: [one.clone() for _, one in kept] for key, kept in memo.items()}
-    found = taking(model, "full", 1, 1, 100.0)(samples[4], torch.tensor(100.0), {}, memo)
+    found = taking(Forwards.of(model), "full", 1, 1, 100.0)(samples[4], torch.tensor(100.0), {}, memo)
     late = tapped(model, samples[3], torch.tensor(200.0), {}, [1])[1][1]
     wanted = shallow(model, samples[4], torch.tensor(100.0), {}, 1, late + 0.2 * (late - left))  # 100 / 500 further
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -267,4 +267,4 @@ def test_a_memo_holds_the_last_two_times_and_of_one_time_the_newer_call():
 def test_what_was_not_left_cannot_be_taken():
     model = made("two")
     with pytest.raises(ModelError, match="no features of 'full' at cut 1"):
-        taking(model, "full", 1, 0, 100.0)(*inputs_of(model), Memo())
+        taking(Forwards.of(model), "full", 1, 0, 100.0)(*inputs_of(model), Memo())

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 import typer.core
@@ -19,7 +19,7 @@ from halfstep import __version__
 from halfstep.app.options import Common, common
 from halfstep.app.terminal import RichWatch, accept_any_text, console, line, notes, settings_table
 from halfstep.core.errors import HalfstepError, RunError
-from halfstep.core.recipe import Recipe, RunRecord, settings
+from halfstep.core.recipe import Recipe, RunRecord, RuntimeName, settings
 from halfstep.core.recipes import RECIPES, named
 
 RESUMED = ("demo", "train", "compress", "optimize", "search", "tune", "shrink")
@@ -108,7 +108,7 @@ TRAINED = ("recipe", "edits", "seed", "device")
 """Common options of what trains; its steps are the recipe's `train.steps`."""
 SAMPLED = (
     *("recipe", "edits", "steps", "scheduler", "spacing", "order", "seed", "batch"),
-    *("prompts", "guidance", "device"),
+    *("prompts", "guidance", "runtime", "device"),
 )
 """Common options of what samples."""
 
@@ -380,7 +380,7 @@ def sample(
 
 
 @app.command()
-@common("recipe", "edits", "seed", "batch", "device", "dtype", "as_json")
+@common("recipe", "edits", "seed", "batch", "runtime", "device", "dtype", "as_json")
 def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
     """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
 
@@ -396,7 +396,7 @@ def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
 
 
 @app.command()
-@common("batch", "device", "dtype", "as_json")
+@common("batch", "runtime", "device", "dtype", "as_json")
 def profile(
     model: Model,
     common: Common,
@@ -404,16 +404,21 @@ def profile(
 ) -> None:
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
 
-    The latency is of one call with `--batch` images (default: 1).
+    The latency is of one call with `--batch` images (default: 1). With `--runtime auto` the
+    table is that of every runtime that is installed, at batch 1 and at `--batch`; compiling takes up to minutes.
 
     Example: `halfstep profile --model digits --batch 64`
     """
-    from halfstep.app import verbs
+    from halfstep.app import inspection, verbs
     from halfstep.app.page import rich_table
-    from halfstep.app.story import costs_table
+    from halfstep.app.story import costs_table, runtimes_table
 
-    batch = common.batch or 1
-    costs = verbs.profile(model, batch=batch, repeats=repeats, dtype=common.dtype, watch=RichWatch())
+    batch, watch, asked = common.batch or 1, RichWatch(), cast(RuntimeName, common.runtime or "eager")
+    if asked == "auto":
+        found = inspection.runtimes(model, sorted({1, batch}), repeats=repeats, dtype=common.dtype, watch=watch)
+        show(found.to_json(), common.as_json, lambda: rich_table(runtimes_table(found)))
+        return
+    costs = verbs.profile(model, batch=batch, repeats=repeats, dtype=common.dtype, runtime=asked, watch=watch)
     record = {name: cost.to_json() for name, cost in costs.items()}
     show(record, common.as_json, lambda: rich_table(costs_table(costs, next(iter(costs)))))
 

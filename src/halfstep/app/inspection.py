@@ -14,7 +14,7 @@ import torch
 
 from halfstep.app.estimate import Drawing, announce
 from halfstep.app.story import tell_restored, tell_spectra
-from halfstep.app.subject import open_subject
+from halfstep.app.subject import open_model, open_subject
 from halfstep.core import disk
 from halfstep.core.errors import DataError, ModelError, PlanError
 from halfstep.core.folder import open_run
@@ -26,6 +26,11 @@ from halfstep.data.classes import listed, numbers_of
 from halfstep.data.pictures import picture, read_picture, to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
+from halfstep.engine.layouts import fastest_layouts
+from halfstep.engine.pricing import Setting
+from halfstep.engine.reading import about_bank
+from halfstep.engine.runtime import Tried
+from halfstep.engine.runtimes import Trials, tried_runtimes
 from halfstep.engine.subject import Subject
 from halfstep.measure.restore import (
     CLASSICAL,
@@ -110,6 +115,23 @@ def _spectra_of(
         call = predictor(bank[entry])
         rings = spectra(call, clean, timestep, alphas, bank.prediction_type, bins=bins, cond=cond)
         yield entry, timestep, {name: line.tolist() for name, line in rings.items()}
+
+
+def runtimes(
+    model: str, batches: Sequence[int], *, repeats: int = 10, dtype: str = "float32", watch: Watch = SILENT
+) -> Trials:
+    """Every runtime that is installed here, for every entry of a model that computes itself, at each of these batches,
+    in the faster memory layout; each entry's timed in turns. `dtype`: in what precision, as torch names it."""
+    bank = open_model(model).bank
+    watch.say(about_bank(model, bank))
+    bank.to(default_device(), getattr(torch, dtype))
+    bank.set_layouts(fastest_layouts(bank, max(batches)))
+    found: dict[str, dict[int, list[Tried]]] = {name: {} for name in bank.computed}
+    with watch.stage("runtimes", len(batches) * len(found)) as told:
+        for i, (batch, name) in enumerate(itertools.product(batches, found)):
+            found[name][batch] = tried_runtimes(bank, name, batch, repeats=repeats)[1]
+            told(i + 1, f"{name} at batch {batch}")
+    return Trials(tried=found, setting=Setting.of(bank, max(batches)))
 
 
 SIDE_BY_SIDE = 8

@@ -26,6 +26,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.layouts import settle_layouts
 from halfstep.engine.profiling import TIMED_BATCH
+from halfstep.engine.runtimes import settle_runtimes
 from halfstep.engine.subject import Subject
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.measure.judge import Judge, Measured, extractor_for
@@ -113,6 +114,8 @@ def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
         features_of(subject, out / "features", watch)
     bank.to(default_device())
     settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
+    sizes, kept = (recipe.sample.batch, recipe.eval.images % recipe.sample.batch), out / "state" / "runtimes.json"
+    settle_runtimes(bank, kept, recipe.sample.runtime, recipe.sample.timed, filter(None, sizes), watch=watch)
     extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
     return Judge(
         bank,

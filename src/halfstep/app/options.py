@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import typer
 
 from halfstep.core.errors import RecipeError
-from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe, SamplerName, Spacing
+from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe, RuntimeName, SamplerName, Spacing
 from halfstep.core.recipes import RECIPES, named, usual
 from halfstep.core.seeds import MAX_SEED
 from halfstep.core.typed import nearest, shown
@@ -25,6 +25,7 @@ FIELDS = {
     "batch": "sample.batch",
     "prompts": "data.prompts",
     "guidance": "sample.guidance",
+    "runtime": "sample.runtime",
 }
 """The common options that are fields of the recipe."""
 
@@ -132,6 +133,16 @@ class Common:
         typer.Option(
             "--guidance",
             help="Weight of classifier-free guidance (`sample.guidance`), a pipeline's `guidance_scale`; 1: none.",
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime",
+            help="What runs the networks (`sample.runtime`): PyTorch as it is, torch.compile, ONNX Runtime, OpenVINO; "
+            "`auto`: the fastest here for each, by a timing that takes minutes.",
+            **one_of(RuntimeName),
             rich_help_panel=_COMMON,
         ),
     ] = None

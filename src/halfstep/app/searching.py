@@ -25,12 +25,14 @@ from halfstep.data.arrays import save_arrays
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device, side_by_side
+from halfstep.engine.entry import Half, Reuse
 from halfstep.engine.pricing import PriceBook, timed_prices
 from halfstep.engine.profiling import reused_macs
 from halfstep.engine.sampling import sample_images
 from halfstep.engine.subject import Subject
 from halfstep.measure.fidelity import Converged, converged_plan
 from halfstep.nets.denoiser import class_count
+from halfstep.nets.precision import precisions_for
 from halfstep.nets.reuse import OUT, Place, cut_count, require_cut
 from halfstep.search.arms import COUNTS, ROUNDS, Arm, Free, Stock, Track, best_free, raced_families
 from halfstep.search.joint import Answer, Question, search_joint, too_small
@@ -208,7 +210,8 @@ class Ground:
     def side_by_side(self, workers: int | None = None) -> Iterator[None]:
         """Inside, plans are measured on all processors that torch may use, or so many; outside one alone, as it is
         timed."""
-        with side_by_side(self.book.judge.bank.device, workers) as executor:
+        bank = self.book.judge.bank
+        with side_by_side(bank.device, workers if bank.eager else 1) as executor:
             self._run_on(executor)
             yield
         self._run_on(None)
@@ -349,8 +352,30 @@ def require_reachable(goal: Goal, today: StepPlan, bank: Bank, batch: int) -> No
 
 
 def needed(bank: Bank, plan: StepPlan) -> Bank:
-    """A bank without the reuse entries that a plan does not run: they cost nothing to add again."""
-    return bank.only([name for name in bank if name in bank.computed or name in plan.nets])
+    """A bank without the entries that a plan does not run and that cost nothing to add again: those that reuse
+    features, those in half precision."""
+    links = {name: entry.weights for name, entry in bank.entries.items()}
+    run = {name for name in bank if name in plan.nets or not isinstance(links[name], Reuse | Half)}
+    run |= {link.of for name in run if isinstance(link := links[name], Reuse)}
+    return bank.only([name for name in bank if name in run])
+
+
+def with_precisions(bank: Bank, recipe: Recipe, goal: Goal, watch: Watch) -> Bank:
+    """A bank whose entries are there in the half precisions that a recipe asks for, too. Raises RecipeError for one
+    that the device does not compute in."""
+    device = default_device()
+    able = precisions_for(device)
+    for one in recipe.search.precisions:
+        if one not in able:
+            raise RecipeError(
+                got=one,
+                expected=f"one of {', '.join(able)}" if able else f"none: this {device.type} computes in none",
+                where="search.precisions",
+                do="leave it out",
+            )
+    if recipe.search.precisions and goal.budget is not None and goal.budget.priced_in == "macs":
+        watch.say("half precision saves time and no MACs: a budget in MACs will hardly choose it; give one in time")
+    return bank.with_casts(recipe.search.precisions)
 
 
 def with_reuse(bank: Bank, asked: Sequence[str], watch: Watch) -> Bank:
@@ -358,7 +383,8 @@ def with_reuse(bank: Bank, asked: Sequence[str], watch: Watch) -> Bank:
     stand-in, at those of `reuse_of`. Raises ModelError for a cut that the reference does not have."""
     for cut in asked:
         require_cut(bank[bank.reference], place_of(cut), "search.reuse")
-    cuts = asked or (reuse_of(bank) if len(bank.computed) == 1 else ())
+    own = [name for name in bank.computed if not isinstance(bank.entries[name].weights, Half)]
+    cuts = asked or (reuse_of(bank) if len(own) == 1 else ())
     return bank.with_reuse([place_of(cut) for cut in cuts], watch=watch)
 
 

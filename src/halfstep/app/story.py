@@ -33,6 +33,7 @@ from halfstep.core.results import (
 )
 from halfstep.data.arrays import read_arrays
 from halfstep.data.pictures import picture_grid
+from halfstep.engine.runtimes import Trials
 from halfstep.measure.restore import Restored
 from halfstep.search.damage import ErrorTable
 from halfstep.search.scores import SEARCHED, Scored, read_scores
@@ -209,6 +210,26 @@ def costs_table(costs: Mapping[str, Cost], reference: str) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def runtimes_table(found: Trials) -> Table:
+    """The milliseconds of a call of every entry by every runtime, as shares of PyTorch's as it is; why a runtime was
+    dropped stands in place of them."""
+    batches = list(next(iter(found.tried.values())))
+    columns = ("", "runtime", *(head for batch in batches for head in (f"ms at batch {batch}", "time")), "")
+    rows = []
+    for name, by_batch in found.tried.items():
+        for of_one in zip(*by_batch.values(), strict=True):
+            cells = [name, of_one[0].backend]
+            for one, tried in zip(of_one, by_batch.values(), strict=True):
+                cells += [_number(one.ms, ".2f"), f"{one.ms / tried[0].ms:.0%}" if one.ms and tried[0].ms else "–"]
+            rows.append((*cells, "; ".join(dict.fromkeys(one.dropped for one in of_one if one.ms is None))))
+    it = found.setting
+    note = (
+        f"ms: median of one call, runtimes in turns, in the faster memory layout; {it.device}, {it.cpu}, {it.dtype}, "
+        f"threads {it.threads}, torch {it.torch}."
+    )
+    return Table(title="Runtimes", columns=columns, rows=tuple(rows), note=note)
 
 
 def restored_table(records: Sequence[Restored]) -> Table:

@@ -39,6 +39,7 @@ from halfstep.app.searching import (
     require_reachable,
     searched,
     with_free,
+    with_precisions,
     with_reuse,
 )
 from halfstep.app.story import tell, tell_spectra
@@ -50,7 +51,7 @@ from halfstep.core.lock import releasing
 from halfstep.core.machine import this_process
 from halfstep.core.plan import StepPlan
 from halfstep.core.process import Process
-from halfstep.core.recipe import Recipe, RunRecord, SampleSpec
+from halfstep.core.recipe import Recipe, RunRecord, RuntimeName, SampleSpec
 from halfstep.core.results import Comparison, Cost
 from halfstep.core.seeds import Stage, own_random, seeded, stage_seed
 from halfstep.core.sums import write_sums
@@ -61,6 +62,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
 from halfstep.engine.reading import about_bank
+from halfstep.engine.runtimes import settle_runtimes
 from halfstep.engine.samplers import sampler_of
 from halfstep.engine.sampling import fewer_steps, sample_images
 from halfstep.engine.stepaware import StepAwarePipeline
@@ -287,7 +289,7 @@ def optimize(
     if is_measured(out):
         return tell(out)
     begun = time.time()
-    bank = trained(draft, subject, recipe, out / "supernet", watch).bank
+    bank = with_precisions(trained(draft, subject, recipe, out / "supernet", watch).bank, recipe, goal, watch)
     return _planned(subject, bank, goal, out, begun, watch)
 
 
@@ -321,7 +323,8 @@ def tune(
     if data is None:
         subject = open_subject(model, converged_data(subject, out, watch), recipe, watch=watch)
         require_measurable(subject.images, subject.recipe)
-    bank, recipe = subject.stand_ins, subject.recipe
+    recipe = subject.recipe
+    bank = with_precisions(subject.stand_ins, recipe, goal, watch)
     return _planned(subject, with_reuse(bank, recipe.search.reuse, watch), goal, out, begun, watch)
 
 
@@ -361,6 +364,7 @@ def search(
     require_reachable(goal, subject.reference(), bank, recipe.sample.timed)
     inputs = {"verb": "search", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
+    bank = with_precisions(bank, recipe, goal, watch)
     if recipe.search.reuse:
         bank = with_reuse(bank, recipe.search.reuse, watch)
     plan = searched(subject, bank, goal, out, watch).answer.plan
@@ -413,15 +417,30 @@ def shrink(
 
 @own_random
 def profile(
-    model: str, *, batch: int = 1, repeats: int = 10, dtype: str = "float32", watch: Watch = SILENT
+    model: str,
+    *,
+    batch: int = 1,
+    repeats: int = 10,
+    dtype: str = "float32",
+    runtime: RuntimeName = "eager",
+    watch: Watch = SILENT,
 ) -> dict[str, Cost]:
     """Parameters, MACs, latency and memory of a denoiser, or of every entry of a step-aware pipeline.
 
-    `dtype`: in what precision, as torch names it.
+    `dtype`: in what precision, as torch names it; `runtime`: by what (see `settle_runtimes`).
     """
     bank = open_model(model).bank  # whatever process it was trained under: a network costs the same
     watch.say(about_bank(model, bank))
-    return bank.to(default_device(), getattr(torch, dtype)).costs(batch=batch, repeats=repeats)
+    bank.to(default_device(), getattr(torch, dtype))
+    settle_runtimes(bank, None, runtime, batch, watch=watch)
+    return bank.costs(batch=batch, repeats=repeats)
+
+
+def _run_by(runtime: RuntimeName, bank: Bank, plan: StepPlan, count: int, batch: int, out: Path, watch: Watch) -> Bank:
+    """A plan's entries, run by what is asked for, at the batches that so many images are drawn in."""
+    bank, file = needed(bank, plan), out / "state" / "runtimes.json"
+    settle_runtimes(bank, file, runtime, batch, [count % batch] if count % batch else [], watch=watch)
+    return bank
 
 
 @releasing
@@ -459,7 +478,10 @@ def sample(
         inputs["sampler"] = plan.sampler.told
     open_run(out, None, inputs, subject.content, watch, read)
     bank.to(default_device(), getattr(torch, dtype))
-    announce(watch, bank, [Drawing(images=count, plan=plan)], batch=min(count, recipe.sample.batch))
+    batch = min(count, recipe.sample.batch)
+    if recipe.sample.runtime != "eager":
+        bank = _run_by(recipe.sample.runtime, bank, plan, count, batch, out, watch)
+    announce(watch, bank, [Drawing(images=count, plan=plan)], batch=batch)
     begun, done = time.perf_counter(), 0
     shown = []
     with watch.stage("sample", count) as told:

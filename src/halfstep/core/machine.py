@@ -33,12 +33,22 @@ def machine() -> dict[str, object]:
 
 def cpu_name() -> str:
     """The processor as its maker calls it."""
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def cpu_has(*features: str) -> bool:
+    """Whether the processor has any of these instructions, as Linux calls them; False where that is not told."""
+    return not {*features}.isdisjoint((_cpu_line("flags") or _cpu_line("Features")).split())
+
+
+def _cpu_line(key: str) -> str:
+    """What Linux says of the first processor under a key; "" where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    told = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in told if name.strip() == key), "")
 
 
 def this_process() -> PartialState:

@@ -31,6 +31,8 @@ Text = Annotated[str, Bounds(0, MOST_LETTERS)]
 SamplerName = Literal["own", "ddim", "ddpm", "dpmsolver++", "unipc", "deis", "heun", "euler", "pndm"]
 Order = Literal[0, 1, 2, 3]
 Spacing = Literal["own", "leading", "trailing", "linspace", "karras", "lambdas"]
+RuntimeName = Literal["eager", "auto", "compile", "onnx", "openvino"]
+HalfName = Literal["bf16", "fp16"]
 FEW, SOME = Bounds(0, MOST_IN_A_LIST), Bounds(1, MOST_IN_A_LIST)
 
 
@@ -216,6 +218,9 @@ class SampleSpec:
     layout: Annotated[
         Literal["auto", "contiguous", "channels_last"], "the entries' memory layout; auto: the faster one by a timing"
     ] = "auto"
+    runtime: Annotated[
+        RuntimeName, "what runs the entries' calls, which keeps their numbers; auto: the fastest by a timing"
+    ] = "eager"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +254,9 @@ class SearchSpec:
     finalists: Annotated[Whole, "best plans measured again on fresh images, beside the dearest uniform one"] = 3
     converged: Annotated[Images, "converged pictures that are the data where a user brings none"] = 2048
     reuse: Annotated[tuple[Text, ...], FEW, "cuts at which features may be reused, by number, or out"] = ()
+    precisions: Annotated[
+        tuple[HalfName, ...], FEW, "half precisions in which every entry is there too, as full@bf16"
+    ] = ()
     final_images: Annotated[Images, "fresh images of a finalist"] = 4096
 
 

@@ -41,7 +41,7 @@ from halfstep.engine.pipelines import (
 from halfstep.engine.samplers import prediction_type
 from halfstep.engine.sampling import guided, levels_of
 from halfstep.nets.denoiser import Memo, Predict, corrected_as, eager
-from halfstep.nets.reuse import leaving, require_cut, taking
+from halfstep.nets.reuse import Forwards, leaving, require_cut, taking
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 """What a correction knows how to correct."""
@@ -369,12 +369,12 @@ class _Director:
         link = self.links.get(part.entry)
         if link is not None:
             model = self.models[link.of]
-            predict: Predict = taking(model, link.of, link.cut, link.order, row.timestep)
+            predict: Predict = taking(Forwards.of(model), link.of, link.cut, link.order, row.timestep)
         else:
             model = self.models[part.entry]
             if not part.leaves:
                 return model(**call.given, return_dict=False)[0]
-            predict = leaving(model, part.entry, part.leaves, row.timestep)
+            predict = leaving(Forwards.of(model), part.entry, part.leaves, row.timestep)
         return _where_it_runs(model, predict, call, memo)
 
     def _guided(self, run: Run, i: int, call: Call) -> torch.Tensor:

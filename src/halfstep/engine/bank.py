@@ -21,19 +21,24 @@ from halfstep.core.results import Cost
 from halfstep.core.sums import require_whole
 from halfstep.core.typed import Bounds, shown
 from halfstep.core.watch import SILENT, Watch
-from halfstep.engine.entry import LAYOUTS, Entry, Reuse, read_entry, require_sources, sources_first
+from halfstep.engine.entry import LAYOUTS, Backend, Entry, Half, Reuse, read_entry, require_sources, sources_first
 from halfstep.engine.format1 import read_entry_of_before
 from halfstep.engine.profiling import (
     Layout,
     count_macs,
     decode_macs,
     example_inputs,
+    in_latency,
+    interleave,
     latency,
     reused_macs,
 )
+from halfstep.engine.runtime import ready
+from halfstep.nets.architectures import net_of
 from halfstep.nets.content import fingerprint
-from halfstep.nets.denoiser import Cond, Memo, class_count, eager, flattened, nested, predictor
-from halfstep.nets.reuse import Order, Place, Reused, require_cut
+from halfstep.nets.denoiser import Cond, Memo, class_count, eager, flattened, nested
+from halfstep.nets.precision import Cast, Precision
+from halfstep.nets.reuse import Forwards, Order, Place, Reused, require_cut, taking, tapped
 from halfstep.nets.weights import open_weights, require_finite, require_safetensors
 
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 .,:+@=~_()-]{0,78}[A-Za-z0-9:+@=~_()-])?")
@@ -84,7 +89,7 @@ class Bank(torch.nn.Module):
     ):
         super().__init__()
         check_names(entries, "bank")
-        able = [name for name, given in entries.items() if not isinstance(Entry.of(given).weights, Reuse)]
+        able = [name for name, given in entries.items() if not isinstance(Entry.of(given).weights, Reuse | Half)]
         if reference not in able:
             raise ModelError(
                 got=f"reference {reference!r}",
@@ -104,9 +109,7 @@ class Bank(torch.nn.Module):
             )
         self._entries = {name: Entry.of(given) for name, given in entries.items()}
         require_sources({name: entry.weights for name, entry in self._entries.items()}, "bank")
-        for name, entry in self._entries.items():
-            if isinstance(entry.weights, Reuse):  # it runs as its source does
-                self._entries[name] = replace(entry, runtime=self._entries[entry.weights.of].runtime)
+        self._follow()
         # a second home of the models, for `to` and `state_dict`; names may hold dots, which ModuleDict refuses
         self.models = torch.nn.ModuleList(dict.fromkeys(entry.model for entry in self._entries.values()))
         for name in self:
@@ -182,11 +185,49 @@ class Bank(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.models.parameters()).dtype
+        """The reference's, and of all entries that are not cast to another."""
+        return next(self[self.reference].parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         return next(self.models.parameters()).device
+
+    @property
+    def eager(self) -> bool:
+        """Whether PyTorch runs every entry as it is; graphs are run by one thread of this process alone."""
+        return all(entry.runtime.backend == "eager" for entry in self._entries.values())
+
+    def forwards(self, name: str) -> Forwards:
+        """How rows call an entry that runs alone, by its runtime. Raises ModelError as `ready`."""
+        self[name]  # refuses what does not
+        return ready(self._entries[name])
+
+    def runtimes(self) -> dict[str, Backend]:
+        """What runs every entry."""
+        return {name: entry.runtime.backend for name, entry in self._entries.items()}
+
+    def set_runtimes(self, backends: Mapping[str, Backend], batches: Iterable[int]) -> None:
+        """Have computed entries run by these, graphs of one size for batches of these sizes; what reuses features runs
+        as its source does. Results stay the same but for rounding (see `runtimes.py`). Raises ModelError for names
+        that are no computed entries."""
+        sizes = tuple(sorted(set(batches)))
+        for name, backend in backends.items():
+            self[name]
+            entry = self._entries[name]
+            self._entries[name] = replace(entry, runtime=replace(entry.runtime, backend=backend, batches=sizes))
+        self._follow()
+
+    def _follow(self) -> None:
+        """What reuses features runs as its source does."""
+        for name, entry in self._entries.items():
+            if isinstance(entry.weights, Reuse):
+                self._entries[name] = replace(entry, runtime=self._entries[entry.weights.of].runtime)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bank:
+        """What moves a module or changes its precision: graphs of before are of other tensors."""
+        for entry in self._entries.values():
+            entry.graphs.clear()
+        return super()._apply(fn, recurse)
 
     def set_layouts(self, layouts: Mapping[str, Layout]) -> None:
         """Put entries into memory layouts; results stay the same but for rounding (see `layouts.py`).
@@ -238,6 +279,8 @@ class Bank(torch.nn.Module):
 
     def _macs(self, name: str) -> int:
         entry = self._entries[name]
+        if isinstance(entry.weights, Half):
+            return self._macs(entry.weights.of)
         if not isinstance(entry.weights, Reuse):
             inputs = example_inputs(entry.model, tokens=self.tokens)
             return count_macs(entry.model, inputs=inputs, densities=entry.masking.layers() if entry.masking else None)
@@ -245,8 +288,9 @@ class Bank(torch.nn.Module):
         for other, link in links:  # a forecast costs no more than what it forecasts for
             if isinstance(link, Reuse) and (link.of, link.cut) == (entry.weights.of, entry.weights.cut):
                 return self._prices[other].macs
-        masking = self._entries[entry.weights.of].masking
-        return reused_macs(entry.model, entry.weights.cut, masking.layers() if masking else None, self.tokens)
+        source = self._entries[entry.weights.of]
+        masking = (self._entries[source.weights.of] if isinstance(source.weights, Half) else source).masking
+        return reused_macs(net_of(entry.model), entry.weights.cut, masking.layers() if masking else None, self.tokens)
 
     def fixed(self) -> Price:
         """What a trajectory costs per image beside its calls: decoding its sample, where the bank works on latents."""
@@ -259,7 +303,7 @@ class Bank(torch.nn.Module):
             told: dict[str, Any] = {"prediction_type": self.prediction_type}
             if self.null is not None:
                 told["null"] = fingerprint(self.null)
-            if entry is not None and isinstance(entry.weights, Reuse):
+            if entry is not None and isinstance(entry.weights, Reuse | Half):
                 source = self.fingerprint(entry.weights.of)
                 self._fingerprints[key] = fingerprint(source, {**told, **entry.weights.to_json()})
             else:
@@ -270,6 +314,12 @@ class Bank(torch.nn.Module):
         """What every entry costs here, timed in turns: MACs as `prices`, bytes as stored by `save_pretrained`."""
         called = {name: self.call(name, batch) for name in self}
         measured = latency(called, batch=batch, repeats=repeats, tokens=self.tokens)
+        if not self.eager:  # which cannot be seen from a model
+            times = interleave(calls_of(self, batch), repeats=repeats)
+            by = self.runtimes()
+            measured = {
+                name: replace(cost, backend=by[name], **in_latency(times[name])) for name, cost in measured.items()
+            }
         prices, stored = self.prices(), {name: entry.stored_bytes / 2**20 for name, entry in self._entries.items()}
         return {name: replace(cost, macs=prices[name].macs, stored_mib=stored[name]) for name, cost in measured.items()}
 
@@ -334,6 +384,15 @@ class Bank(torch.nn.Module):
                 more |= {one.name: Entry(self[name], one) for one in links if one.name not in self}
         return self._with(more)
 
+    def with_casts(self, precisions: Iterable[Precision], names: Iterable[str] | None = None) -> Bank:
+        """A bank in which computed entries (all, where no `names` are given) are there in half precision too, as
+        full@bf16; their weights are copied, and never stored twice."""
+        entries = [one for one in names or self.computed if not isinstance(self.entries[one].weights, Half)]
+        links = [Half(name, precision) for name in entries for precision in dict.fromkeys(precisions)]
+        more = {one.name: one for one in links if one.name not in self}
+        casts = {name: Entry.of(Cast(self[one.of], one.precision)) for name, one in more.items()}
+        return self._with({name: replace(entry, weights=more[name]) for name, entry in casts.items()})
+
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self._entries[name].model.config, self.config
         for key in _SHARED:
@@ -344,7 +403,8 @@ class Bank(torch.nn.Module):
                     where=f"bank entry {name!r}",
                     do="only denoisers of the same input and output can share a bank",
                 )
-        kinds = {p.dtype for p in self._entries[name].model.parameters()}
+        model = self._entries[name].model
+        kinds = {p.dtype for p in model.parameters()} if not isinstance(model, Cast) else set()
         if not kinds <= {self.dtype}:
             raise ModelError(
                 got=f"weights in {', '.join(sorted(map(str, kinds)))}",
@@ -407,14 +467,21 @@ class Bank(torch.nn.Module):
 
 
 def calls_of(bank: Bank, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """One call of every entry at `batch` images as a row of a trajectory makes it: where it is, in inference mode, the
-    timestep a tensor of no axes. What is timed. That of an entry that reuses features takes those of one call of its
-    source, made here."""
+    """One call of every entry at `batch` images as a row of a trajectory makes it: where it is, by its runtime, in
+    inference mode, the timestep a tensor of no axes. What is timed. That of an entry that reuses features takes those
+    of one call of its source, made here."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
-    for name in bank:
-        model = bank.call(name, batch)
-        inputs = example_inputs(model, batch, tokens=bank.tokens)
-        call = partial(predictor(model), inputs.sample, inputs.timestep[0], inputs.cond, Memo())
+    for name, entry in bank.entries.items():
+        link = entry.weights if isinstance(entry.weights, Reuse) else None
+        source = name if link is None else link.of
+        inputs, memo = example_inputs(bank[source], batch, dtype=bank.dtype, tokens=bank.tokens), Memo()
+        predict = bank.forwards(source).plain
+        if link is not None:
+            with torch.inference_mode():
+                kept = tapped(bank[source], *inputs, [link.cut])[1][link.cut]
+            memo[source, str(link.cut)] = tuple((float(k), kept) for k in range(link.rows_before))
+            predict = taking(bank.forwards(source), source, link.cut, link.order, float(link.rows_before))
+        call = partial(predict, inputs.sample, inputs.timestep[0], inputs.cond, memo)
         found[name] = torch.inference_mode()(call)
     return found
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from halfstep.nets.denoiser import eager
 from halfstep.nets.files import WEIGHTS
 from halfstep.nets.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
 from halfstep.nets.models import empty_model, filled_model, load_model, read_config
+from halfstep.nets.precision import Cast, Precision
 from halfstep.nets.reuse import ORDERS, OUT, Order, Place, require_cut
 from halfstep.nets.slices import Pieces, cut_all, require_inside, slices_to_json
 from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
@@ -39,12 +40,22 @@ StoredSlices = Mapping[str, tuple[Annotated[Pieces, Bounds(1, 4096)], ...]]
 """`Slices` with what a file may hold of them."""
 
 
+Backend = Literal["eager", "compile", "cudagraph", "onnx", "openvino"]
+"""What runs a call: PyTorch as it is, torch.compile, that with CUDA graphs, ONNX Runtime, OpenVINO."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """How an entry's calls run in this process: a matter of the machine, which changes numbers only by their rounding
-    and is not stored. `layout`: the memory layout of its convolutions' weights."""
+    and is not stored. `layout`: the memory layout of its convolutions' weights; `backend`: what runs them; `batches`:
+    the sizes of the batches that graphs of one size are made for. Others run eagerly."""
 
     layout: Layout = "contiguous"
+    backend: Backend = "eager"
+    batches: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.layout if self.backend == "eager" else f"{self.backend}, {self.layout}"
 
 
 EAGER = Runtime()
@@ -183,8 +194,45 @@ class Reuse:
         return source
 
 
-Weights = Own | Cut | Twin | Reuse
-_KINDS: dict[str, type[Weights]] = {kind.kind: kind for kind in (Own, Cut, Twin, Reuse)}
+@dataclass(frozen=True)
+class Half:
+    """The weights of entry `of`, which computes itself, in half precision: another net as far as numbers go, judged and
+    searched as such. Nothing is stored; in memory it is a copy."""
+
+    of: str
+    precision: Precision
+    kind = "cast"
+
+    @property
+    def name(self) -> str:
+        """What such an entry is called: full@bf16."""
+        return f"{self.of}@{self.precision}"
+
+    def may_follow(self, source: Weights) -> bool:
+        return not isinstance(source, Reuse | Half)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "of": self.of, "precision": self.precision}
+
+    def require_fits(self, model: Any, source: Any, where: object) -> None:
+        """Raise ModelError unless the model is one of the source's shapes, cast to this precision."""
+        if not isinstance(model, Cast) or model.precision != self.precision:
+            got, expected = f"a {type(model).__name__}", f"the model of {self.of!r} in {self.precision}"
+            raise ModelError(got=got, expected=expected, where=where, do="make the entry with bank.with_casts")
+        kind = type(model.model).__name__
+        require_same_shapes(shapes_of(eager(source).state_dict()), shapes_of(model.model.state_dict()), where, kind)
+
+    def tensors(self, weights: Tensors, masking: Masking | None) -> tuple[str, Tensors]:
+        return WEIGHTS, {}
+
+    def restore(self, stored: Stored, source: Any) -> Any:
+        return Cast(source, self.precision)
+
+
+Weights = Own | Cut | Twin | Reuse | Half
+_KINDS: dict[str, type[Weights]] = {kind.kind: kind for kind in (Own, Cut, Twin, Reuse, Half)}
+_RANKS: dict[type, int] = {Own: 0, Twin: 1, Cut: 1, Half: 2, Reuse: 3}
+"""Whatever follows from another is of a higher rank."""
 
 
 _REUSE = re.compile(r"(?P<of>.+)~(?P<cut>\d{1,4}|out)(?P<plus>\+?)")
@@ -219,10 +267,17 @@ def require_sources(weights: Mapping[str, Weights], where: object) -> None:
 
 def sources_first(weights: Mapping[str, Weights]) -> list[str]:
     """The names, each after the one that it follows from."""
-    return sorted(weights, key=lambda name: (weights[name].of is not None) + isinstance(weights[name], Reuse))
+    return sorted(weights, key=lambda name: _RANKS[type(weights[name])])
 
 
 # --------------------------------------------------------------------------------------------------------------- entry
+
+
+class Graphs(dict[Runtime, Any]):
+    """What was made of an entry to run it, by runtime: left behind by what is copied or pickled."""
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return Graphs, ()
 
 
 @dataclass(frozen=True)
@@ -230,13 +285,15 @@ class Entry:
     """A denoiser of a bank.
 
     `model`: a diffusers model that runs as it is, its mask applied; `weights`: how they follow; `masking`: which of
-    them follow an N:M pattern (their MACs count by it); `runtime`: how its calls run here.
+    them follow an N:M pattern (their MACs count by it); `runtime`: how its calls run here; `graphs`: of its weights as
+    they are, made by `runtime.ready`.
     """
 
     model: Any
     weights: Weights = Own()
     masking: Masking | None = None
     runtime: Runtime = EAGER
+    graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
 
     def __repr__(self) -> str:
         """One line, where a model prints hundreds."""
@@ -245,7 +302,7 @@ class Entry:
         if isinstance(self.weights, Reuse):
             own += f" at cut {self.weights.cut}, order {self.weights.order}"
         masked = "" if self.masking is None else f"masked {self.masking.pattern}, "
-        return f"Entry({type(self.model).__name__} of {count:,} parameters, {own}, {masked}{self.runtime.layout})"
+        return f"Entry({type(self.model).__name__} of {count:,} parameters, {own}, {masked}{self.runtime})"
 
     @classmethod
     def of(cls, given: Entry | torch.nn.Module) -> Entry:
@@ -255,6 +312,7 @@ class Entry:
     def put(self, layout: Layout) -> Entry:
         """The entry in a memory layout, into which its model is moved. A model without convolutions has but one."""
         self.model.to(memory_format=LAYOUTS[layout])
+        self.graphs.clear()
         return self.seen()
 
     def seen(self) -> Entry:
@@ -263,9 +321,9 @@ class Entry:
 
     def require_sound(self, source: Any, where: object) -> None:
         """Raise ModelError for a mask that fits no weights, and weights that do not follow from the `source`'s."""
-        if self.masking and isinstance(self.weights, Reuse):
-            got, expected = "a mask", f"none beside that of {self.weights.of!r}, which it takes its features from"
-            raise ModelError(got=got, expected=expected, where=where, do="reuse the features of a masked entry")
+        if self.masking and isinstance(self.weights, Reuse | Half):
+            got, expected = "a mask", f"none beside that of {self.weights.of!r}, from which it follows"
+            raise ModelError(got=got, expected=expected, where=where, do="take it of a masked entry")
         if self.masking:
             self.masking.require_fits(eager(self.model), where)
         self.weights.require_fits(self.model, source, where)
@@ -278,14 +336,14 @@ class Entry:
 
     def write(self, folder: Path) -> None:
         """Write config.json, entry.json and the tensors of its own, if it has any, into a new folder; what reuses
-        features has an entry.json alone."""
+        features or is cast has an entry.json alone."""
         model = eager(self.model)
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         record: dict[str, Any] = {"format": 1, "weights": self.weights.to_json()}
         if self.masking:
             record["masking"] = {"pattern": str(self.masking.pattern), "names": list(self.masking.names)}
         folder.mkdir()
-        if not isinstance(self.weights, Reuse):
+        if not isinstance(self.weights, Reuse | Half):
             told = {"_class_name": type(model).__name__, **config}
             (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
         (folder / "entry.json").write_text(json.dumps(record) + "\n")

@@ -17,7 +17,7 @@ from halfstep.core.errors import PlanError
 from halfstep.core.plan import Row, StepPlan
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Reuse
-from halfstep.nets.denoiser import Cond, Memo, Predict, cond_to, joined, predictor, repeated
+from halfstep.nets.denoiser import Cond, Memo, Predict, cond_to, joined, repeated
 from halfstep.nets.reuse import Place, keep, leaving, taking
 
 RowCall = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], tuple[torch.Tensor, torch.Tensor | None]]
@@ -48,9 +48,9 @@ class Part:
     def predict(self, leaves: frozenset[Place] | None = None) -> Predict:
         """Its call; `leaves`: other cuts than its own."""
         if self.link is not None:
-            return taking(self.bank[self.link.of], self.source, self.link.cut, self.link.order, self.time)
-        model, cuts = self.bank[self.entry], self.leaves if leaves is None else leaves
-        return leaving(model, self.source, cuts, self.time) if cuts else predictor(model)
+            return taking(self.bank.forwards(self.link.of), self.source, self.link.cut, self.link.order, self.time)
+        net, cuts = self.bank.forwards(self.entry), self.leaves if leaves is None else leaves
+        return leaving(net, self.source, cuts, self.time) if cuts else net.plain
 
 
 def networks_of(bank: Bank, plan: StepPlan, start: int = 0) -> Sequence[RowCall]:

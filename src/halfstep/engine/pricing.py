@@ -115,6 +115,7 @@ class Setting:
     batch: int
     torch: str
     layouts: dict[str, str]
+    runtimes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, bank: Bank, batch: int) -> Setting:
@@ -129,6 +130,7 @@ class Setting:
             batch=batch,
             torch=torch.__version__,
             layouts=dict(bank.layouts()),
+            runtimes={name: backend for name, backend in bank.runtimes().items() if backend != "eager"},
         )
 
     def changes(self, now: Setting) -> list[str]:
@@ -139,6 +141,10 @@ class Setting:
             if item.name == "layouts":  # entries come and go; what matters is how those that stay lie
                 moved = [f"{name} {after[name]}" for name in after if name in before and before[name] != after[name]]
                 told += [f"layout of {', '.join(moved)}"] if moved else []
+            elif item.name == "runtimes":  # those that are not told of are eager
+                both = {name: (before.get(name, "eager"), after.get(name, "eager")) for name in now.layouts}
+                moved = [f"{name} {one}" for name, (was, one) in both.items() if name in self.layouts and was != one]
+                told += [f"runtime of {', '.join(moved)}"] if moved else []
             elif before != after:
                 told.append(f"{item.name} {after}, not {before}")
         return told

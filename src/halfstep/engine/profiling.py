@@ -243,14 +243,19 @@ def layout_of(model: nn.Module) -> Layout:
     return "contiguous" if first is None or first.is_contiguous() else "channels_last"
 
 
+def in_latency(times: list[float]) -> dict[str, Any]:
+    """What a `Cost` tells of the milliseconds of calls."""
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0.0, 0.0, 0.0)
+    spread = (high - low) / 2 if len(times) > 1 else None
+    return {"latency_ms": statistics.median(times), "latency_spread_ms": spread}
+
+
 def _cost(model: nn.Module, times: list[float], peak: float | None, inputs: Inputs) -> Cost:
     device, dtype = _home(model)
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (0.0, 0.0, 0.0)
     return Cost(
         macs=count_macs(model, inputs=inputs),
         params=count_params(model),
-        latency_ms=statistics.median(times),
-        latency_spread_ms=(high - low) / 2 if len(times) > 1 else None,
+        **in_latency(times),
         peak_mib=peak,
         batch=len(inputs.sample),
         device=_device_name(device),

@@ -188,6 +188,13 @@ def _layouts_told(layouts: Mapping[str, str], asked: str) -> str:
     return f"memory layout {told} ({'chosen by a timing' if asked == 'auto' else 'as the recipe says'})"
 
 
+def _runtimes_told(runtimes: Mapping[str, str]) -> str:
+    """What runs entries that PyTorch as it is does not, in words."""
+    others = dict.fromkeys(one for one in runtimes.values() if one != "eager")
+    names = {one: [name for name in runtimes if runtimes[name] == one] for one in others}
+    return "".join(f"; by {one}: {', '.join(run)}" for one, run in names.items())
+
+
 def measure_plans(
     judge: Judge,
     plans: Mapping[str, StepPlan],
@@ -207,7 +214,7 @@ def measure_plans(
     features, pictures, repeats = {}, {}, repeats or recipe.eval.repeats
     first = next(iter(plans))
     with watch.stage("evaluate", len(plans) + 1) as told:
-        with side_by_side(judge.bank.device) as executor:
+        with side_by_side(judge.bank.device, None if judge.bank.eager else 1) as executor:
             for i, (name, plan) in enumerate(plans.items()):
                 features[name], pictures[name] = judge.features(plan, count, seed, keep, executor)
                 told(i + 1, name)
@@ -303,5 +310,5 @@ def _about(
         device=str(judge.bank.device),
         dtype=str(judge.bank.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        layout=_layouts_told(judge.bank.layouts(), recipe.sample.layout),
+        layout=_layouts_told(judge.bank.layouts(), recipe.sample.layout) + _runtimes_told(judge.bank.runtimes()),
     )

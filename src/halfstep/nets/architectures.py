@@ -27,6 +27,7 @@ from halfstep.nets import blocks, dit, transformers, unet, unet_condition, uvit,
 from halfstep.nets.channels import Free
 from halfstep.nets.continuous import ContinuousUNet2DModel
 from halfstep.nets.denoiser import Cond, class_example, eager, sample_shape
+from halfstep.nets.precision import Cast
 from halfstep.nets.slices import Pieces
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.nets.wavelet import SpectralUNet2DModel
@@ -224,11 +225,17 @@ MISSING: Mapping[Ability, str] = {
 }
 
 
+def net_of(model: Any) -> Any:
+    """The net inside what compiles or casts it; any other model itself."""
+    model = eager(model)
+    return model.model if isinstance(model, Cast) else model
+
+
 def architecture_of(model: Any, rows: Iterable[Architecture] = ROWS) -> Architecture:
-    """The family of a model, whatever compiled it. Raises ModelError for what is of none."""
+    """The family of a model, whatever compiled or cast it. Raises ModelError for what is of none."""
     rows = tuple(rows)
     for row in rows:
-        if isinstance(eager(model), row.kind):
+        if isinstance(net_of(model), row.kind):
             return row
     names = " or ".join(row.name for row in rows)
     raise ModelError(got=f"a {type(model).__name__}", expected=names, where="the model", do="bring one of these")
@@ -237,14 +244,14 @@ def architecture_of(model: Any, rows: Iterable[Architecture] = ROWS) -> Architec
 def example_of(model: Any, batch: int, tokens: int | None = None) -> Cond:
     """A condition as the model's calls take it, see `Architecture.example`; for a model of no family one on classes,
     as its config says."""
-    model = eager(model)
+    model = net_of(model)
     example = next((row.example for row in ROWS if isinstance(model, row.kind)), class_example)
     return example(model.config, batch, tokens)
 
 
 def shape_of(model: Any, batch: int) -> tuple[int, ...]:
     """The shape of the sample that a call of the model takes; [B, C, H, W] but for packed tokens, [B, L, C]."""
-    model = eager(model)
+    model = net_of(model)
     shape = next((row.shape for row in ROWS if isinstance(model, row.kind)), sample_shape)
     return shape(model.config, batch)
 

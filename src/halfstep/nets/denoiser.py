@@ -5,7 +5,7 @@ Inside of networks a batch is `x.shape[0]` and not `len(x)`, which is a constant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -95,7 +95,7 @@ def cond_to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = 
     def moved(one: torch.Tensor) -> torch.Tensor:
         return one.to(device, dtype if one.is_floating_point() else None)
 
-    return {name: _changed(value, moved) for name, value in cond.items()}
+    return {name: changed(value, moved) for name, value in cond.items()}
 
 
 def flattened(cond: Cond, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -121,7 +121,7 @@ def nested(flat: Mapping[str, torch.Tensor]) -> Cond:
 
 def picked(cond: Cond, rows: torch.Tensor) -> Cond:
     """The condition of these samples, int64 [N], of those that it holds."""
-    return {name: _changed(value, lambda one: one[rows.to(one.device)]) for name, value in cond.items()}
+    return {name: changed(value, lambda one: one[rows.to(one.device)]) for name, value in cond.items()}
 
 
 def joined(one: Cond, other: Cond) -> Cond:
@@ -138,17 +138,17 @@ def joined(one: Cond, other: Cond) -> Cond:
 
 def repeated(cond: Cond, count: int) -> Cond:
     """The condition of one sample, each tensor [1, ...], for `count` of them."""
-    return {name: _changed(value, lambda one: one.expand(count, *one.shape[1:])) for name, value in cond.items()}
+    return {name: changed(value, lambda one: one.expand(count, *one.shape[1:])) for name, value in cond.items()}
 
 
-def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same with every tensor in it changed."""
+def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same with every tensor in it changed, in mappings and sequences."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {name: _changed(one, change) for name, one in value.items()}
-    if isinstance(value, Sequence):
-        return [_changed(one, change) for one in value]
+        return {name: changed(one, change) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(changed(one, change) for one in value)
     return value
 
 

@@ -14,15 +14,18 @@ last gap before a clean picture, which is many times the ones before in log-SNR,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from halfstep.core.errors import ModelError
-from halfstep.nets.architectures import Cuts, architecture_of, require
+from halfstep.nets.architectures import Cuts, architecture_of, net_of, require
 from halfstep.nets.denoiser import Cond, Memo, Predict, eager, prediction_of, predictor
+from halfstep.nets.precision import Cast
 
 OUT: Literal["out"] = "out"
 """The cut behind the whole network: what is reused is its prediction, and nothing is computed."""
@@ -38,7 +41,7 @@ ORDERS: tuple[Order, ...] = (0, 1)
 def cut_count(model: nn.Module) -> int:
     """The model's cuts are 0 … count - 1. Raises ModelError for a family without cuts, and for parts that are not
     known."""
-    return _cuts(model).count(eager(model))
+    return _cuts(model).count(net_of(model))
 
 
 def require_cut(model: nn.Module, cut: Place, where: object) -> None:
@@ -57,8 +60,13 @@ def tapped(
 ) -> tuple[torch.Tensor, dict[Place, torch.Tensor]]:
     """The prediction [B,C,H,W], bit for bit that of the plain call, and the features at these cuts.
 
-    A compiled model's cuts are taken of the model inside. Raises ModelError for a family without cuts.
+    A compiled model's cuts are taken of the model inside; what a cast net leaves is of the sample's precision. Raises
+    ModelError for a family without cuts.
     """
+    if isinstance(model, Cast):
+        given, cond = model.given(sample, cond)
+        prediction, left = tapped(model.model, given, timestep, cond, cuts)
+        return prediction.to(sample.dtype), {cut: features.to(sample.dtype) for cut, features in left.items()}
     inner = [cut for cut in cuts if cut != OUT]
     kept: dict[Place, torch.Tensor] = {}
     if inner:
@@ -79,6 +87,9 @@ def shallow(
     call, bit for bit, where `tapped` left them of the same input."""
     if cut == OUT:
         return features
+    if isinstance(model, Cast):
+        given, cond = model.given(sample, cond)
+        return shallow(model.model, given, timestep, cond, cut, features.to(model.dtype)).to(sample.dtype)
     return prediction_of(_cuts(model).shallow(eager(model), sample, timestep, cond, cut, features), sample)
 
 
@@ -94,11 +105,28 @@ def forecast(known: Sequence[tuple[float, torch.Tensor]], time: float, order: in
     return features + ((time - now) / (now - before)) * (features - others)
 
 
-def leaving(model: nn.Module, source: str, cuts: Collection[Place], time: float) -> Predict:
-    """The model's plain call at timestep `time`, which leaves its features at the cuts in the memo, as `source`'s."""
+@dataclass(frozen=True)
+class Forwards:
+    """The three ways in which a net is called, however it is run: `plain`; `tapped` and `shallow` as the functions
+    here, but for the model."""
+
+    plain: Predict
+    tapped: Callable[
+        [torch.Tensor, torch.Tensor, Cond, Collection[Place]], tuple[torch.Tensor, dict[Place, torch.Tensor]]
+    ]
+    shallow: Callable[[torch.Tensor, torch.Tensor, Cond, Place, torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Forwards:
+        """Those of a model as it is."""
+        return cls(predictor(model), partial(tapped, model), partial(shallow, model))
+
+
+def leaving(net: Forwards, source: str, cuts: Collection[Place], time: float) -> Predict:
+    """The net's plain call at timestep `time`, which leaves its features at the cuts in the memo, as `source`'s."""
 
     def predict(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
-        prediction, found = tapped(model, sample, timestep, cond, cuts)
+        prediction, found = net.tapped(sample, timestep, cond, cuts)
         for cut, features in found.items():
             keep(memo, source, cut, time, features)
         return prediction
@@ -106,8 +134,8 @@ def leaving(model: nn.Module, source: str, cuts: Collection[Place], time: float)
     return predict
 
 
-def taking(model: nn.Module, source: str, cut: Place, order: int, time: float) -> Predict:
-    """The model's shallow pass at timestep `time`, on what calls of `source` left in the memo. Raises ModelError where
+def taking(net: Forwards, source: str, cut: Place, order: int, time: float) -> Predict:
+    """The net's shallow pass at timestep `time`, on what calls of `source` left in the memo. Raises ModelError where
     they left nothing."""
 
     def predict(sample: torch.Tensor, timestep: torch.Tensor, cond: Cond, memo: Memo) -> torch.Tensor:
@@ -115,7 +143,7 @@ def taking(model: nn.Module, source: str, cut: Place, order: int, time: float) -
         if not known:
             got, expected = f"no features of {source!r} at cut {cut}", f"a call of {source!r} before"
             raise ModelError(got=got, expected=expected, where="memo", do="run the entry in a plan after its source")
-        return shallow(model, sample, timestep, cond, cut, forecast(known, time, order))
+        return net.shallow(sample, timestep, cond, cut, forecast(known, time, order))
 
     return predict
 
