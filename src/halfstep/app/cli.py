@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 import typer.core
@@ -377,6 +377,31 @@ def sample(
         watch=RichWatch(),
     )
     line(f"images: {out}\ngrid:   {grid}")
+
+
+@app.command()
+@common(*(name for name in SAMPLED if name not in ("seed", "batch", "device")))
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a pipeline or a model, as `--model` takes it.")],
+    common: Common,
+    out: Annotated[Path, typer.Option("--out", help="A folder that is not there yet.")],
+    to: Annotated[
+        Literal["onnx", "openvino", "diffusers"],
+        typer.Option("--to", help="Graphs for `halfstep-run`, or a pipeline's folder."),
+    ] = "onnx",
+) -> None:
+    """Write a plan so that it runs without PyTorch: a graph for each network that it calls, the sampler as numbers.
+
+    `pip install halfstep-run` (numpy and onnxruntime alone) then draws: `halfstep-run DIR --count 16 --out pictures`.
+    A model without a plan is exported under `--scheduler` and `--steps`.
+
+    Example: `halfstep export runs/plan10 --to onnx --out exported`
+    """
+    from halfstep.app.export import export as write
+
+    own = not common.says_sampler
+    write(run, to, out, common.recipe_for(""), own_plan=own, watch=RichWatch())
+    line(f"exported: {out}")
 
 
 @app.command()

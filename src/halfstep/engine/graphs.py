@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from halfstep.core.errors import ModelError
+from halfstep.data.latents import decode
 from halfstep.engine.entry import Entry, Reuse
 from halfstep.nets.architectures import example_of, shape_of
 from halfstep.nets.denoiser import Memo, eager, flattened, nested, predictor
@@ -76,7 +77,7 @@ def graph_of(entry: Entry, leaves: Sequence[Place] = (), tokens: int | None = No
     odd = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
     if odd:
         got = f"weights in {', '.join(sorted(odd))}"
-        raise ModelError(got=got, expected="float32", where=where, do="load the bank in float32")
+        raise ModelError(got=got, expected="float32", where=where, do="take a plan of float32 entries")
     cuts = tuple(cut for cut in leaves if cut != OUT)
     with torch.no_grad(), _quiet():
         call, inputs, names = _traced_with(model, cuts, takes, tokens, batch)
@@ -84,6 +85,28 @@ def graph_of(entry: Entry, leaves: Sequence[Place] = (), tokens: int | None = No
     program.optimize()
     outputs = (PREDICTION, *(f"cut{cut}" for cut in cuts))
     return Graph(program, *_named(program, names, outputs))
+
+
+def decoder_graph(vae: Any, shape: Sequence[int]) -> Graph:
+    """The graph that decodes samples [B, *shape], "sample", to "images" in about [-1, 1]. Raises ModelError."""
+    require_extra(NEEDED, "onnx", "an ONNX graph")
+    names, where = (SAMPLE,), type(vae).__name__
+    with torch.no_grad(), _quiet():
+        inputs = (torch.zeros(_TRACED, *shape, device=next(vae.parameters()).device),)
+        program = _translated(_captured(_Decoded(vae), inputs, where), where)
+    program.optimize()
+    return Graph(program, *_named(program, names, ("images",)))
+
+
+class _Decoded(nn.Module):
+    """A VAE's decoder with its scale, as `_Call` is called."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return decode(self.model, given[0])
 
 
 class _Call(nn.Module):
@@ -119,7 +142,7 @@ def _traced_with(
     return _Call(model, tuple(cond), cuts, takes).eval(), inputs, names
 
 
-def _captured(call: _Call, inputs: tuple[torch.Tensor, ...], where: str) -> Any:
+def _captured(call: _Call | _Decoded, inputs: tuple[torch.Tensor, ...], where: str) -> Any:
     """The call as torch.export has it, for any batch if the net allows it. Raises ModelError, which names the layer."""
     any_batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     try:

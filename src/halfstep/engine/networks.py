@@ -55,16 +55,21 @@ class Part:
 
 def networks_of(bank: Bank, plan: StepPlan, start: int = 0) -> Sequence[RowCall]:
     """What the rows call, those from `start` on. Raises PlanError as `require_fed`."""
+    null = None if bank.null is None else cond_to(bank.null, bank.device, bank.dtype)
+    return [row_call(own, guide, null) for own, guide in row_parts(bank, plan, start)]
+
+
+def row_parts(bank: Bank, plan: StepPlan, start: int = 0) -> list[tuple[Part, Part | None]]:
+    """What each row runs for itself and as its guide, if it has one. Raises PlanError as `require_fed`."""
     links = reuses(bank, plan)
     own, guides = _wanted(bank, plan.rows, links, start)
-    null = None if bank.null is None else cond_to(bank.null, bank.device, bank.dtype)
-    found: list[RowCall] = []
+    found: list[tuple[Part, Part | None]] = []
     for i, row in enumerate(plan.rows):
         part = partial(_part, bank, links, row.timestep)
         guide = None
         if row.guide is not None:
-            guide = part(row.guide.entry, guides[i], "" if null is None else NULL)
-        found.append(row_call(part(row.entry, own[i]), guide, null))
+            guide = part(row.guide.entry, guides[i], "" if bank.null is None else NULL)
+        found.append((part(row.entry, own[i]), guide))
     return found
 
 
