@@ -236,3 +236,18 @@ def ldm() -> Any:
     )
     parts = (vae(), seeded(LDMBertModel)(config), clip_tokenizer(), text_unet())
     return quiet(LDMTextToImagePipeline(*parts, DDIMScheduler(clip_sample=False, **BETAS)))
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def ip_adapter(unet):
+    """Random weights of an IP-Adapter, as its files have them."""
+    draw, text = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
+    inner = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    sizes = [unet.get_submodule(name).inner_dim for name in inner]
+    halves = {f"{2 * i + 1}.to_{part}_ip.weight": torch.randn(size, text, generator=draw)
+              for i, size in enumerate(sizes) for part in "kv"}  # fmt: skip
+    proj = {"proj.weight": torch.randn(4 * text, 8, generator=draw), "proj.bias": torch.zeros(4 * text),
+            "norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}  # fmt: skip
+    return {"image_proj": proj, "ip_adapter": halves}

@@ -10,12 +10,14 @@ import torch
 from halfstep import attach
 from halfstep.app import verbs
 from halfstep.app.subject import open_subject
-from halfstep.core.errors import HalfstepError
+from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
+from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import image_generators, sample_images, start_noise
 from halfstep.engine.stepaware import StepAwarePipeline
-from pipelines import flux, pixart, sd3, sdxl
+from halfstep.methods.slimmable import Supernet
+from pipelines import controlnet, flux, ip_adapter, pixart, sd3, sdxl, stable_diffusion
 
 pytest.importorskip("transformers")
 PROMPTS = ["a b c", "b", "c a"]
@@ -112,3 +114,44 @@ def test_what_is_not_carried_is_refused_by_name(tmp_path):
     (pipe / "model_index.json").write_text(index.replace("StableDiffusionXLPipeline", "StableDiffusionPipeline"))
     with pytest.raises(HalfstepError, match=r"added_cond_kwargs\.text_embeds of 16"):
         open_subject(pipe, None, recipe(tmp_path))
+
+
+def loaded(what: str) -> Any:
+    """A pipeline into whose U-Net a LoRA or an IP-Adapter was loaded."""
+    pipe = stable_diffusion()
+    if what == "LoRA":
+        peft = pytest.importorskip("peft")
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    else:
+        pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    return pipe
+
+
+@pytest.mark.parametrize("what", ["LoRA", "IP-Adapter"])
+def test_what_was_loaded_into_a_net_is_refused_where_it_would_be_left_out(what, tmp_path):
+    pipe = loaded(what)
+    for make in (lambda: Supernet(pipe.unet, (1.0, 0.5)), lambda: Bank({"full": pipe.unet}, "full", "epsilon")):
+        with pytest.raises(ModelError, match=f"an? {what} beside its weights") as error:
+            make()
+        assert "\n" not in str(error.value)
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ModelError, match=what):
+        open_subject(tmp_path / "pipe", None, recipe(tmp_path))
+
+
+def test_a_lora_that_is_fused_is_carried():
+    pipe = loaded("LoRA")
+    pipe.unet.fuse_lora()
+    fused = {name.replace(".base_layer", ""): one for name, one in pipe.unet.state_dict().items()}
+    pipe.unet.unload_lora()
+    assert torch.equal(Bank({"full": pipe.unet}, "full", "epsilon")["full"].state_dict()[TO_Q], fused[TO_Q])
+    assert not torch.equal(stable_diffusion().unet.state_dict()[TO_Q], fused[TO_Q])
+
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+
+
+def test_a_pipeline_that_tells_its_denoiser_more_is_refused(tmp_path):
+    controlnet().save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="StableDiffusionControlNetPipeline with its controlnet"):
+        open_subject(tmp_path / "pipe", None, recipe(tmp_path))

@@ -20,6 +20,7 @@ from diffusers import (
     ModelMixin,
     PNDMScheduler,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -78,7 +79,7 @@ def size_of(name):
 
 
 def plan_of(pipe, name="", steps=STEPS, phrase=("full",), **options):
-    prices = {one: Price(1) for one in {"full", *phrase}}
+    prices = {one: Price(1) for one in {"full", *(name for call in phrase for name in call.split("|"))} - {""}}
     return plan_for(pipe, steps, phrases=[phrase], prices=prices, **options, **(size_of(name) if name else {}))
 
 
@@ -101,6 +102,29 @@ def test_full_rows_are_stock_bit_for_bit_and_detaching_restores_the_same_objects
     detach(pipe)
     assert (dict(pipe.components), dict(pipe.config)) == before
     np.testing.assert_array_equal(draw(pipe, name), stock)
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_flow_has_samplers_of_other_classes_than_its_own(scheduler):
+    pipe, other = pipelines.sd3(), pipelines.sd3()
+    other.scheduler = scheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    with attached(pipe, plan_of(pipe, sampler=other.scheduler)):
+        np.testing.assert_array_equal(draw(pipe, "sd3"), draw(other, "sd3"))
+    refused(pipe, plan_of(pipelines.stable_diffusion()), match="PNDMScheduler of another process")
+    with pytest.raises(PlanError, match="another process"):
+        plan_of(pipe, sampler=scheduler())
+
+
+@pytest.mark.parametrize(
+    "phrase, row", [(["full", "full~0+"], 1), (["full~0"], 0), (["full|", "full", "full|full~0+"], 2)]
+)
+def test_rows_that_reuse_what_was_never_computed_are_refused_when_the_plan_is_made(phrase, row):
+    pipe = pipelines.stable_diffusion()
+    with pytest.raises(PlanError, match=f"in row {row}, with .* before it") as error:
+        plan_for(
+            pipe, STEPS, phrases=[phrase], guidance=3.0, prices=dict.fromkeys(["full", "full~0", "full~0+"], Price(1))
+        )
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
@@ -378,22 +402,10 @@ def test_a_lora_can_be_loaded_while_a_plan_is_attached(tmp_path):
     np.testing.assert_array_equal(draw(pipe, name), wanted)
 
 
-def ip_adapter(unet):
-    """Random weights of an IP-Adapter, as its files have them."""
-    draw, text = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
-    inner = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
-    sizes = [unet.get_submodule(name).inner_dim for name in inner]
-    halves = {f"{2 * i + 1}.to_{part}_ip.weight": torch.randn(size, text, generator=draw)
-              for i, size in enumerate(sizes) for part in "kv"}  # fmt: skip
-    proj = {"proj.weight": torch.randn(4 * text, 8, generator=draw), "proj.bias": torch.zeros(4 * text),
-            "norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}  # fmt: skip
-    return {"image_proj": proj, "ip_adapter": halves}
-
-
 def test_an_ip_adapter_stays_and_its_images_are_halved_with_the_batch():
     pipe, name = pipelines.stable_diffusion(), "stable_diffusion"
     without = draw(pipe, name, guidance_scale=4.0)
-    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    pipe.unet._load_ip_adapter_weights([pipelines.ip_adapter(pipe.unet)])
     images = {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(2))]}
     wanted, plan = draw(pipe, name, guidance_scale=4.0, **images), plan_of(pipe, name)
     assert np.abs(wanted - without).max() > 1e-4

@@ -97,6 +97,7 @@ def open_model(source: str | Path) -> Opened:
     if _is_step_aware(folder):
         pipe = StepAwarePipeline.from_pretrained(folder)
         return Opened(pipe.bank, pipe.plan, pipe.plan.sampler.scheduler_config)
+    _require_alone(folder)
     dense, config = load_denoiser(source)
     sample_shape(dense.config)  # refuses FLUX, which has none
     vae = load_vae(source, checked=True)
@@ -105,6 +106,20 @@ def open_model(source: str | Path) -> Opened:
     classes = load_classes(source, dense.config)
     bank = Bank({"full": dense}, "full", str(config["prediction_type"]), vae=vae, classes=classes)
     return Opened(bank, None, config)
+
+
+def _require_alone(folder: Path) -> None:
+    """Raise ModelError for a pipeline whose denoiser is told more than its own loop here would tell it."""
+    file = folder / "model_index.json"
+    index = read_json(file, what="a pipeline", do="copy it again") if file.is_file() else {}
+    for name in ("controlnet", "adapter"):
+        if (index.get(name) or [None])[0] is not None:
+            raise ModelError(
+                got=f"a {index.get('_class_name')} with its {name}",
+                expected="a pipeline without one: pictures are drawn, and plans judged, by its denoiser alone",
+                where=folder,
+                do="give the text-to-image pipeline of the same denoiser; its plan can be attached to this one",
+            )
 
 
 def process_of(opened: Opened, where: object) -> Process:

@@ -25,9 +25,18 @@ from torch import nn
 from halfstep.core.errors import ModelError, PlanError
 from halfstep.core.plan import Row, StepPlan
 from halfstep.engine.bank import Bank
-from halfstep.engine.calls import Call, Part, Run, joined, parted, parts_of, position
+from halfstep.engine.calls import (
+    Call,
+    Part,
+    Run,
+    guide_rows,
+    joined,
+    parted,
+    parts_of,
+    position,
+    require_rows_fed,
+)
 from halfstep.engine.entry import Reuse
-from halfstep.engine.networks import wanted_of
 from halfstep.engine.pipelines import (
     DROPS_VARIANCE,
     TIMES_1000,
@@ -89,8 +98,7 @@ def attach(pipe: Any, plan: StepPlan | str | Path, bank: Bank | None = None) -> 
     plan, folder = _read(plan)
     scheduler = scheduler_for(pipe, plan.sampler)
     models, links = _networks(net, plan, folder, bank)
-    wanted_of([Row(row.timestep, row.entry) for row in plan.rows], links, 0)  # refuses what is not fed
-    wanted_of(list(_guide_rows(dict(enumerate(plan.rows))).values()), links, 0)
+    require_rows_fed(plan.rows, links)
     half = conditional_half(pipe) if says_guidance(plan) else None
     _require_takes_residuals(pipe, models, net)
     _require_one_prediction(pipe, plan, net)
@@ -249,12 +257,6 @@ def _require_corrects(plan: StepPlan, scheduler: Any, net: Any) -> None:
         )
 
 
-def _guide_rows(rows: Mapping[int, Row]) -> dict[int, Row]:
-    """What the unconditional half runs, where it runs: weight 1 is unguided."""
-    found = {i: (row.timestep, row.guide) for i, row in rows.items()}
-    return {i: Row(t, guide.entry) for i, (t, guide) in found.items() if guide is not None and guide.weight != 1}
-
-
 # ------------------------------------------------------------------------------------------------------------ the rows
 
 
@@ -326,7 +328,7 @@ class _Director:
         rows = dict(enumerate(self.plan.rows))
         rows = {i: row for i, row in rows.items() if i >= start}
         own = parts_of(rows, self.links)
-        other = parts_of(_guide_rows(rows), self.links)
+        other = parts_of(guide_rows(rows), self.links)
         if self.half is None:
             return Run(call.sample.shape, False, own, {})
         doubled = _is_doubled(pipe, call.sample)

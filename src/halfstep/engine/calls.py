@@ -136,6 +136,20 @@ def parts_of(rows: Mapping[int, Row], links: Mapping[str, Reuse]) -> dict[int, P
     return {i: Part(row.entry, frozenset(cuts.get(row.entry, ()))) for (i, row), cuts in found}
 
 
+def guide_rows(rows: Mapping[int, Row]) -> dict[int, Row]:
+    """What the unconditional half runs, where it runs: weight 1 is unguided."""
+    found = {i: (row.timestep, row.guide) for i, row in rows.items()}
+    return {i: Row(t, guide.entry) for i, (t, guide) in found.items() if guide is not None and guide.weight != 1}
+
+
+def require_rows_fed(rows: Sequence[Row], links: Mapping[str, Reuse]) -> None:
+    """Raise PlanError where either half of a pipeline's calls reuses features of an entry that too few of its rows have
+    run before."""
+    wanted_of([Row(row.timestep, row.entry) for row in rows], links)
+    guides = guide_rows(dict(enumerate(rows)))
+    wanted_of([guides.get(i) for i in range(len(rows))], links)
+
+
 @dataclass
 class Run:
     """One trajectory on its way: the `shape` of its sample, whether its batch is `doubled` by guidance, what its rows

@@ -27,7 +27,14 @@ from halfstep.nets.models import empty_model, filled_model, load_model, read_con
 from halfstep.nets.precision import Cast, Precision
 from halfstep.nets.reuse import ORDERS, OUT, Order, Place, require_cut
 from halfstep.nets.slices import Pieces, cut_all, require_inside, slices_to_json
-from halfstep.nets.weights import open_weights, require_finite, require_same_shapes, shapes_of, stored_shapes
+from halfstep.nets.weights import (
+    open_weights,
+    require_finite,
+    require_plain,
+    require_same_shapes,
+    shapes_of,
+    stored_shapes,
+)
 
 LAYOUTS: Mapping[Layout, torch.memory_format] = {
     "contiguous": torch.contiguous_format,
@@ -320,7 +327,9 @@ class Entry:
         return replace(self, runtime=replace(self.runtime, layout=layout_of(self.model)))
 
     def require_sound(self, source: Any, where: object) -> None:
-        """Raise ModelError for a mask that fits no weights, and weights that do not follow from the `source`'s."""
+        """Raise ModelError for a mask that fits no weights, for weights that do not follow from the `source`'s, and for
+        a model with a LoRA or an IP-Adapter in it."""
+        require_plain(eager(self.model).state_dict(), where)
         if self.masking and isinstance(self.weights, Reuse | Half):
             got, expected = "a mask", f"none beside that of {self.weights.of!r}, from which it follows"
             raise ModelError(got=got, expected=expected, where=where, do="take it of a masked entry")

@@ -11,7 +11,8 @@ import torch
 
 from halfstep.core.errors import ModelError, PlanError
 from halfstep.core.plan import Price, Row, Sampler, StepPlan, call_of
-from halfstep.core.process import BETA_SCHEDULERS, Process
+from halfstep.core.process import BETA_SCHEDULERS, FLOW_SCHEDULERS, Process
+from halfstep.engine.calls import require_rows_fed
 from halfstep.engine.entry import Reuse, reuse_named
 from halfstep.engine.profiling import count_macs, example_inputs, reused_macs
 from halfstep.engine.samplers import noise_scale, plain_config, scheduler_of, with_timesteps
@@ -124,14 +125,16 @@ def scheduler_for(pipe: Any, sampler: Sampler) -> Any:
     process that is not of betas, another class), and for a sampler that the pipeline's loop does not run.
     """
     own, name = pipe.scheduler, sampler.name
-    mine = type(own).__name__
-    if name not in BETA_SCHEDULERS or mine not in BETA_SCHEDULERS:
-        theirs, ours = plain_config(own), dict(sampler.config)
+    mine, known = type(own).__name__, {*BETA_SCHEDULERS, *FLOW_SCHEDULERS}
+    theirs, ours = plain_config(own), dict(sampler.config)
+    if not {name, mine} <= known or (name == mine and FLOW_SCHEDULERS.get(name) == "shift"):
         if name != mine or theirs.get("num_train_timesteps") != ours.get("num_train_timesteps"):
             raise _another_process(pipe, name, mine)
         return type(own).from_config(ours)
     fresh = scheduler_of(name, sampler.config)
-    if not _same_process(plain_config(own) | {"_class_name": mine}, sampler.scheduler_config):
+    if FLOW_SCHEDULERS.get(mine) == "shift":
+        theirs["use_dynamic_shifting"] = False  # a matter of the sampler
+    if not _same_process(theirs | {"_class_name": mine}, sampler.scheduler_config):
         raise _another_process(pipe, f"{name} of another process", mine)
     _require_runs(pipe, fresh)
     return fresh
@@ -224,7 +227,8 @@ def plan_for(
     `sampler`: a diffusers scheduler, or its `Sampler`, for `steps` steps; by default the pipeline's own scheduler.
     `height`, `width`: of the pictures in pixels, where timesteps hang on them (see `set_for`). `prices`: of one call of
     every entry; by default their MACs, counted here.
-    Raises PlanError for entries that are none of these, for a sampler of another process, and for guidance that the
+    Raises PlanError for entries that are none of these, for rows that reuse what too few rows before them have
+    computed, for a sampler of another process, and for guidance that the
     pipeline has not; ModelError for a denoiser that is not known and for cuts that it has not.
     """
     net = pipe_net(pipe)
@@ -249,7 +253,9 @@ def plan_for(
         prices=_macs(net, links, _padded(pipe)) if prices is None else dict(prices),
         guidance=guidance,
     )
-    return plan.with_entries(spoken)
+    plan = plan.with_entries(spoken)
+    require_rows_fed(plan.rows, links)
+    return plan
 
 
 def _spoken(phrases: Sequence[Sequence[str]], rows: int) -> list[str]:

@@ -137,6 +137,8 @@ def _own_sampler(process: Process, sample: SampleSpec, own: Mapping[str, Any]) -
     said.pop("predict_epsilon", None)  # how diffusers said the prediction until 0.10
     if process.is_flow and sample.shift:
         said[FLOW_SCHEDULERS[cls]] = sample.shift
+    if FLOW_SCHEDULERS.get(cls) == "shift":
+        said.pop("prediction_type", None)  # which these have not: diffusers would say so each time
     config = said if process.is_flow else process.config() | said | {"prediction_type": process.prediction}
     if sample.spacing != "own":  # in place of what the config says
         others = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")

@@ -40,6 +40,7 @@ from halfstep.nets.architectures import architecture_of, constants, narrowed, re
 from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.slices import Slices, cut_all
+from halfstep.nets.weights import require_plain
 from halfstep.training.draft import Draft, teacher_of
 from halfstep.training.train import Batch, Diffusion, Objective, TrainState
 
@@ -66,6 +67,7 @@ class Supernet:
     def __init__(self, model: Any, widths: Sequence[float], concat: str = "aligned", own: float = 1.0):
         family = architecture_of(model)
         require(family, "slim")
+        require_plain(model.state_dict(), "Supernet")
         self.model, self.family, self.own = model, family, own
         self.widths = tuple(sorted(widths, reverse=True))
         self.slices: dict[float, Slices] = {}
@@ -112,6 +114,7 @@ def supernet_of(dense: Any, spec: SlimSpec) -> Supernet:
     training is then spent on a second net of that size. Raises ModelError for widths without whole channel groups.
     """
     require(architecture_of(dense), "slim")
+    require_plain(dense.state_dict(), "Supernet")
     net = sort_channels(dense) if spec.sort else copy_of(dense)
     widest = max(spec.widths)
     if widest != 1.0:

@@ -30,6 +30,7 @@ from halfstep.nets.hub import SCHEME, hub_folder
 from halfstep.nets.weights import (
     open_weights,
     require_finite,
+    require_plain,
     require_same_shapes,
     shapes_of,
     stored_dtypes,
@@ -236,6 +237,7 @@ def load_model(
         with open_weights(file) as opened:
             stored |= stored_shapes(opened)
             kinds |= stored_dtypes(opened)
+    require_plain(stored, found.where)
     if found.where in found.files:  # as from_pretrained: nobody had shards when attention had its old names
         empty._fix_state_dict_keys_on_load(stored)
     require_same_shapes(stored, shapes_of(empty.state_dict()), found.where, type(empty).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ MAX_HEADER = 16 << 20
 """Bytes of a header that are read: a hundred thousand tensors. Stable Diffusion's U-Net has 686."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by safetensors' name. Eight bits and fewer need scales, which no file of ours has."""
+
+_FUSE = "fuse the LoRA first: pipe.fuse_lora(), then pipe.unload_lora_weights()"
+LOADED: Mapping[str, tuple[str, str]] = {
+    ".base_layer.": ("a LoRA", _FUSE),
+    ".lora_": ("a LoRA", _FUSE),
+    ".to_k_ip.": ("an IP-Adapter", "pipe.unload_ip_adapter(); a plan can be attached to the pipeline that has it"),
+}
+"""Parts of tensors' names that tell what was loaded into a network, and what to do about it."""
 
 
 @contextmanager
@@ -84,6 +92,18 @@ def stored_shapes(file: Any, unsigned: Collection[str] = ()) -> dict[str, tuple[
 def stored_dtypes(file: Any) -> set[torch.dtype]:
     """The precisions of an open file's tensors, which `stored_shapes` took."""
     return {FLOATS[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def require_plain(names: Iterable[str], where: object) -> None:
+    """Raise ModelError for a network, by the names of its tensors, into which a LoRA (of PEFT) or an IP-Adapter was
+    loaded: slices, masks and files of it would leave that out."""
+    for name in names:
+        for mark, (what, do) in LOADED.items():
+            if mark in name:
+                expected = "a network of its own weights alone"
+                raise ModelError(
+                    got=f"{what} beside its weights ({shown(name)})", expected=expected, where=where, do=do
+                )
 
 
 def shapes_of(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
