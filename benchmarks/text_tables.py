@@ -153,7 +153,7 @@ def pareto(found: Mapping[str, Measured], today: str) -> bytes:
                 low, high = one.distance.interval
                 points.append((one.ms / stock.ms, max(0.0, one.distance.value), max(0.0, low), max(0.0, high)))
         if points:
-            series.append(Series(name=group, points=tuple(sorted(points)), style="points"))
+            series.append(Series(name=group, points=tuple(sorted(points)), style="group"))
     figure = Pareto(
         title="Distance to the data",
         metric_label=f"FD, {stock.distance.n:,} pictures",

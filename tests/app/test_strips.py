@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from halfstep.app.figures import Pareto, Series, draw_all, frontier
+from halfstep.app.figures import Pareto, Series, _draw_pareto, draw_all, frontier
 from halfstep.app.palette import amount, entry_colours
 from halfstep.app.story import strip
 from halfstep.app.strips import MARGIN, PlanChart, calls_of, draw_strips, height_of
@@ -143,3 +143,16 @@ def test_numbers_are_told_to_three_digits():
         "9,303",
         "0",
     ]
+
+
+def test_groups_of_points_have_colours_and_markers_of_their_own():
+    from matplotlib.figure import Figure
+
+    names = ("stock", "joint", "controls", "DeepCache", "reuse", "guidance")
+    points = ((0.2, 3.0, 2.0, 4.0), (0.5, 2.0, None, None))
+    series = tuple(Series(name=name, points=points, style="group") for name in names)
+    axes = Figure().add_subplot()
+    _draw_pareto(axes, Pareto(title="", metric_label="", series=series, cost_label="time"), {})
+    drawn = [line for line in axes.lines if line.get_marker() not in ("_", "None", "|")]
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(names)
+    assert len({line.get_color() for line in drawn}) == len({line.get_marker() for line in drawn}) == len(names)

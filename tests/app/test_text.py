@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from halfstep.app import verbs
 from halfstep.app.subject import open_subject
 from halfstep.core.errors import HalfstepError
 from halfstep.core.plan import Guide, StepPlan
 from halfstep.core.recipe import Recipe
-from halfstep.engine.sampling import image_generators, reference_plan, sample_images, start_noise
+from halfstep.engine import custom
+from halfstep.engine.sampling import fewer_steps, image_generators, reference_plan, sample_images, start_noise
 from halfstep.engine.stepaware import StepAwarePipeline
 from pipelines import BETAS, dit, stable_diffusion, text_unet, vae
 
@@ -189,6 +190,25 @@ def test_a_saved_pipeline_of_text_takes_what_users_of_diffusers_give_it(folder, 
         pipe(2)
     with pytest.raises(TypeError, match="eta"):
         pipe("a", eta=0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["text", "pixels"])
+def test_diffusers_own_loader_opens_a_saved_pipeline(kind, folder, tmp_path, monkeypatch):
+    """Offline, by the file that is shipped for it; oracle: the pipeline's own loader."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, chosen = (folder / "pipe", recipe(folder)) if kind == "text" else ("digits", Recipe())
+    subject = open_subject(model, None, chosen)
+    StepAwarePipeline(subject.stand_ins, subject.reference(), subject.encoder).save_pretrained(tmp_path / "p")
+    given = {"custom_pipeline": custom.__file__, "trust_remote_code": True, "local_files_only": True}
+    found = DiffusionPipeline.from_pretrained(tmp_path / "p", **given)
+    wanted = StepAwarePipeline.from_pretrained(tmp_path / "p")
+    assert isinstance(found, StepAwarePipeline) and found.plan == wanted.plan
+    asked = {"prompt": PROMPTS} if kind == "text" else {"batch_size": 2}
+    few = {"output_type": "pt", "plan": fewer_steps(wanted.plan, 2)}
+    assert torch.equal(found(**asked, **few).images, wanted(**asked, **few).images)
+    found.save_pretrained(tmp_path / "again")
+    assert StepAwarePipeline.from_pretrained(tmp_path / "again").plan == wanted.plan
 
 
 def test_a_scale_for_rows_of_several_weights_is_refused(folder):

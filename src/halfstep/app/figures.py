@@ -22,12 +22,13 @@ class Series:
     """Points (cost, value, low, high), the last two None where there is no interval.
 
     `style`: all points connected, none, one that is a star; "frontier": those connected that no cheaper one is as good
-    as; "mark": ringed, its name beside it.
+    as; "mark": ringed, its name beside it; "group": points of a colour and a marker of their own, where "points" that
+    are many stay grey behind the others.
     """
 
     name: str
     points: tuple[tuple[float, float, float | None, float | None], ...]
-    style: Literal["line", "points", "star", "frontier", "mark"]
+    style: Literal["line", "points", "star", "frontier", "mark", "group"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class Curve:
     ylabel: str
     lines: Mapping[str, tuple[tuple[float, float], ...]]
 
+
+MARKERS = "osD^vP"
 
 Figure = Pareto | PlanChart | Heatmap | Curve
 
@@ -145,10 +148,11 @@ def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None
     many = {s.name for s in pareto.series if s.style == "points" and len(s.points) > 1 and s.name not in colours}
     marks = {s.name for s in pareto.series if s.style == "mark"}
     accents = _with_accents([s.name for s in pareto.series if s.name not in many | marks], colours)
-    repeats = _repeats(accents)
+    groups = [s.name for s in pareto.series if s.style == "group"]
+    repeats = _repeats(accents) | {name: k for k, name in enumerate(groups)}
     for series in pareto.series:
         if series.points:
-            marker = "*" if series.style == "star" else "osD^v"[repeats.get(series.name, 0) % 5]
+            marker = "*" if series.style == "star" else MARKERS[repeats.get(series.name, 0) % len(MARKERS)]
             _draw_series(
                 axes,
                 series,
@@ -178,7 +182,7 @@ def _draw_series(axes: Axes, series: Series, colour: str, marker: str, cloud: bo
     if series.style == "frontier":
         best = frontier(list(zip(costs, values, strict=True)))
         axes.plot(*zip(*best, strict=True), color=colour, linewidth=2.2, zorder=3)
-    size = 5.0 if cloud else {"star": 17.0, "points": 8.0, "line": 5.5, "frontier": 6.5}[series.style]
+    size = 5.0 if cloud else {"star": 17.0, "points": 8.0, "line": 5.5, "frontier": 6.5, "group": 6.5}[series.style]
     look = {"marker": marker, "markersize": size, "color": colour, "capsize": 3.5}
     look |= {"linestyle": "-" if series.style == "line" else "none", "markeredgecolor": "white", "elinewidth": 1.5}
     order = 2 if cloud else 4 if series.style == "star" else 3  # the many behind the few

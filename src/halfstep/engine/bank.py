@@ -121,6 +121,7 @@ class Bank(torch.nn.Module):
         asked = {name: entry.runtime.layout for name, entry in self._entries.items()}
         if asked != {name: entry.seen().runtime.layout for name, entry in self._entries.items()}:
             self.set_layouts(asked)
+        self.folder: Path | None = None  # that it was read from
         self._prices: dict[str, Price] = {}
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
         self.eval()
@@ -331,21 +332,27 @@ class Bank(torch.nn.Module):
         model = self[link.of]
         return Reused(model, link.cut, link.order, *example_inputs(model, batch, tokens=self.tokens))
 
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What it has beside its entries, as its constructor takes it."""
+        return {"vae": self.vae, "classes": self.classes, "null": self.null, "guidance": self.guidance}
+
+    def _of(self, entries: Mapping[str, Entry | torch.nn.Module], **changed: Any) -> Bank:
+        """A bank of other entries of the same kind, with all that is beside these but for what `changed`."""
+        return Bank(entries, self.reference, self.prediction_type, **{**self.beside, **changed})
+
     def with_vae(self, vae: torch.nn.Module | None, classes: Sequence[str] = ()) -> Bank:
         """The same entries, with what decodes their samples (None: they are pictures) and the names of classes."""
-        more = self.null, self.guidance
-        return Bank(self._entries, self.reference, self.prediction_type, vae, classes, *more)
+        return self._of(self._entries, vae=vae, classes=classes)
 
     def with_null(self, null: Cond | None, guidance: float = 1.0) -> Bank:
         """The same entries with the condition that guides run under (None: under the own call's), and the weight with
         which the reference is guided. Raises ModelError for guidance without a null condition."""
-        known = self._entries, self.reference, self.prediction_type, self.vae, self.classes
-        return Bank(*known, null, guidance)
+        return self._of(self._entries, null=null, guidance=guidance)
 
     def only(self, names: Iterable[str]) -> Bank:
         """A bank of some of the entries, with all that is beside them."""
-        known = self.vae, self.classes, self.null, self.guidance
-        return Bank({name: self._entries[name] for name in names}, self.reference, self.prediction_type, *known)
+        return self._of({name: self._entries[name] for name in names})
 
     def with_entry(self, name: str, entry: Entry | torch.nn.Module, prediction_type: str) -> Bank:
         """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""
@@ -360,9 +367,7 @@ class Bank(torch.nn.Module):
 
     def _with(self, more: Mapping[str, Entry | torch.nn.Module]) -> Bank:
         """A bank with more entries, or others of these names; of the rest, what is known stays known."""
-        every = {**self._entries, **more}
-        known = self.vae, self.classes, self.null, self.guidance
-        bank = Bank(every, self.reference, self.prediction_type, *known)
+        bank = self._of({**self._entries, **more})
         kept = {name for name, one in self._entries.items() if not {name, one.weights.of} & set(more)}
         bank._prices = {name: price for name, price in self._prices.items() if name in kept}
         bank._fingerprints = {key: found for key, found in self._fingerprints.items() if key[0] in kept}
@@ -463,7 +468,13 @@ class Bank(torch.nn.Module):
             entries[name] = stored[name].restore(entries)
         null, known = _read_null(folder / NULL_FILE), {name: entries[name] for name in stored}
         bank = cls(known, record.reference, record.prediction_type, null=null, guidance=record.guidance)
+        bank.folder = folder
         return bank if torch_dtype is None else bank.to(torch_dtype)
+
+
+ModelMixin = Bank
+"""The name under which diffusers looks for a class that knows `from_pretrained`, in the module of a component that is
+not its own: so `DiffusionPipeline.from_pretrained` loads a bank (see `custom.py`)."""
 
 
 def calls_of(bank: Bank, batch: int) -> dict[str, Callable[[], torch.Tensor]]:

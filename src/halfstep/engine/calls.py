@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from halfstep.core.errors import PlanError
 from halfstep.core.plan import Row
 from halfstep.engine.entry import Reuse
-from halfstep.engine.networks import wanted_of
+from halfstep.engine.networks import Part, wanted_of
 from halfstep.nets.denoiser import Cond, Memo, eager
-from halfstep.nets.reuse import Place
+from halfstep.nets.reuse import Forwards, joined_kept, parted_kept
 
 ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """What attention processors are told beside, the scale of a LoRA among it: of all images at once."""
@@ -110,16 +110,10 @@ def _require_of_all(name: str, said: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------- trajectories
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one row runs for a batch or a half of it: the entry, and the cuts whose features later rows take."""
-
-    entry: str
-    leaves: frozenset[Place] = frozenset()
-
-
-def parts_of(rows: Mapping[int, Row], links: Mapping[str, Reuse]) -> dict[int, Part]:
-    """By row: what it runs where these rows are all that is run.
+def parts_of(
+    rows: Mapping[int, Row], forwards: Callable[[str], Forwards], links: Mapping[str, Reuse]
+) -> dict[int, Part]:
+    """By row: what it runs, for a batch or a half of it, where these rows are all that is run.
 
     A row that reuses features which none of them left computes its source instead: a trajectory that begins inside a
     plan (img2img) begins in the middle of a phrase.
@@ -133,7 +127,10 @@ def parts_of(rows: Mapping[int, Row], links: Mapping[str, Reuse]) -> dict[int, P
         known[fed[i].entry] = known.get(fed[i].entry, 0) + 1
     wanted = wanted_of(list(fed.values()), links, 0)
     found = zip(fed.items(), wanted, strict=True)
-    return {i: Part(row.entry, frozenset(cuts.get(row.entry, ()))) for (i, row), cuts in found}
+    return {
+        i: Part(forwards, row.entry, links.get(row.entry), frozenset(cuts.get(row.entry, ())), row.timestep)
+        for (i, row), cuts in found
+    }
 
 
 def guide_rows(rows: Mapping[int, Row]) -> dict[int, Row]:
@@ -167,22 +164,17 @@ class Run:
 
 def joined(one: Memo, other: Memo) -> Memo | None:
     """The memo of a doubled batch by those of its halves; None where they were left at different timesteps."""
-    if {key: [t for t, _ in kept] for key, kept in one.items()} != {
-        key: [t for t, _ in kept] for key, kept in other.items()
-    }:
+    if one.keys() != other.keys():
         return None
-    return {
-        key: tuple((t, torch.cat([a, b])) for (t, a), (_, b) in zip(kept, other[key], strict=True))
-        for key, kept in one.items()
-    }
+    found = {key: joined_kept(kept, other[key]) for key, kept in one.items()}
+    whole = {key: kept for key, kept in found.items() if kept is not None}
+    return whole if len(whole) == len(found) else None
 
 
 def parted(memo: Memo) -> tuple[Memo, Memo]:
     """The memos of the halves of a doubled batch."""
-    first, second = (
-        {key: tuple((t, value.chunk(2)[half]) for t, value in kept) for key, kept in memo.items()} for half in (0, 1)
-    )
-    return first, second
+    halves = {key: parted_kept(kept) for key, kept in memo.items()}
+    return {key: first for key, (first, _) in halves.items()}, {key: second for key, (_, second) in halves.items()}
 
 
 def position(times: torch.Tensor, timestep: Any, passed: Sequence[float], expected: int) -> int | None:

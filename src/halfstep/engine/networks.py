@@ -18,7 +18,7 @@ from halfstep.core.plan import Row, StepPlan
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Reuse
 from halfstep.nets.denoiser import Cond, Memo, Predict, cond_to, joined, repeated
-from halfstep.nets.reuse import Place, keep, leaving, taking
+from halfstep.nets.reuse import Forwards, Place, joined_kept, keep, leaving, parted_kept, taking
 
 RowCall = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], tuple[torch.Tensor, torch.Tensor | None]]
 """(sample [B,C,H,W], timestep, condition, memo) -> what the row's entry predicts and what its guide does, each of the
@@ -31,9 +31,10 @@ NULL = "null "
 @dataclass(frozen=True)
 class Part:
     """What a row runs for itself or as its guide: the entry, its link where it reuses features, the cuts at which it
-    leaves its own, the row's timestep, and a prefix of the names in the memo."""
+    leaves its own, the row's timestep, and a prefix of the names in the memo. `forwards` gives the net of an entry's
+    name."""
 
-    bank: Bank
+    forwards: Callable[[str], Forwards]
     entry: str
     link: Reuse | None
     leaves: frozenset[Place]
@@ -41,15 +42,20 @@ class Part:
     prefix: str = ""
 
     @property
+    def runs(self) -> str:
+        """Whose net it calls, the whole of it or what is left of it."""
+        return self.entry if self.link is None else self.link.of
+
+    @property
     def source(self) -> str:
         """Whose features it takes or leaves, as the memo has it."""
-        return self.prefix + (self.entry if self.link is None else self.link.of)
+        return self.prefix + self.runs
 
     def predict(self, leaves: frozenset[Place] | None = None) -> Predict:
         """Its call; `leaves`: other cuts than its own."""
         if self.link is not None:
-            return taking(self.bank.forwards(self.link.of), self.source, self.link.cut, self.link.order, self.time)
-        net, cuts = self.bank.forwards(self.entry), self.leaves if leaves is None else leaves
+            return taking(self.forwards(self.runs), self.source, self.link.cut, self.link.order, self.time)
+        net, cuts = self.forwards(self.runs), self.leaves if leaves is None else leaves
         return leaving(net, self.source, cuts, self.time) if cuts else net.plain
 
 
@@ -76,7 +82,7 @@ def row_parts(bank: Bank, plan: StepPlan, start: int = 0) -> list[tuple[Part, Pa
 def _part(
     bank: Bank, links: Mapping[str, Reuse], time: float, name: str, wanted: Mapping[str, set[Place]], prefix: str = ""
 ) -> Part:
-    return Part(bank, name, links.get(name), frozenset(wanted.get(name, ())), time, prefix)
+    return Part(bank.forwards, name, links.get(name), frozenset(wanted.get(name, ())), time, prefix)
 
 
 def row_call(own: Part, guide: Part | None, null: Cond | None) -> RowCall:
@@ -115,16 +121,16 @@ def _together(
     both = Memo()
     if own.link is not None:
         key = str(own.link.cut)
-        mine, theirs = memo.get((own.source, key), ()), memo.get((guide.source, key), ())
-        if [time for time, _ in mine] != [time for time, _ in theirs]:
+        known = joined_kept(memo.get((own.source, key), ()), memo.get((guide.source, key), ()))
+        if known is None:
             return apart(sample, timestep, cond, memo)
-        both[own.source, key] = tuple((t, torch.cat([a, b])) for (t, a), (_, b) in zip(mine, theirs, strict=True))
+        both[own.source, key] = known
     predict = own.predict(own.leaves | guide.leaves)
     found = predict(torch.cat([sample, sample]), timestep, joined(cond, repeated(null, len(sample))), both)
     if own.link is None:
         for (_, cut), kept in both.items():
-            for source, features in zip((own.source, guide.source), kept[-1][1].chunk(2), strict=True):
-                keep(memo, source, cut, own.time, features)
+            for source, half in zip((own.source, guide.source), parted_kept(kept), strict=True):
+                keep(memo, source, cut, own.time, half[-1][1])
     mine_now, theirs_now = found.chunk(2)
     return mine_now, theirs_now
 

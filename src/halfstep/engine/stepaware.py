@@ -216,10 +216,20 @@ class StepAwarePipeline(DiffusionPipeline):
                 stacklevel=2,
             )
         bank = Bank.from_pretrained(folder / "bank", checked=True)
-        bank = bank.with_vae(load_vae(folder, checked=True), read_classes(folder, class_count(bank.config)))
-        plan = _with_prices_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
-        pipe = cls(bank, plan, None if bank.null is None else folder)
+        pipe = cls(*read_beside(bank, load_vae(folder, checked=True)))
         return pipe if torch_dtype is None else pipe.to(torch_dtype)
+
+
+def read_beside(bank: Bank, vae: Any) -> tuple[Bank, StepPlan, Path | None]:
+    """What a pipeline is made of, by a bank that was read from its folder: the whole bank, the plan, and the folder
+    where it has a text encoder. Raises RunError, ModelError or PlanError as `StepAwarePipeline.from_pretrained`."""
+    if bank.folder is None:
+        got, expected = "a bank that was read from no folder", "one of a pipeline's folder"
+        raise PlanError(got=got, expected=expected, where="bank", do="load it with StepAwarePipeline.from_pretrained")
+    folder = bank.folder.parent
+    bank = bank.with_vae(vae, read_classes(folder, class_count(bank.config)))
+    plan = _with_prices_of(bank, StepPlan.load(folder / "plan.json"), folder / "plan.json")
+    return bank, plan, None if bank.null is None else folder
 
 
 def _rescaled(plan: StepPlan, weight: float | None) -> StepPlan:
@@ -258,7 +268,7 @@ def _with_prices_of(bank: Bank, plan: StepPlan, where: Path) -> StepPlan:
     wrong = [f"{name} {said:,} ({found:,})" for name, said, found in pairs if said != found]
     if wrong:
         told = ", ".join(wrong[:3])
-        warnings.warn(f"{where}: MACs of other networks, counted anew: {told}", stacklevel=3)
+        warnings.warn(f"{where}: MACs of other networks, counted anew: {told}", stacklevel=4)
     prices = {name: _as_counted(price, counted.get(name, price)) for name, price in plan.prices.items()}
     return replace(plan, prices=prices, fixed=_as_counted(plan.fixed, fixed))
 

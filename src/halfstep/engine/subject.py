@@ -110,8 +110,8 @@ class Subject:
         """A bank of other entries for the same samples: with this process's prediction, this VAE, and the names of the
         classes, which are the images' own where the model's folder has none."""
         classes = self.classes_of(Entry.of(entries[reference]).model.config)
-        more = (None, 1.0) if self.bank is None else (self.bank.null, self.bank.guidance)
-        return Bank(entries, reference, self.process.prediction, self.vae, classes, *more)
+        beside = {} if self.bank is None else self.bank.beside
+        return Bank(entries, reference, self.process.prediction, **beside | {"vae": self.vae, "classes": classes})
 
     def classes_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of the classes of a model with this config that was trained on the images."""

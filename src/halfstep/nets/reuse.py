@@ -24,7 +24,7 @@ from torch import nn
 
 from halfstep.core.errors import ModelError
 from halfstep.nets.architectures import Cuts, architecture_of, net_of, require
-from halfstep.nets.denoiser import Cond, Memo, Predict, eager, prediction_of, predictor
+from halfstep.nets.denoiser import Cond, Kept, Memo, Predict, eager, prediction_of, predictor
 from halfstep.nets.precision import Cast
 
 OUT: Literal["out"] = "out"
@@ -154,6 +154,19 @@ def keep(memo: Memo, source: str, cut: Place | str, time: float, features: torch
     key = source, str(cut)
     before = (one for one in memo.get(key, ()) if one[0] != time)
     memo[key] = (*before, (time, features))[-len(ORDERS) :]
+
+
+def joined_kept(one: Kept, other: Kept) -> Kept | None:
+    """What two batches left, as one batch of both would have; None where they left it at different timesteps."""
+    if [time for time, _ in one] != [time for time, _ in other]:
+        return None
+    return tuple((time, torch.cat([a, b])) for (time, a), (_, b) in zip(one, other, strict=True))
+
+
+def parted_kept(kept: Kept) -> tuple[Kept, Kept]:
+    """What the halves of a batch left."""
+    first, second = (tuple((time, features.chunk(2)[half]) for time, features in kept) for half in (0, 1))
+    return first, second
 
 
 def _cuts(model: nn.Module) -> Cuts:
