@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,30 @@ def test_a_txt_beside_each_picture_is_its_caption(tmp_path):
         (root / name).with_suffix(".txt").write_text(f"picture {k}\n", encoding="utf-8-sig")
     found = read_captions(f"folder:{root}")
     assert [found[k] for k in range(2)] == [f"picture {n}" for n in numbers(f"folder:{root}")]
+
+
+@pytest.mark.parametrize("how", ["metadata", "beside"])
+def test_an_archive_has_the_captions_of_its_pictures_in_its_own_order(how, tmp_path):
+    root, archive = tmp_path / "set", tmp_path / "set.tar.gz"
+    names = pictures(root, "b.png deep/a.png c.jpg deep/d.png")
+    texts = {name: f"picture {k}" for k, name in enumerate(names)}
+    if how == "metadata":
+        tell(root, texts)
+    else:
+        for name, text in texts.items():
+            (root / name).with_suffix(".txt").write_text(text)
+    with tarfile.open(archive, "w:gz") as tar:
+        for file in sorted((one for one in root.rglob("*") if one.is_file()), reverse=True):
+            tar.add(file, f"./{file.relative_to(root)}")
+    found = read_captions(f"tar:{archive}")
+    assert [found[k] for k in range(len(found))] == [f"picture {n}" for n in numbers(f"tar:{archive}")]
+    assert sorted(found.texts) == sorted(read_captions(f"folder:{root}").texts) == sorted(texts.values())
+    if how == "beside":
+        (root / "deep" / "d.txt").unlink()
+        with tarfile.open(archive, "w") as tar:
+            tar.add(root, ".")
+        with pytest.raises(DataError, match=r"set\.tar\.gz: .*1 of 4 pictures without a caption, the first deep/d"):
+            read_captions(f"tar:{archive}")
 
 
 def test_texts_are_kept_once_and_the_order_says_whose_they_are():
@@ -155,7 +180,7 @@ def test_captions_for_some_pictures_or_none_are_refused(tmp_path):
 
 @pytest.mark.parametrize("source", ["digits", "idx:there", "prompt:p.txt", "prompts:"])
 def test_sources_without_captions_are_refused_by_name(source):
-    with pytest.raises(DataError, match="expected one of folder:…, hub:…, prompts:…"):
+    with pytest.raises(DataError, match="expected one of folder:…, tar:…, hub:…, prompts:…"):
         read_captions(source)
     with pytest.raises(DataError, match="no such file"):
         read_captions("prompts:nowhere.txt")

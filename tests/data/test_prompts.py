@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,6 +87,27 @@ def test_padding_is_told_to_a_denoiser_that_takes_a_mask(tmp_path):
     longer.save_pretrained(tmp_path / "longer")
     again = encode_prompts(load_text_encoder(tmp_path / "longer"), ["a b"])["encoder_hidden_states"]
     assert torch.allclose(again[0, :4], found["encoder_hidden_states"][0, :4], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kept", [{"variant": "fp16"}, {"max_shard_size": 2000}, {"variant": "fp16", "max_shard_size": 2000}]
+)
+def test_encoders_in_half_precision_or_in_shards_are_read_as_float32(tmp_path, kept):
+    """Oracle: the same weights, rounded, in one file."""
+    stock(tmp_path, masked=True).save_pretrained(tmp_path / "pipe")
+    net = bert()
+    net.config.use_attention_mask = True
+    rounded = net.half().float() if "variant" in kept else net
+    inner = tmp_path / "pipe" / "text_encoder"
+    (inner / "model.safetensors").unlink()
+    (net.half() if "variant" in kept else net).save_pretrained(inner, **kept)
+    warned = pytest.warns(UserWarning, match="only variant, fp16") if "variant" in kept else contextlib.nullcontext()
+    with warned:
+        encoder = load_text_encoder(tmp_path / "pipe")
+    assert {one.dtype for one in encoder.net.parameters()} == {torch.float32}
+    wanted = {name: value.float() for name, value in rounded.state_dict().items()}
+    assert all(torch.equal(value, wanted[name]) for name, value in encoder.net.state_dict().items())
+    assert encode_prompts(encoder, ["a b"])["encoder_hidden_states"].dtype == torch.float32
 
 
 def test_prompts_are_encoded_once_by_their_content_and_the_encoders(tmp_path):

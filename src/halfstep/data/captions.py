@@ -1,6 +1,7 @@
 """Captions and prompts: what pictures show in words, one text for every image, read and checked as images are.
 
     folder:DIR      metadata.jsonl (file_name, text), the imagefolder convention, or a .txt beside each picture
+    tar:FILE        the same inside of an archive
     hub:NAME        a column of texts
     prompts:FILE    one prompt a line (.txt), or JSON lines with a text and, where wanted, its class (.jsonl)
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,14 +23,14 @@ from halfstep.core.disk import MAX_RECORDS, parse_json, read_bytes
 from halfstep.core.errors import DataError
 from halfstep.core.typed import near, shown
 from halfstep.data.layout import arrange, sift
-from halfstep.data.sources import bad, names_below
+from halfstep.data.sources import bad, contents, members, names_below
 from halfstep.data.tables import read_texts
 
 METADATA = "metadata.jsonl"
 COLUMNS = ("text", "caption", "prompt")
 """Under which names the ecosystem keeps captions."""
 MAX_LETTERS = 10_000
-SCHEMES = ("folder", "hub", "prompts")
+SCHEMES = ("folder", "tar", "hub", "prompts")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,8 +79,8 @@ class Captions:
 def read_captions(source: str, *, split: str = "train", column: str | None = None) -> Captions:
     """The captions of a source of images, of image k of `load_images(source, split=split)`, or prompts of a file.
 
-    source: `folder:DIR`, `hub:NAME` or `prompts:FILE`.  column: the column of a table or field of JSON lines that holds
-    the text; None: the one of `COLUMNS` that is there. Raises: DataError.
+    source: `folder:DIR`, `tar:FILE`, `hub:NAME` or `prompts:FILE`.  column: the column of a table or field of JSON
+    lines that holds the text; None: the one of `COLUMNS` that is there. Raises: DataError.
     """
     scheme, _, place = source.partition(":")
     if scheme not in SCHEMES or not place:
@@ -91,7 +92,8 @@ def read_captions(source: str, *, split: str = "train", column: str | None = Non
         return _prompts(Path(place).expanduser(), column, source)
     if scheme == "hub":
         return Captions.of(read_texts(place, split, (column,) if column else COLUMNS), source)
-    return _of_folder(Path(place).expanduser(), split, column, source)
+    files = _folder(Path(place).expanduser()) if scheme == "folder" else _archive(Path(place).expanduser())
+    return _of_files(files, split, column, source)
 
 
 def text_of(value: Any, where: object) -> str:
@@ -129,8 +131,11 @@ def _prompts(file: Path, column: str | None, name: str) -> Captions:
 
 
 def _lines(file: Path, what: str) -> list[str]:
+    return _lines_of(read_bytes(file, MAX_RECORDS, what=what, do="check the path", error=DataError), file, what)
+
+
+def _lines_of(content: bytes, file: object, what: str) -> list[str]:
     """The lines of a text file in UTF-8. Raises DataError for a file without any."""
-    content = read_bytes(file, MAX_RECORDS, what=what, do="check the path", error=DataError)
     try:
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -156,21 +161,51 @@ def _field(record: Mapping[str, Any], column: str | None, where: str) -> str:
     return text_of(record[found[0]], where)
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------
+# ---- folders and archives ------------------------------------------------------------------------------------------
 
 
-def _of_folder(root: Path, split: str, column: str | None, name: str) -> Captions:
-    """From every metadata.jsonl below a folder, or else from the .txt of the same name beside each picture."""
-    names = names_below(root)
+@dataclass(frozen=True)
+class _Files:
+    """What lies below `root`, a folder or an archive, in its order, and how texts there are read."""
+
+    root: Path
+    names: list[PurePosixPath]
+    read: Callable[[PurePosixPath], bytes]
+
+    def lines(self, name: PurePosixPath, what: str) -> list[str]:
+        return _lines_of(self.read(name), self.where(name), what)
+
+    def where(self, name: PurePosixPath) -> str:
+        return f"{self.root}:{name}" if self.root.is_file() else str(self.root / name)
+
+
+def _folder(root: Path) -> _Files:
+    def read(name: PurePosixPath) -> bytes:
+        return read_bytes(root / name, MAX_RECORDS, what="captions", do="check the path", error=DataError)
+
+    return _Files(root, names_below(root), read)
+
+
+def _archive(file: Path) -> _Files:
+    """Of a tar, whose texts are read at once: it is a stream."""
+    names = members(file)
+    found = contents(file, {name for name in names if name.endswith((".txt", METADATA))})
+    texts = {PurePosixPath(name): content for name, content in found.items()}
+    return _Files(file, [PurePosixPath(name) for name in names], texts.__getitem__)
+
+
+def _of_files(files: _Files, split: str, column: str | None, name: str) -> Captions:
+    """From every metadata.jsonl there, or else from the .txt of the same name beside each picture."""
+    root, names = files.root, files.names
     pictures, _ = sift(names, root)
     chosen = [names[pictures[i]] for i in arrange([names[i] for i in pictures], split, root).chosen]
     tables = [one for one in names if one.name == METADATA]
     if tables:
-        told = _told_by(root, tables, column, set(names))
+        told = _told_by(files, tables, column)
         how = f"a line in {METADATA}"
     else:
         beside = {one.with_suffix("") for one in names if one.suffix == ".txt"}
-        told = {one: _beside(root, one) for one in chosen if one.with_suffix("") in beside}
+        told = {one: _beside(files, one) for one in chosen if one.with_suffix("") in beside}
         how = f"a .txt of its name, or a {METADATA}"
     without = [one for one in chosen if one not in told]
     if without:
@@ -180,20 +215,18 @@ def _of_folder(root: Path, split: str, column: str | None, name: str) -> Caption
     return Captions.of((told[one] for one in chosen), name)
 
 
-def _beside(root: Path, picture: PurePosixPath) -> str:
-    file = root / picture.with_suffix(".txt")
-    lines = _lines(file, "a caption")
-    return text_of("\n".join(lines), file)
+def _beside(files: _Files, picture: PurePosixPath) -> str:
+    name = picture.with_suffix(".txt")
+    return text_of("\n".join(files.lines(name, "a caption")), files.where(name))
 
 
-def _told_by(
-    root: Path, tables: list[PurePosixPath], column: str | None, there: set[PurePosixPath]
-) -> dict[PurePosixPath, str]:
-    """The caption of each picture that these tables name, by its path below `root`."""
+def _told_by(files: _Files, tables: list[PurePosixPath], column: str | None) -> dict[PurePosixPath, str]:
+    """The caption of each picture that these tables name."""
+    there = set(files.names)
     told: dict[PurePosixPath, str] = {}
     for table in tables:
-        for number, line in enumerate(_lines(root / table, "lines of JSON"), start=1):
-            where = f"{root / table}: line {number}"
+        for number, line in enumerate(files.lines(table, "lines of JSON"), start=1):
+            where = f"{files.where(table)}: line {number}"
             record = _record(line, where)
             given = record.get("file_name")
             picture = table.parent / given if isinstance(given, str) else None

@@ -298,7 +298,7 @@ def _folder(place: str, split: str) -> Source:
 def _tar(place: str, split: str) -> Source:
     """A tar, .tar.gz, .tar.xz or .tar.bz2 laid out like a folder; read as a stream, in its order."""
     archive = Path(place).expanduser()
-    every = [name for name, _ in _members(archive, None)]
+    every = members(archive)
     pictures, left_out = sift([PurePosixPath(name) for name in every], archive)
     names = [every[i] for i in pictures]
     for name, count in Counter(names).most_common(1):
@@ -314,6 +314,16 @@ def _tar(place: str, split: str) -> Source:
         classes=found.classes,
         left_out=found.left_out + left_out,
     )
+
+
+def members(archive: Path) -> list[str]:
+    """The names of all in a tar that are no folders, in its order. Raises DataError, as reading one does."""
+    return [name for name, _ in _members(archive, None)]
+
+
+def contents(archive: Path, keep: set[str]) -> dict[str, bytes]:
+    """What these members of a tar hold, by name."""
+    return {where.removeprefix(f"{archive}:"): content for where, content in _members(archive, keep)}
 
 
 def _members(path: Path, keep: set[str] | None) -> Iterator[tuple[str, bytes]]:
