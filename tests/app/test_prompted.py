@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import image_generators, sample_images, start_noise
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.methods.slimmable import Supernet
-from pipelines import controlnet, flux, ip_adapter, pixart, sd3, sdxl, stable_diffusion
+from pipelines import controlnet, ddpm, flux, ip_adapter, pixart, sd3, sdxl, stable_diffusion
 
 pytest.importorskip("transformers")
 PROMPTS = ["a b c", "b", "c a"]
@@ -155,3 +156,10 @@ def test_a_pipeline_that_tells_its_denoiser_more_is_refused(tmp_path):
     controlnet().save_pretrained(tmp_path / "pipe")
     with pytest.raises(ModelError, match="StableDiffusionControlNetPipeline with its controlnet"):
         open_subject(tmp_path / "pipe", None, recipe(tmp_path))
+
+
+def test_the_support_matrix_says_what_is_tuned_here():
+    page = Path(__file__).parents[2] / "docs" / "pipelines.md"
+    rows = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("| `")]
+    told = {cells[0].strip(" `") for cells in rows if cells[5].strip() == "✓"}
+    assert told == {type(make()).__name__ for make in (*MADE.values(), stable_diffusion, ddpm)}  # and test_verbs

@@ -4,6 +4,7 @@ whose classes are plain to see."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from scipy.stats import binomtest
 
 from halfstep.core.errors import HalfstepError
 from halfstep.data.images import Images
+from halfstep.engine.bank import Bank
 from halfstep.measure.agreement import agreement, gained, matches, wilson
-from halfstep.measure.features import feature_net_for, train_features
+from halfstep.measure.features import extractor_of, feature_net_for, train_features
+from halfstep.measure.judge import Judge
+from halfstep.measure.quality import extract
+from tiny import unet
 
 
 def stripes(n: int, seed: int = 0, labels: bool = True) -> Images:
@@ -92,3 +97,24 @@ def test_what_gives_no_agreement_is_refused(net):
     with pytest.raises(HalfstepError, match="1 and 2 pictures"):
         gained(np.ones(1, bool), np.ones(2, bool))
     assert torch.is_grad_enabled()
+
+
+def test_a_judge_tells_how_many_pictures_are_what_was_asked_for(net):
+    """Oracle: the classifier's own answers to real pictures in the order that was asked for."""
+    images = stripes(256)
+    bank = Bank(
+        {"full": unet(channels=(8, 8), sample_size=8, in_channels=1, out_channels=1, num_class_embeds=2)},
+        "full",
+        "epsilon",
+    )
+    judge = Judge(bank, images, extractor_of(net), cache=None, batch=64)
+    asked = np.array([judge.conditions.labels[k % 256] for k in range(300)])
+    shown = images.batch(np.array([np.flatnonzero(images.labels == c)[k % 64] for k, c in enumerate(asked)]))
+    shown[:30] = shown[:30].transpose(2, 3)  # the other class
+    features = extract(judge.extractor, [shown])
+    found = judge.quality(features, judge.distances(features, 0, 20))["agreement"]
+    with torch.no_grad():
+        right = (net(shown).argmax(1).numpy() == asked).mean()
+    assert found.value == right < 0.95 and (found.low, found.high) == wilson(right, 300)
+    other = replace(images, fingerprint="1" * 16)
+    assert Judge(bank, other, extractor_of(net), cache=None, batch=64).asked == ()

@@ -110,8 +110,10 @@ def plans_table(record: Comparison, title: str = "Reference, plan and controls",
         columns = columns[:6]
         rows = [row[: len(columns)] for row in rows]
     else:
-        columns += ("MMACs", "ms", "KID", "precision", "recall")
+        columns += ("MMACs", "ms", "KID", "precision", "recall", *((AGREEMENT,) if _agrees(record) else ()))
     names = list(record.plans)
+    if AGREEMENT in columns:
+        note += " Class agreement: the share of images that the features' classifier takes for the class asked for."
     if about.free:
         note += f" The best free: {_called_free(record)}; every plan is held against it too."
     if alone:
@@ -120,6 +122,15 @@ def plans_table(record: Comparison, title: str = "Reference, plan and controls",
     return Table(
         title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
     )
+
+
+AGREEMENT = "class agreement"
+"""The share of images that the features' classifier takes for the class they were asked to be."""
+
+
+def _agrees(record: Comparison) -> bool:
+    """Whether every plan was measured so."""
+    return all("agreement" in row.quality for row in record.plans.values())
 
 
 def _beside_none(cells: Sequence[str]) -> list[str]:
@@ -141,6 +152,7 @@ def _plan_cells(name: str, row: PlanRow, about: About) -> tuple[str, ...]:
         f"{row.macs / 1e6:,.0f}",
         f"{row.wall_ms:,.0f}",
         *(f"{row.quality[metric].value:.3g}" for metric in ("kid", "precision", "recall")),
+        *(f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]" for one in (row.quality.get("agreement"),) if one),
     )
 
 

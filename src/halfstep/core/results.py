@@ -51,8 +51,9 @@ class Cost:
 class Quality:
     """One measured quality number.
 
-    `metric`: "fd" (Fréchet distance), "kid", "precision", "recall", "density" or "coverage".
-    `low`, `high`: 95 % bootstrap interval over the generated images.
+    `metric`: "fd" (Fréchet distance), "kid", "precision", "recall", "density", "coverage", or
+    "agreement", the share of images that a classifier of the data takes for the class they were asked to be.
+    `low`, `high`: 95 % bootstrap interval over the generated images; Wilson's of a share.
     `n`: generated images; `n_reference`: real images.
     `features`: name of the feature network; two values with different ones must never be compared.
     `reference`: fingerprint of the real images.

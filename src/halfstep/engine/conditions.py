@@ -24,23 +24,27 @@ class Conditions:
     """Conditions in a table, and which of them image k has: row order[k % len(order)].
 
     `table`: as a network takes them, each tensor [P, ...], one row for each different condition. `told`: what each row
-    says, the names of classes or prompts, where that is known.
+    says, the names of classes or prompts, where that is known. `labels`: the class number of each in `order`, where
+    that is known.
     """
 
     table: Cond = field(repr=False)
     order: tuple[int, ...] = field(repr=False)
     told: tuple[str, ...] = ()
+    labels: tuple[int, ...] = field(default=(), repr=False)
 
     @classmethod
     def of_classes(cls, numbers: Sequence[int] | np.ndarray) -> Conditions:
         """Images whose classes are these numbers, one after another and then again from the first."""
-        kinds, order = np.unique(np.asarray(numbers, dtype=np.int64), return_inverse=True)
-        return cls(cond_of(torch.from_numpy(kinds)), tuple(order.tolist()))
+        labels = np.asarray(numbers, dtype=np.int64)
+        kinds, order = np.unique(labels, return_inverse=True)
+        return cls(cond_of(torch.from_numpy(kinds)), tuple(order.tolist()), labels=tuple(labels.tolist()))
 
     @classmethod
     def of_prompts(cls, prompter: Prompter, captions: Captions, *, cut: bool = False) -> Conditions:
         """Images that show what these captions say, image k the caption of k; each different text is encoded once."""
-        return cls(prompter.condition(captions.texts, cut=cut), tuple(captions.order.tolist()), captions.texts)
+        labels = () if captions.labels is None else tuple(captions.labels.tolist())
+        return cls(prompter.condition(captions.texts, cut=cut), tuple(captions.order.tolist()), captions.texts, labels)
 
     @property
     def content(self) -> dict[str, Any]:

@@ -55,8 +55,15 @@ def matches(net: FeatureNet, batches: Iterable[torch.Tensor], asked: np.ndarray)
     if trained.get("by_rotation"):
         got, do = "a network that tells rotations apart", "train features on labelled pictures (`halfstep features`)"
         raise ModelError(got=got, expected="a classifier", where=net.name, do=do)
-    seen = [net(x.clamp(-1, 1)).argmax(1).cpu().numpy() for x in batches]
-    found, asked = np.concatenate(seen) if seen else np.zeros(0, np.int64), np.asarray(asked, dtype=np.int64)
+    seen = [net.features(x.clamp(-1, 1)).cpu().numpy() for x in batches]
+    return matching(net, np.concatenate(seen) if seen else np.zeros((0, net.config["n_features"])), asked)
+
+
+@torch.no_grad()
+def matching(net: FeatureNet, features: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """The same of pictures by their features [N, F], which the network gave. Raises DataError as `matches`."""
+    given = torch.from_numpy(np.asarray(features, dtype=np.float32)).to(net.device)
+    found, asked = net.classify(given).argmax(1).cpu().numpy(), np.asarray(asked, dtype=np.int64)
     if len(found) != len(asked) or len(found) == 0:
         got, expected = f"{len(found)} pictures for {len(asked)} classes", "one picture for each, at least one"
         raise DataError(got=got, expected=expected, where="agreement", do="draw as many pictures as were asked for")

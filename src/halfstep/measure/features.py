@@ -299,11 +299,13 @@ def _require_fit(net: FeatureNet, images: Images) -> None:
 
 @dataclass(frozen=True)
 class Extractor:
-    """name: goes into every result.  fn: float32 [B, C, H, W] in [-1, 1] -> [B, n_features], which can be pickled."""
+    """name: goes into every result.  fn: float32 [B, C, H, W] in [-1, 1] -> [B, n_features], which can be pickled.
+    classifier: the net whose features these are, where it was trained to tell classes."""
 
     name: str
     n_features: int
     fn: Callable[[torch.Tensor], torch.Tensor]
+    classifier: FeatureNet | None = None
 
 
 def load_features(source: str, *, bundled: Path | None = None, device: str = "cpu") -> Extractor:
@@ -331,7 +333,8 @@ def load_features(source: str, *, bundled: Path | None = None, device: str = "cp
 
 def extractor_of(net: FeatureNet) -> Extractor:
     """The extractor of a trained net; its name is that of the weights as they are now."""
-    return Extractor(net.name, net.config["n_features"], net.features)
+    trained: Any = net.record.get("trained") or {"by_rotation": True}
+    return Extractor(net.name, net.config["n_features"], net.features, None if trained.get("by_rotation") else net)
 
 
 def raw_pixels(images: Images) -> Extractor:

@@ -17,6 +17,7 @@ from halfstep.core.recipe import Recipe
 from halfstep.core.results import About, Comparison, Difference, Floor, PlanRow, Quality, Verdict
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT, Watch
+from halfstep.data.classes import in_turn
 from halfstep.data.images import Images
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
@@ -25,6 +26,7 @@ from halfstep.engine.device import side_by_side
 from halfstep.engine.profiling import TIMED_BATCH, interleave
 from halfstep.engine.sampling import denoise, image_generators, sample_images, start_noise, to_images
 from halfstep.measure import sanity
+from halfstep.measure.agreement import agreement, matching
 from halfstep.measure.features import Extractor, load_features, raw_pixels
 from halfstep.measure.quality import (
     Distances,
@@ -61,6 +63,7 @@ class Judge:
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
         self.conditions = mix_of(images.labels, bank.config) if conditions is None else conditions
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
+        self.asked = self._classes_asked()
         self._floors: dict[int, Floor] = {}
 
     def floor(self, count: int) -> Floor:
@@ -140,9 +143,24 @@ class Judge:
         return sanity.far_from(distance, self.fd(features[:count]), self.reference.scale, len(reference.rows))
 
     def quality(self, features: np.ndarray, fd: Distances) -> dict[str, Quality]:
-        """Every metric, each with its interval."""
+        """Every metric, each with its interval; where classes were asked for and the features are those of a classifier
+        of these images, "agreement" too."""
         bootstrap, name = len(fd.resamples), self.extractor.name
-        return evaluate(features, self.reference, seed=fd.seed, n_boot=bootstrap, features_name=name, fd=fd)
+        found = evaluate(features, self.reference, seed=fd.seed, n_boot=bootstrap, features_name=name, fd=fd)
+        if not self.asked or self.extractor.classifier is None:
+            return found
+        asked = np.array([in_turn(self.asked, k) for k in range(len(features))])
+        seen = agreement(self.extractor.classifier, matching(self.extractor.classifier, features, asked), asked)
+        both = {"n": seen.n, "n_reference": self.reference.n, "features": name, "reference": self.reference.fingerprint}
+        told = Quality(metric="agreement", value=seen.share, low=seen.low, high=seen.high, seed=fd.seed, **both)
+        return found | {"agreement": told}
+
+    def _classes_asked(self) -> tuple[int, ...]:
+        """The class that each image is asked to be, image k that of k in turn; () where the classifier, which knows
+        classes by number alone, was trained on other images than these."""
+        net, asked = self.extractor.classifier, () if self.conditions is None else self.conditions.labels
+        known = net is not None and net.record.get("fingerprint") == self.images.fingerprint
+        return asked if known and net is not None and asked and max(asked) < net.config["n_classes"] else ()
 
     def distances(self, features: np.ndarray, seed: int, bootstrap: int) -> Distances:
         """The Fréchet distance to the real images, corrected for bias, with its resamples."""
