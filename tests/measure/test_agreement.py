@@ -102,15 +102,11 @@ def test_what_gives_no_agreement_is_refused(net):
 def test_a_judge_tells_how_many_pictures_are_what_was_asked_for(net):
     """Oracle: the classifier's own answers to real pictures in the order that was asked for."""
     images = stripes(256)
-    bank = Bank(
-        {"full": unet(channels=(8, 8), sample_size=8, in_channels=1, out_channels=1, num_class_embeds=2)},
-        "full",
-        "epsilon",
-    )
+    bank = Bank({"full": unet(num_class_embeds=2)}, "full", "epsilon")
     judge = Judge(bank, images, extractor_of(net), cache=None, batch=64)
     asked = np.array([judge.conditions.labels[k % 256] for k in range(300)])
     shown = images.batch(np.array([np.flatnonzero(images.labels == c)[k % 64] for k, c in enumerate(asked)]))
-    shown[:30] = shown[:30].transpose(2, 3)  # the other class
+    shown[:30] = shown[:30].transpose(2, 3).clone()  # the other class
     features = extract(judge.extractor, [shown])
     found = judge.quality(features, judge.distances(features, 0, 20))["agreement"]
     with torch.no_grad():
