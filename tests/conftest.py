@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 
 import halfstep.core.threads  # noqa: F401
 
@@ -10,3 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own, its folder."""
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

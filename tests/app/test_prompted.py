@@ -8,28 +8,26 @@ from typing import Any
 import pytest
 import torch
 
-from halfstep import attach
+from halfstep import attach, attached
 from halfstep.app import verbs
 from halfstep.app.subject import open_subject
 from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.plan import StepPlan
+from halfstep.core.process import FLOW_SCHEDULERS
 from halfstep.core.recipe import Recipe
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import image_generators, sample_images, start_noise
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.methods.slimmable import Supernet
+from halfstep.search.arms import Stock
 from pipelines import controlnet, ddpm, flux, ip_adapter, pixart, sd3, sdxl, stable_diffusion
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("own_cache")
 PROMPTS = ["a b c", "b", "c a"]
 MADE = {"sdxl": sdxl, "pixart": pixart, "sd3": sd3}
 """Of grey 8x8 pictures: their pixels are features enough."""
 OPTIONS: dict[str, dict[str, Any]] = {"pixart": {"use_resolution_binning": False}}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
 
 
 def stock(kind: str) -> Any:
@@ -79,6 +77,20 @@ def test_a_saved_pipeline_has_its_encoders_and_takes_prompts(kind, tmp_path):
     assert again.conditions.content == subject.conditions.content
 
 
+@torch.no_grad()
+def test_every_sampler_that_a_flow_is_searched_over_runs_under_its_pipeline(tmp_path):
+    """Oracle: our own loop, on the same noise."""
+    subject = open_subject(saved("sd3", tmp_path), None, recipe(tmp_path))
+    arms = [arm for _, arm in Stock(subject.stand_ins, subject.process, lambda plan: plan).at(5)]
+    assert {arm.base.sampler.name for arm in arms} == set(FLOW_SCHEDULERS)
+    noise = start_noise(subject.stand_ins, image_generators(0, 0, 3))
+    for arm in arms:
+        [wanted] = sample_images(subject.stand_ins, arm.base, 3, seed=0, batch=3, conditions=subject.conditions)
+        with attached(stock("sd3"), arm.base) as pipe:
+            found = drawn("sd3", pipe, arm.base.sampler.steps, noise)
+        assert torch.allclose(found, wanted / 2 + 0.5, atol=1e-4), arm.told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MADE)
 def test_a_tuned_plan_runs_under_the_stock_pipeline(kind, tmp_path):
@@ -92,8 +104,8 @@ def test_a_tuned_plan_runs_under_the_stock_pipeline(kind, tmp_path):
     assert plan.guidance == 3.0 and plan.macs <= 0.5 * 12 * plan.prices["full"].macs
     pipe = attach(stock(kind), tmp_path / "run")
     noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = drawn(kind, pipe, plan.sampler.steps, noise)
-    assert found.isfinite().all()
+    assert drawn(kind, pipe, plan.sampler.steps, noise).isfinite().all()
+    assert kind != "sd3" or plan.sampler.name in FLOW_SCHEDULERS
 
 
 @pytest.mark.parametrize("kind", MADE)

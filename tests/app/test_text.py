@@ -19,6 +19,7 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from pipelines import BETAS, dit, stable_diffusion, text_unet, vae
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("own_cache")
 PROMPTS = ["a b c", "b", "c a"]
 
 
@@ -35,11 +36,6 @@ def folder(tmp_path_factory):
     pipeline().save_pretrained(place / "pipe")
     (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return place
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
 
 
 def recipe(folder, *edits: str) -> Recipe:

@@ -27,9 +27,9 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.data import images as images_module
 from halfstep.data import sources
 from halfstep.data.images import Images, load_images
+from painted import class_folder, pictures, png
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-RNG = np.random.default_rng(7)
 
 
 @pytest.fixture(autouse=True)
@@ -38,28 +38,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "data"
 
 
-def pictures(n: int, *shape: int) -> np.ndarray:
-    return RNG.integers(0, 256, (n, *shape), dtype=np.uint8)
-
-
 def save(array: np.ndarray, path: Path, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
     return path
-
-
-def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def class_folder(root: Path, *, per_class: int = 2) -> dict[str, np.ndarray]:
-    """`cat/0.png ...` and `dog/...` of 6x6 RGB; the arrays by relative path, in sorted order."""
-    arrays = {f"{name}/{i}.png": pictures(1, 6, 6, 3)[0] for name in ("cat", "dog") for i in range(per_class)}
-    for name, array in arrays.items():
-        save(array, root / name)
-    return arrays
 
 
 def tarred(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:

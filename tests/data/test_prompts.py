@@ -22,11 +22,7 @@ from halfstep.measure.features import FeatureNet
 from halfstep.nets.text import load_text_encoder, write_external
 
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def bert() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import socket
@@ -11,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from halfstep.core.errors import DataError
 from halfstep.data.images import load_images
+from painted import class_folder, pictures, png
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
-RNG = np.random.default_rng(7)
 
 
 @pytest.fixture(autouse=True)
@@ -33,24 +31,6 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-
-def pictures(n: int, *shape: int) -> np.ndarray:
-    return RNG.integers(0, 256, (n, *shape), dtype=np.uint8)
-
-
-def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def class_folder(root: Path, *, per_class: int = 2) -> dict[str, np.ndarray]:
-    arrays = {f"{name}/{i}.png": pictures(1, 6, 6, 3)[0] for name in ("cat", "dog") for i in range(per_class)}
-    for name, array in arrays.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png(array))
-    return arrays
 
 
 def parquet(folder: Path, split: str = "train", **columns: object) -> str:
