@@ -459,6 +459,19 @@ def test_half_precision_finds_its_rows(name):
         np.testing.assert_array_equal(draw(pipe, name), wanted)
 
 
+def test_a_float16_pipeline_stays_one_on_the_cpu_too():
+    name = "stable_diffusion"
+    pipe = made(name).to(torch.float16)
+    stock, wanted = draw(pipe, name), two_stage(pipe, name, 0)
+    with attached(pipe, plan_of(pipe, name)):
+        np.testing.assert_array_equal(draw(pipe, name), stock)
+    reused = plan_for(pipe, STEPS, phrases=[["full", "full~0"]])  # priced here, in its own precision
+    assert reused.prices == plan_for(made(name), STEPS, phrases=[["full", "full~0"]]).prices
+    with attached(pipe, reused):
+        np.testing.assert_array_equal(draw(pipe, name), wanted)
+        assert pipe.unet.dtype == torch.float16 and np.isfinite(wanted).all()
+
+
 def test_hooks_of_accelerate_run_before_a_part_of_a_network_does():
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
