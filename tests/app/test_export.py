@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import halfstep_run
-from halfstep.app.export import export
+from halfstep.app.export import export, write_program
 from halfstep.core.bundled import model_of
 from halfstep.core.errors import HalfstepError, ModelError, PlanError, RunError
 from halfstep.core.plan import Correction, Guide
@@ -22,9 +23,10 @@ from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Entry, Reuse
-from halfstep.engine.sampling import image_generators, reference_plan
+from halfstep.engine.sampling import denoise, image_generators, reference_plan, start_noise, to_images
 from halfstep.engine.stepaware import StepAwarePipeline
-from tiny import cond_for_net, uvit
+from pipelines import vae
+from tiny import cond_for_net, text_unet, uvit
 
 pytest.importorskip("onnxruntime")
 RUNNER = Path(halfstep_run.__file__)
@@ -186,6 +188,26 @@ def test_a_bundled_model_of_many_widths(tmp_path):
     program = halfstep_run.Program.open(export(str(tmp_path / "pipe"), "onnx", tmp_path / "onnx", Recipe()))
     found = require_same(pipe, program)
     assert found.std() > 0.1  # pictures, not grey
+
+
+@pytest.mark.slow
+def test_latents_of_a_model_of_text_under_conditions_of_a_file(tmp_path):
+    random = torch.Generator().manual_seed(5)
+    text = torch.randn(3, 5, 12, generator=random)
+    net = text_unet(in_channels=2, out_channels=2)
+    null = {"encoder_hidden_states": torch.zeros(1, 5, 12)}
+    bank = Bank({"full": net}, "full", "v_prediction", vae=vae(2).eval(), null=null, guidance=3.0)
+    plan = reference_plan(bank, replace(Process(), prediction="v_prediction"), SampleSpec(scheduler="euler", steps=3))
+    write_program(tmp_path / "onnx", bank, plan)
+    with pytest.raises(halfstep_run.RunnerError, match="encoder_hidden_states"):
+        halfstep_run.Program.open(tmp_path / "onnx").conditions()
+    np.savez(tmp_path / "texts.npz", encoder_hidden_states=text.numpy())
+    done = ran(tmp_path / "onnx", "--count", 3, "--conditions", tmp_path / "texts.npz", "--out", tmp_path / "three.npy")
+    assert done.returncode == 0, done.stderr
+    generators = image_generators(0, 0, 3)
+    sample = denoise(bank, plan, start_noise(bank, generators), generators, {"encoder_hidden_states": text})
+    wanted = (to_images(bank, sample) / 2 + 0.5).permute(0, 2, 3, 1).detach().numpy()
+    assert np.abs(np.load(tmp_path / "three.npy") - wanted).max() <= CLOSE
 
 
 def test_a_runner_error_is_no_error_of_halfstep():

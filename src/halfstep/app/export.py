@@ -56,11 +56,12 @@ def export(model: str, to: Target, out: Path, recipe: Recipe, *, own_plan: bool 
         StepAwarePipeline(bank, plan, subject.encoder).save_pretrained(out)
         return out
     disk.require_writable(out.parent)
-    disk.write_atomic(out, lambda folder: _write(folder, bank, plan, to, watch))
+    disk.write_atomic(out, lambda folder: write_program(folder, bank, plan, to, watch))
     return out
 
 
-def _write(folder: Path, bank: Bank, plan: StepPlan, to: Target, watch: Watch) -> None:
+def write_program(folder: Path, bank: Bank, plan: StepPlan, to: Target = "onnx", watch: Watch = SILENT) -> None:
+    """Write a new folder that the runner draws from. Raises as `export` does."""
     table, parts = compiled(plan), row_parts(bank, plan)
     folder.mkdir()
     graphs = _graphs(bank, [part for row in parts for part in row if part is not None], watch)
@@ -70,7 +71,8 @@ def _write(folder: Path, bank: Bank, plan: StepPlan, to: Target, watch: Watch) -
         graphs[decoder] = decoder_graph(bank.vae, sample_shape(bank.config)[1:])
     told = {name: _written(graph, folder, name, to) for name, graph in graphs.items()}
     if bank.null is not None:
-        np.savez(folder / "null.npz", **{name: value.numpy() for name, value in flattened(bank.null)})
+        null: dict[str, Any] = {name: value.numpy() for name, value in flattened(bank.null)}
+        np.savez(folder / "null.npz", **null)
     plan.save(folder / "plan.json")
     program = {
         "format": FORMAT,

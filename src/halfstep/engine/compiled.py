@@ -223,9 +223,10 @@ def _cleaned(step: Step) -> Step:
     """Without the terms that rounding alone made, where noise was told apart from the rest."""
     if not step.noise:
         return step
-    parts = {name: getattr(step, name) for name in ("samples", "predictions", "noise", "clipped")}
-    least = _NOTHING * max(abs(weight) for terms in parts.values() for _, weight in terms)
-    return replace(step, **{name: tuple(t for t in terms if abs(t[1]) > least) for name, terms in parts.items()})
+    parts = step.samples, step.predictions, step.noise, step.clipped
+    least = _NOTHING * max(abs(weight) for terms in parts for _, weight in terms)
+    samples, predictions, noise, clipped = (tuple(t for t in terms if abs(t[1]) > least) for terms in parts)
+    return replace(step, samples=samples, predictions=predictions, noise=noise, clipped=clipped)
 
 
 def _corrections(scheduler: Any, rows: Sequence[Row]) -> list[Corrected | None]:

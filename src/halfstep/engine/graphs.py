@@ -134,10 +134,11 @@ def _traced_with(
     place = next(model.parameters()).device
     cond = {name: value.to(place) for name, value in flattened(example_of(model, batch, tokens))}
     sample = torch.zeros(shape_of(model, batch), device=place)
-    inputs = (sample, torch.full((batch,), 1.0, device=place), *cond.values())
+    timestep = torch.full((batch,), 1.0, device=place)
+    inputs = (sample, timestep, *cond.values())
     names: tuple[str, ...] = (SAMPLE, TIMESTEP, *cond)
     if takes is not None:
-        features = tapped(model, *inputs[:2], nested(cond), [takes])[1][takes]
+        features = tapped(model, sample, timestep, nested(cond), [takes])[1][takes]
         inputs, names = (*inputs, features), (*names, FEATURES)
     return _Call(model, tuple(cond), cuts, takes).eval(), inputs, names
 
