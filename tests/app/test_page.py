@@ -243,6 +243,15 @@ def test_a_change_within_the_floor_is_told_without_a_percentage_and_undecided_wi
     assert "0.14" in table.note and "0.08" in table.note and "0.3" in table.note  # the floor, before and after
 
 
+def test_class_agreement_is_a_column_where_every_plan_has_it():
+    more = ROW.quality | {"agreement": replace(quality("fd"), metric="agreement", value=0.93, low=0.9, high=0.95)}
+    record = Comparison(about=ABOUT, plans={name: replace(ROW, quality=more) for name in ("reference", "plan")})
+    table = plans_table(record)
+    assert table.columns[-1] == "class agreement" and "Class agreement" in table.note
+    assert all(row[-1] == "93.0% [90.0%, 95.0%]" and len(row) == len(table.columns) for row in table.rows)
+    assert "class agreement" not in plans_table(record, brief=True).columns + plans_table(record_of()).columns
+
+
 def test_a_reference_alone_is_told_without_what_it_could_be_compared_by():
     record = Comparison(about=ABOUT, plans={"reference": ROW})
     for brief in (True, False):

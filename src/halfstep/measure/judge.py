@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,12 @@ class Judge:
             return found
         asked = np.array([in_turn(self.asked, k) for k in range(len(features))])
         seen = agreement(self.extractor.classifier, matching(self.extractor.classifier, features, asked), asked)
-        both = {"n": seen.n, "n_reference": self.reference.n, "features": name, "reference": self.reference.fingerprint}
+        both: Any = {
+            "n": seen.n,
+            "n_reference": self.reference.n,
+            "features": name,
+            "reference": self.reference.fingerprint,
+        }
         told = Quality(metric="agreement", value=seen.share, low=seen.low, high=seen.high, seed=fd.seed, **both)
         return found | {"agreement": told}
 
