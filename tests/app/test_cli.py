@@ -32,7 +32,8 @@ from halfstep.engine.sampling import reference_plan, sample_images
 from halfstep.engine.stepaware import StepAwarePipeline
 from tiny import unet
 
-VERBS = ("demo", "train", "optimize", "search", "tune", "sample", "evaluate", "profile", "report", "features", "recipe")
+VERBS = ("demo", "train", "optimize", "search", "tune", "sample", "export", "evaluate", "profile",
+         "report", "features", "recipe")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,17 @@ def test_every_command_helps_with_an_example(verb, monkeypatch, capsys):
 def test_the_root_lists_every_command(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "--help")
     assert code == 0 and all(verb in out for verb in (*VERBS, "compress"))
+
+
+def test_export_refuses_in_one_line_and_leaves_nothing(dense, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there").mkdir()
+    for words, told in (
+        (("export", tmp_path / "nowhere"), "nowhere"),
+        (("export", dense, "--out", tmp_path / "there"), "a folder that is there"),
+    ):
+        line = refused(monkeypatch, capsys, *words, *(() if "--out" in words else ("--out", tmp_path / "out")))
+        assert told in line
+    assert [one.name for one in tmp_path.iterdir()] == ["there"]
 
 
 def test_profile_prints_json(dense, monkeypatch, capsys):

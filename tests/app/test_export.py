@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,14 @@ def test_a_changed_file_and_a_folder_that_is_there_are_refused(exported, tmp_pat
     (tmp_path / "small.onnx").write_bytes(b"")
     with pytest.raises(halfstep_run.RunnerError, match=r"small\.onnx"):
         halfstep_run.Program.open(tmp_path)
+
+
+def test_a_net_of_one_batch_is_refused(tmp_path, monkeypatch):
+    pipe = pipeline(["full"], SampleSpec(scheduler="ddim", steps=3))
+    graph = SimpleNamespace(batch=3)  # as `test_graphs` shows of such a net
+    monkeypatch.setattr("halfstep.app.export.graph_of", lambda *args: graph)
+    with pytest.raises(ModelError, match="entry 'full': got a net whose code fixes the batch"):
+        write_program(tmp_path / "out", pipe.bank, pipe.plan)
 
 
 @pytest.mark.parametrize("to", ["onnx", "openvino"])

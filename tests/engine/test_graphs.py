@@ -91,6 +91,24 @@ def test_widths_of_a_bank_and_another_memory_layout():
         require_close(found, predictor(entry.model)(sample, timestep, cond, Memo()))
 
 
+class Counting(nn.Module):
+    """To what traces it, the length is a number and no size."""
+
+    def forward(self, x):
+        return x.expand(len(x), x.shape[1]) + torch.zeros(len(x), 1)
+
+
+@torch.no_grad()
+def test_a_net_that_fixes_its_batch_is_told_by_its_graph():
+    model = uvit()
+    model.time_embed = Counting()
+    graph = graph_of(Entry(model), batch=2)
+    assert graph.batch == 2
+    sample, timestep, cond = inputs_of(model, 2)
+    [found] = ran(graph, sample, timestep)
+    require_close(found, predictor(model)(sample, timestep, cond, Memo()))
+
+
 class Bessel(nn.Module):
     """ONNX has no such operator."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from halfstep import __version__
 from halfstep.app.subject import open_subject
 from halfstep.core import disk
-from halfstep.core.errors import RunError
+from halfstep.core.errors import ModelError, RunError
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
 from halfstep.core.sums import write_sums
@@ -101,8 +101,16 @@ def _graphs(bank: Bank, parts: list[Part], watch: Watch) -> dict[str, Graph]:
     with watch.stage("export", len(leaves)) as told:
         for name, cuts in leaves.items():
             found[name] = graph_of(entries[name], sorted(cuts, key=str), bank.tokens)
+            _require_any_batch(found[name], f"entry {name!r}")
             told(len(found))
     return found
+
+
+def _require_any_batch(graph: Graph, where: str) -> None:
+    """Raise ModelError for a graph of one batch, where the runner draws as many pictures as it is asked for."""
+    if graph.batch is not None:
+        got, expected = "a net whose code fixes the batch that it is traced with", "one that takes any"
+        raise ModelError(got=got, expected=expected, where=where, do="export --to diffusers")
 
 
 def _name_of(part: Part) -> str | None:

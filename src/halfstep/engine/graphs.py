@@ -150,7 +150,8 @@ def _captured(call: _Call | _Decoded, inputs: tuple[torch.Tensor, ...], where: s
         return torch.export.export(call, inputs, dynamic_shapes=(any_batch,), strict=False)
     except Exception:
         try:
-            return torch.export.export(call, inputs, strict=False)
+            fresh = tuple(one.clone() for one in inputs)  # the others are marked as of any batch
+            return torch.export.export(call, fresh, strict=False)
         except Exception as error:  # whatever a net's code may raise that is not made to be traced
             raise _not_exported(_layer_of(error, call.model), error, where) from error
 
