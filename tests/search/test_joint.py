@@ -23,7 +23,7 @@ from halfstep.measure.features import load_features
 from halfstep.measure.fidelity import Converged, converged_plan
 from halfstep.measure.judge import Judge
 from halfstep.measure.quality import Distances
-from halfstep.search.arms import Arm, Stock, Track, best_free, raced_families
+from halfstep.search.arms import Arm, Stock, Track, Twins, best_free, raced_families
 from halfstep.search.joint import (
     Drawn,
     Joint,
@@ -35,7 +35,7 @@ from halfstep.search.joint import (
     sources_of,
     spearman,
 )
-from halfstep.search.scores import open_scores
+from halfstep.search.scores import open_scores, read_scores
 from halfstep.search.space import Space
 from tiny import recipes, unet
 
@@ -181,6 +181,38 @@ def test_a_cheaper_plan_that_is_shown_to_be_as_good_is_taken(stage, judge):
     for plan, value in zip(plans, (20.0, 20.2), strict=True):
         drawn.distances[plan.digest] = Distances(value, value + wave, n, 0)
     assert drawn.choose(plans, (2, 1), (1.0, 2.0), 0.05) == 1
+
+
+@pytest.mark.parametrize(
+    "values, errors, prices, chosen",
+    [
+        ((1.0, 20.0, 20.0), (9.0, 2.0, 3.0), (1, 2, 2), 1),  # a distance below today's buys nothing
+        ((20.0, 90.0, 20.0), (9.0, 2.0, 3.0), (1, 2, 3), 2),  # one that is shown to be worse is out
+        ((90.0, 91.0, 92.0), (9.0, 2.0, 3.0), (1, 2, 3), 1),  # all of them are: then the nearest
+        ((20.0, 20.0, 20.0), (9.0, 2.0, 2.05), (1, 3, 2), 2),  # as near within 5 %: the cheaper one
+    ],
+)
+def test_a_guided_models_plan_is_the_nearest_to_its_own_pictures(stage, judge, values, errors, prices, chosen):
+    """Of known distances beside today's 20."""
+    _, _, book = stage
+    today, *plans = [today_of(judge, steps) for steps in (3, 4, 5, 6)]
+    n, wave = judge.reference.least, np.random.default_rng(0).normal(size=400)
+    drawn = Drawn(book, n, 0, 400, SILENT)
+    for plan, value in zip((today, *plans), (20.0, *values), strict=True):
+        drawn.distances[plan.digest] = Distances(value, value + 0.01 * wave, n, 0)
+    assert drawn.nearest(today, plans, prices, errors, 0.05) == chosen
+
+
+def test_scores_by_fidelity_are_mean_distances_from_the_converged_twins(stage, judge):
+    """Oracle: pictures drawn and held against one another by hand, in the features of the judge."""
+    track, _, book = stage
+    plan, converged = today_of(judge), converged_plan(judge.bank, PROCESS, 20)
+    mine, twins = (judge.features(one, 24, 1)[0] for one in (plan, converged))
+    wanted = np.linalg.norm(mine - twins, axis=1).mean()
+    scores = Twins(book, track)
+    assert scores(plan, "fit") == pytest.approx(wanted, rel=1e-4)
+    assert Twins(book, track).many([converged, plan], "fit") == pytest.approx([0, wanted], rel=1e-4, abs=1e-3)
+    assert {one.stage for one in read_scores(book.file.parent)} == {"fidelity"}
 
 
 def test_reused_rows_begin_fresh_in_every_gene(judge):

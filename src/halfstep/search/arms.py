@@ -5,7 +5,7 @@ Solvers are raced by fidelity: how far the pictures of a few dozen noises end fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,7 +22,7 @@ from halfstep.engine.samplers import at_calls, families, sampler_of
 from halfstep.engine.sampling import plan_for
 from halfstep.measure.fidelity import Converged, stochastic
 from halfstep.search.race import race
-from halfstep.search.scores import Scores
+from halfstep.search.scores import ScoreBook, Scored, Scores
 
 COUNTS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 25, 30, 40)
 """Network calls of the arms that are raced."""
@@ -120,6 +120,26 @@ class Track:
                 return found
 
             return race(range(len(plans)), losses, rounds, most)
+
+
+class Twins(Scores):
+    """Scores by fidelity: how far the pictures of a plan are from their converged twins, the mean distance in features.
+
+    They lead the search of a guided model. A distance to the data knows no prompt: less guidance comes nearer to the
+    data and shows less of what was asked for (`benchmarks/text.md`), which is not the model that the user runs. Not
+    squared: a few pictures that fall to another side would be the score.
+    """
+
+    def __init__(self, book: ScoreBook, track: Track):
+        super().__init__(book, track.converged.count, track.converged.seed)
+        self.track = track
+
+    def _measured(self, plans: dict[str, StepPlan], executor: Executor | None) -> Iterator[tuple[str, float]]:
+        for digest, errors in zip(plans, self.track.errors(list(plans.values()), 0, self.images), strict=True):
+            yield digest, float(np.sqrt(errors).mean())
+
+    def scored(self, stage: str, digest: str, plan: StepPlan, score: float) -> Scored:
+        return super().scored("fidelity", digest, plan, score)  # no distance to the data: told apart in scores.jsonl
 
 
 def each(work: Callable[[T], R], items: Sequence[T], executor: Executor | None) -> list[R]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Reuse
 from halfstep.measure.quality import Distances, difference
 from halfstep.nets.content import fingerprint
-from halfstep.search.arms import COUNTS, Arm, Stock, Track, each
+from halfstep.search.arms import COUNTS, Arm, Stock, Track, Twins, each
 from halfstep.search.corrections import climb
 from halfstep.search.damage import ErrorTable, error_table
 from halfstep.search.frontier import best_within, frontier
@@ -260,15 +261,15 @@ class Joint:
         images, tolerance = self.recipe.search.final_images, self.recipe.eval.tolerance
         candidates = {limit: self.finalists(limit, model) for limit in sorted(self.question.limits)}
         every = list(dict.fromkeys(itertools.chain(*candidates.values())))
-        drawn = Drawn(book, images, seed, self.recipe.eval.bootstrap, self.watch)
-        drawn.draw([*([today] if self.question.beside else []), *map(self.plan_of, every)])
-        far = track.errors([self.plan_of(one) for one in every], 0, track.converged.count)
-        errors = {one: float(error.mean()) for one, error in zip(every, far, strict=True)}
+        drawn, guided = Drawn(book, images, seed, self.recipe.eval.bootstrap, self.watch), is_guided(book)
+        drawn.draw([*([today] if self.question.beside or guided else []), *map(self.plan_of, every)])
+        errors = dict(zip(every, Twins(book, track).many([self.plan_of(one) for one in every], "final"), strict=True))
+        choose = partial(drawn.nearest, today) if guided else drawn.choose
         found = []
         for limit, ones in candidates.items():
             if ones:
                 prices = [self.price(one) for one in ones]
-                chosen = drawn.choose([self.plan_of(one) for one in ones], prices, [errors[o] for o in ones], tolerance)
+                chosen = choose([self.plan_of(one) for one in ones], prices, [errors[one] for one in ones], tolerance)
                 found.append(self._answer(limit, ones[chosen], drawn, today))
         return found
 
@@ -339,6 +340,22 @@ class Drawn:
         near = min({best, *unparted}, key=lambda k: errors[k])
         tied = [k for k, plan in enumerate(plans) if self.change(plans[near], plan).held(tolerance)]
         return min([*tied, near], key=lambda k: (prices[k], k != near))
+
+    def nearest(
+        self, today: StepPlan, plans: Sequence[StepPlan], prices: Sequence[int], errors: Sequence[float],
+        tolerance: float,
+    ) -> int:  # fmt: skip
+        """As `choose`, for a guided model: of the plans whose distance to the data is not shown to be worse than that
+        of today the nearest to the converged pictures; or a cheaper one that is as near within the tolerance."""
+        kept = [k for k, one in enumerate(plans) if self.change(today, one).verdict(tolerance) != "not held"]
+        able = kept or range(len(plans))
+        least = min(errors[k] for k in able)
+        return min((k for k in able if errors[k] <= (1 + tolerance) * least), key=lambda k: (prices[k], errors[k]))
+
+
+def is_guided(book: ScoreBook) -> bool:
+    """Whether the reference is guided: fidelity then leads the search, see `Twins`."""
+    return book.judge.bank.guidance != 1
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -477,7 +494,7 @@ def search_joint(
     today: what is run today, with which every choice is compared.  Raises PlanError where no plan meets any limit.
     """
     watch, spec = track.watch, recipe.search
-    scores = book.on(spec.images, stage_seed(recipe.seed, Stage.SEARCH))
+    scores = Twins(book, track) if is_guided(book) else book.on(spec.images, stage_seed(recipe.seed, Stage.SEARCH))
     kept = screened(track, scores, stock, among, today, question, spec.arms)
     watch.say("searched under " + "; ".join(arm.told for arm in kept))
     joint = Joint(question, prepared(track, book, kept, question, recipe), scores, recipe, watch)

@@ -26,7 +26,7 @@ from halfstep.nets.content import fingerprint
 FILE = "scores.jsonl"
 SEARCHED = ("reference", "free", "fit", "bisect", "frontier", "nsga2")
 """The stages of a search whose scores are on the same noise; the others: "final", "corrections", "final corrections",
-"steps" and "penalty"."""
+"steps" and "penalty"; "fidelity" is of another measure (`arms.Twins`)."""
 
 
 @dataclass(frozen=True)
