@@ -32,7 +32,7 @@ from halfstep.engine.sampling import reference_plan, sample_images
 from halfstep.engine.stepaware import StepAwarePipeline
 from tiny import unet
 
-VERBS = ("demo", "train", "optimize", "search", "tune", "sample", "export", "evaluate", "profile",
+VERBS = ("demo", "train", "optimize", "search", "tune", "sample", "export", "push", "evaluate", "profile",
          "report", "features", "recipe")  # fmt: skip
 
 

@@ -405,6 +405,24 @@ def export(
 
 
 @app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="What it is called on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; without, for you alone.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Write what would be sent there, and send nothing.")
+    ] = None,
+) -> None:
+    """Send a run's pipeline to the Hugging Face hub, with a model card made from its report.
+
+    Example: `halfstep push runs/half --to me/half --folder card`
+    """
+    from halfstep.app.card import push as send
+
+    line(f"pushed: {send(run, to, private=not public, folder=folder)}")
+
+
+@app.command()
 @common("recipe", "edits", "seed", "batch", "runtime", "device", "dtype", "as_json")
 def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
     """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
