@@ -36,23 +36,20 @@ def card_of(run: Path) -> str:
     licence = _licence(base)
     head = {"library_name": "diffusers", "tags": ["halfstep", "diffusion"], **({"license": licence} if licence else {})}
     pictures = "\n\n![The reference's pictures above the plan's](samples.png)" if (run / "samples.png").exists() else ""
-    return f"""---
-{_yaml(head)}
----
+    where = f"Made by `halfstep {said.get('verb', 'optimize')}` of {base or 'images alone'}"
+    parts = (
+        f"---\n{_yaml(head)}\n---",
+        "# A step-aware pipeline",
+        summary(record, plan) + pictures,
+        _markdown(plans_table(record)),
+        f"## What runs at each step\n\n```\n{plan}\n```",
+        _LOADING,
+        f"## Where it is from\n\n{where} with {said.get('data') or 'no images'}. {_about_licence(licence)}",
+    )
+    return "\n\n".join(parts) + "\n"
 
-# A step-aware pipeline
 
-{summary(record, plan)}{pictures}
-
-{_markdown(plans_table(record))}
-
-## What runs at each step
-
-```
-{plan}
-```
-
-## How to load it
+_LOADING = """## How to load it
 
 `pip install halfstep`, then
 
@@ -64,16 +61,13 @@ pipe = StepAwarePipeline.from_pretrained(snapshot_download("OWNER/NAME"))
 pipe(batch_size=4, seed=0).images
 ```
 
-Without PyTorch: `halfstep export FOLDER --to onnx --out DIR`, then `halfstep-run DIR`.
+Without PyTorch: `halfstep export FOLDER --to onnx --out DIR`, then `halfstep-run DIR`."""
 
-## Where it is from
 
-Made by `halfstep {said.get("verb", "optimize")}` of {base or "images alone"} with {said.get("data") or "no images"}. {
-        f"Licence of the model that it was made of: {licence}."
-        if licence
-        else "The model that it was made of says no licence: ask its owner before you pass this one on."
-    }
-"""
+def _about_licence(licence: str) -> str:
+    if licence:
+        return f"Licence of the model that it was made of: {licence}."
+    return "The model that it was made of says no licence: ask its owner before you pass this one on."
 
 
 def push(run: Path, to: str, *, private: bool = True, folder: Path | None = None) -> str:
