@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from halfstep.core.errors import HalfstepError
 from halfstep.core.machine import machine
 from halfstep.engine.bank import Bank
-from halfstep.engine.entry import Backend, Half
+from halfstep.engine.entry import Backend
 from halfstep.engine.layouts import fastest_layouts
 from halfstep.engine.profiling import example_inputs, interleave
 from halfstep.engine.runtime import backends_for, ready, strayed
@@ -58,15 +58,15 @@ def bank_of(folder: str) -> Bank:
     return bank
 
 
-def timed(bank: Bank, batch: int, repeats: int, clock: Callable[[], float]) -> tuple[list[Timed], list[str]]:
-    """Every entry by every runtime, in turns, and what could not be run."""
+def timed(
+    bank: Bank, batch: int, repeats: int, clock: Callable[[], float], without: Sequence[str] = ()
+) -> tuple[list[Timed], list[str]]:
+    """Every entry by every runtime but these, in turns, and what could not be run."""
     calls: dict[tuple[str, Backend], tuple[Callable[[], torch.Tensor], float]] = {}
     failed = []
     for name in bank.computed:
         entry, inputs = bank.entries[name], example_inputs(bank[name], batch, dtype=bank.dtype)
-        for backend in backends_for(bank.device):
-            if isinstance(entry.weights, Half) and backend not in ("eager", "compile"):
-                continue
+        for backend in (one for one in backends_for(entry) if one not in without):
             try:
                 run = ready(entry, replace(entry.runtime, backend=backend, batches=(batch,)))
                 error = strayed(run, Forwards.of(entry.model), inputs)
@@ -118,6 +118,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", action="append", choices=list(MODELS))
+    parser.add_argument(
+        "--without", action="append", default=[], help="a runtime to leave out: compiling takes minutes"
+    )
     parser.add_argument("--cpu", action="store_true", help="count the processor's seconds, for a busy machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/runtimes.md"))
     args = parser.parse_args()
@@ -131,7 +134,7 @@ def main() -> None:
     for title in args.model or MODELS:
         for batch in args.batch or (1, 64):
             bank = bank_of(MODELS[title])
-            found, failed = timed(bank, batch, args.repeats, clock)
+            found, failed = timed(bank, batch, args.repeats, clock, args.without)
             lines += [*lines_of(title, bank, batch, found), *(f"Not run: {one}\n" for one in failed)]
             args.out.write_text("\n".join(lines))
     print(args.out.read_text())

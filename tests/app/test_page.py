@@ -268,6 +268,14 @@ def test_a_reference_alone_is_told_without_what_it_could_be_compared_by():
         assert [len(row) for row in table.rows] == [7] and "—" not in table.rows[0] and "paired" not in table.note
 
 
+def test_the_time_of_one_image_stands_beside_that_of_a_batch():
+    rows = {"reference": replace(ROW, alone_ms=21.5), "plan": replace(ROW, alone_ms=4.25)}
+    table = plans_table(Comparison(about=ABOUT, plans=rows))
+    at = table.columns.index("ms of one image")
+    assert table.columns[at - 1] == "ms" and [row[at] for row in table.rows] == ["21.5", "4.2"]
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
 def test_nothing_is_told_as_held_beside_a_broken_reference_and_the_warning_is_everywhere():
     warnings = ("100% of the reference's pixels are black or white, of the real images' 1%",)
     record = record_of(replace(ABOUT, warnings=warnings), verdict="broken reference")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from halfstep.app import inspection, verbs
 from halfstep.app.measurement import judge_for, write_costs
 from halfstep.app.subject import open_subject
-from halfstep.core.errors import DivergedError, HalfstepError
+from halfstep.core.errors import DivergedError, HalfstepError, RecipeError
 from halfstep.core.folder import open_run
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe, RunRecord
@@ -39,6 +39,7 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.spectrum import radial_mean
 from halfstep.nets.fresh import new_model
 from halfstep.nets.masks import masked
+from halfstep.nets.precision import precisions_for
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.search.scores import SEARCHED, read_scores
 from halfstep.training.loop import run_loop
@@ -435,3 +436,15 @@ def test_no_verb_touches_its_callers_random_numbers(verb, dense, tmp_path):
     calls[verb]()
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
     assert np.array_equal(np.random.get_state()[1], states[1])
+
+
+def test_half_precision_competes_for_a_time(finished, tmp_path):
+    with pytest.raises(RecipeError, match=r"search\.precisions: got fp16, expected"):
+        verbs.search(str(finished), "digits", tmp_path / "no", tiny("search.precisions=fp16"), budget="0.5t")
+    if "bf16" not in precisions_for(torch.device("cpu")):
+        pytest.skip("this processor does not compute in bfloat16")
+    plan = verbs.search(str(finished), "digits", tmp_path / "o", tiny("search.precisions=bf16"), budget="0.95t")
+    prices = plan.prices
+    assert prices["full@bf16"].macs == prices["full"].macs and prices["full@bf16"].us != prices["full"].us
+    pipe = StepAwarePipeline.from_pretrained(tmp_path / "o" / "pipeline")
+    assert pipe.plan.rows == plan.rows and all(name in pipe.bank for name in plan.nets)

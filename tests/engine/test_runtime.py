@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from halfstep.engine.profiling import example_inputs
 from halfstep.engine.runtime import fastest, ready, strayed
 from halfstep.engine.runtimes import settle_runtimes
 from halfstep.engine.sampling import denoise, image_generators, reference_plan, start_noise
-from halfstep.nets.denoiser import Memo
+from halfstep.nets.denoiser import Memo, picked
 from halfstep.nets.reuse import Forwards
-from tiny import unet
+from tiny import cond_for_net, text_unet, unet
 
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
 
@@ -185,15 +186,48 @@ def test_the_faster_one_is_taken_and_the_slower_told(monkeypatch):
     assert [(one.ms, one.dropped) for one in tried] == [(2000, ""), (5000, "slower here"), (500, "")]
 
 
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("made", [partial(unet, attend=True), text_unet])
+def test_other_engines_predict_what_eager_does(backend, made):
+    for package in runtime_module.PACKAGES[backend]:
+        pytest.importorskip(package)
+    model = made(0)
+    entry, cond = Entry.of(model), cond_for_net(model, 3)
+    net, oracle = ready(entry, Runtime(backend=backend)), Forwards.of(model)
+    for batch in (1, 3):
+        some = picked(cond, torch.arange(batch))
+        given = torch.randn(batch, 1, 8, 8), torch.tensor(417), some
+        assert torch.allclose(net.plain(*given, Memo()), oracle.plain(*given, Memo()), atol=1e-4)
+        (mine, kept), (theirs, wanted) = net.tapped(*given, [0, "out"]), oracle.tapped(*given, [0, "out"])
+        assert torch.allclose(mine, theirs, atol=1e-4) and kept.keys() == wanted.keys()
+        assert all(torch.allclose(kept[cut], wanted[cut], atol=1e-4) for cut in wanted)
+        features = torch.randn_like(wanted[0])
+        assert torch.allclose(net.shallow(*given, 0, features), oracle.shallow(*given, 0, features), atol=1e-4)
+
+
+def test_a_plan_runs_by_another_engine_but_for_what_is_in_half_precision(tmp_path):
+    pytest.importorskip("onnxruntime")
+    bank, watch = bank_of().with_casts(["bf16"]).with_reuse([0], [0]), Listening()
+    plan = plan_over(bank, ("full", "full~0", "full@bf16", "full"))
+    wanted = drawn(bank, plan, 2)
+    settle_runtimes(bank, tmp_path / "runtimes.json", "onnx", 2, watch=watch)
+    assert watch.said == ["full@bf16 run by PyTorch: graphs for onnx are of float32"]
+    assert bank.runtimes() == {
+        **dict.fromkeys(("full", "full~0"), "onnx"),
+        **dict.fromkeys(("full@bf16", "full@bf16~0"), "eager"),
+    }
+    assert torch.allclose(drawn(bank, plan, 2), wanted, atol=1e-3)
+
+
 def test_a_backend_that_is_not_there_names_its_extra(monkeypatch):
     monkeypatch.setattr(runtime_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"'onnx' without onnxruntime.*halfstep\[onnx\]"):
+    with pytest.raises(ModelError, match=r"'onnx' without onnx or .*onnxruntime.*halfstep\[onnx\]"):
         settle_runtimes(bank_of(), None, "onnx", 2)
 
 
 def test_a_choice_is_kept_and_made_again_elsewhere(tmp_path, monkeypatch):
     bank, file, watch = bank_of(), tmp_path / "runtimes.json", Listening()
-    monkeypatch.setattr("halfstep.engine.runtimes.backends_for", lambda device: ["eager"])
+    monkeypatch.setattr("halfstep.engine.runtimes.backends_for", lambda entry: ["eager"])
     settle_runtimes(bank, file, "auto", 2, watch=watch)
     written = file.read_bytes()
     settle_runtimes(bank, file, "auto", 2, watch=watch)

@@ -114,7 +114,7 @@ def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
         features_of(subject, out / "features", watch)
     bank.to(default_device())
     settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
-    sizes, kept = (recipe.sample.batch, recipe.eval.images % recipe.sample.batch), out / "state" / "runtimes.json"
+    sizes, kept = (1, recipe.sample.batch, recipe.eval.images % recipe.sample.batch), out / "state" / "runtimes.json"
     settle_runtimes(bank, kept, recipe.sample.runtime, recipe.sample.timed, filter(None, sizes), watch=watch)
     extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
     return Judge(

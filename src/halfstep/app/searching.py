@@ -20,7 +20,7 @@ from halfstep.core.plan import Price, StepPlan
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.results import FreeArm, FreeRecord
 from halfstep.core.seeds import STAGES, Stage, stage_seed
-from halfstep.core.watch import Watch
+from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import save_arrays
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
@@ -336,10 +336,13 @@ def require_reachable(goal: Goal, today: StepPlan, bank: Bank, batch: int) -> No
     clearly too short; the search measures again."""
     if goal.budget is None:
         return
-    cheapest, sure = min(bank.computed, key=lambda name: today.prices[name].macs), 1 - 1e-9
-    unit = goal.budget.priced_in
-    if unit == "us":
-        timed = timed_prices(bank.only(dict.fromkeys((bank.reference, cheapest))), batch, repeats=3, warmup=1)
+    macs, sure, unit = {name: today.prices[name].macs for name in bank.computed}, 1 - 1e-9, goal.budget.priced_in
+    least_macs = min(macs.values())
+    cheapest = next(name for name in macs if macs[name] == least_macs)
+    if unit == "us":  # of as many MACs there may be several, in another precision each
+        able = [name for name in macs if macs[name] == least_macs]
+        timed = timed_prices(bank.only([bank.reference, *able]), batch, repeats=3, warmup=1)
+        cheapest = min(able, key=lambda name: timed[name].us or 0)
         today, sure = replace(today, prices={**today.prices, **timed}, fixed=Price(0, 0)), CLEARLY
     least = replace(today, rows=today.rows[: COUNTS[0]]).uniform(cheapest).whole
     if goal.budget.limit(today.price, batch) < getattr(least, unit) * sure:
@@ -354,13 +357,11 @@ def require_reachable(goal: Goal, today: StepPlan, bank: Bank, batch: int) -> No
 def needed(bank: Bank, plan: StepPlan) -> Bank:
     """A bank without the entries that a plan does not run and that cost nothing to add again: those that reuse
     features, those in half precision."""
-    links = {name: entry.weights for name, entry in bank.entries.items()}
-    run = {name for name in bank if name in plan.nets or not isinstance(links[name], Reuse | Half)}
-    run |= {link.of for name in run if isinstance(link := links[name], Reuse)}
-    return bank.only([name for name in bank if name in run])
+    entries = bank.entries.items()
+    return bank.only([name for name, one in entries if name in plan.nets or not isinstance(one.weights, Reuse | Half)])
 
 
-def with_precisions(bank: Bank, recipe: Recipe, goal: Goal, watch: Watch) -> Bank:
+def with_precisions(bank: Bank, recipe: Recipe, goal: Goal, watch: Watch = SILENT) -> Bank:
     """A bank whose entries are there in the half precisions that a recipe asks for, too. Raises RecipeError for one
     that the device does not compute in."""
     device = default_device()

@@ -110,7 +110,9 @@ def plans_table(record: Comparison, title: str = "Reference, plan and controls",
         columns = columns[:6]
         rows = [row[: len(columns)] for row in rows]
     else:
-        columns += ("MMACs", "ms", "KID", "precision", "recall", *((AGREEMENT,) if _agrees(record) else ()))
+        single = ("ms of one image",) if record.reference.alone_ms is not None else ()
+        agreement = (AGREEMENT,) if _agrees(record) else ()
+        columns += ("MMACs", "ms", *single, "KID", "precision", "recall", *agreement)
     names = list(record.plans)
     if AGREEMENT in columns:
         note += " Class agreement: the share of images that the features' classifier takes for the class asked for."
@@ -151,6 +153,7 @@ def _plan_cells(name: str, row: PlanRow, about: About) -> tuple[str, ...]:
         *(_beside_free(row, free=name == about.free) if about.free else ()),
         f"{row.macs / 1e6:,.0f}",
         f"{row.wall_ms:,.0f}",
+        *(() if row.alone_ms is None else (f"{row.alone_ms:,.1f}",)),
         *(f"{row.quality[metric].value:.3g}" for metric in ("kid", "precision", "recall")),
         *(f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]" for one in (row.quality.get("agreement"),) if one),
     )

@@ -282,7 +282,7 @@ def optimize(
     recipe = subject.recipe
     require_measurable(subject.images, recipe)
     draft = slimmable.draft(subject, recipe)
-    bank = draft.bank()
+    bank = with_precisions(draft.bank(), recipe, goal)
     require_reachable(goal, subject.reference(bank), bank, recipe.sample.timed)
     inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
@@ -315,7 +315,8 @@ def tune(
     begun, subject = time.time(), open_subject(model, data, recipe, watch=watch)
     if data is not None:
         require_measurable(subject.images, subject.recipe)
-    require_reachable(goal, subject.reference(), subject.stand_ins, recipe.sample.timed)
+    bank = with_precisions(subject.stand_ins, subject.recipe, goal, watch)
+    require_reachable(goal, subject.reference(bank), bank, recipe.sample.timed)
     inputs = {"verb": "tune", "model": subject.source, "data": data or CONVERGED_DATA, "goal": str(goal)}
     open_run(out, subject.recipe, inputs, subject.content, watch, subject.read())
     if is_measured(out):
@@ -324,7 +325,7 @@ def tune(
         subject = open_subject(model, converged_data(subject, out, watch), recipe, watch=watch)
         require_measurable(subject.images, subject.recipe)
     recipe = subject.recipe
-    bank = with_precisions(subject.stand_ins, recipe, goal, watch)
+    bank = with_precisions(subject.stand_ins, recipe, goal)
     return _planned(subject, with_reuse(bank, recipe.search.reuse, watch), goal, out, begun, watch)
 
 
@@ -361,10 +362,10 @@ def search(
     subject = open_subject(model, data, recipe, watch=watch)
     bank, recipe = subject.stand_ins, subject.recipe
     require_measurable(subject.images, recipe)
-    require_reachable(goal, subject.reference(), bank, recipe.sample.timed)
+    bank = with_precisions(bank, recipe, goal, watch)
+    require_reachable(goal, subject.reference(bank), bank, recipe.sample.timed)
     inputs = {"verb": "search", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
-    bank = with_precisions(bank, recipe, goal, watch)
     if recipe.search.reuse:
         bank = with_reuse(bank, recipe.search.reuse, watch)
     plan = searched(subject, bank, goal, out, watch).answer.plan

@@ -231,7 +231,8 @@ class PlanRow:
 
     `difference`, `verdict`: beside the first plan, what is run today. `free_difference`, `free_verdict`, `free_wall`:
     the same, and the share of the time, beside the best stock sampler; None where none was looked for.
-    `predicted_ms`: the time that the plan's prices say; None where they have none.
+    `predicted_ms`: the time that the plan's prices say; None where they have none. `alone_ms`: the time of one image
+    alone, where `wall_ms` is of a batch of several; results of before have none.
     """
 
     macs: int
@@ -250,6 +251,7 @@ class PlanRow:
     free_verdict: Verdict | None = None
     free_wall: float | None = None
     predicted_ms: float | None = None
+    alone_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,8 +351,12 @@ class Bank(torch.nn.Module):
         return self._of(self._entries, null=null, guidance=guidance)
 
     def only(self, names: Iterable[str]) -> Bank:
-        """A bank of some of the entries, with all that is beside them."""
-        return self._of({name: self._entries[name] for name in names})
+        """A bank of some of the entries and of what they follow from, in their order, with all that is beside them."""
+        kept, more = set[str](), {*names}
+        while more:
+            kept |= more
+            more = {of for name in more if (of := self._entries[name].weights.of) is not None} - kept
+        return self._of({name: entry for name, entry in self._entries.items() if name in kept})
 
     def with_entry(self, name: str, entry: Entry | torch.nn.Module, prediction_type: str) -> Bank:
         """A bank with one more entry. Raises ModelError when it cannot stand in for the reference."""

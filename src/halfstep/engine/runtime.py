@@ -21,7 +21,9 @@ import torch
 
 from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.engine.entry import LAYOUTS, Backend, Entry, Runtime
+from halfstep.engine.graphs import NEEDED
 from halfstep.engine.profiling import example_inputs, interleave
+from halfstep.engine.sessions import Exported
 from halfstep.nets.denoiser import Cond, Memo, changed, eager, per_sample
 from halfstep.nets.reuse import OUT, Forwards, Place
 
@@ -31,21 +33,23 @@ TOLERANCE = 1e-3
 TIMESTEPS = (1.0, 250.0, 500.0, 999.0)
 """At which a way is held against the eager call: both ends of the usual trainings, and between."""
 
-PACKAGES: Mapping[Backend, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
+PACKAGES: Mapping[Backend, tuple[str, ...]] = {"onnx": NEEDED, "openvino": (*NEEDED, "openvino")}
 """What a backend needs beside PyTorch; the extra that installs it has the backend's name."""
 
 
-def backends_for(device: torch.device) -> list[Backend]:
-    """What may run a net on this device, as far as it is installed; eager is always the first."""
-    if device.type == "cuda":
+def backends_for(entry: Entry) -> list[Backend]:
+    """What may run an entry where it is, as far as it is installed; eager is always the first. Graphs for other engines
+    are of float32."""
+    weight = next(entry.model.parameters())
+    if weight.device.type == "cuda":
         return ["eager", "compile", "cudagraph"]
-    found: list[Backend] = ["eager", "compile"]
-    return found + [backend for backend in PACKAGES if device.type == "cpu" and installed(backend)]
+    exported = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return ["eager", "compile", *(backend for backend in PACKAGES if exported and installed(backend))]
 
 
 def installed(backend: Backend) -> bool:
     """Whether what a backend needs beside PyTorch is there."""
-    return backend not in PACKAGES or importlib.util.find_spec(PACKAGES[backend]) is not None
+    return all(importlib.util.find_spec(package) is not None for package in PACKAGES.get(backend, ()))
 
 
 def ready(entry: Entry, runtime: Runtime | None = None) -> Forwards:
@@ -56,6 +60,7 @@ def ready(entry: Entry, runtime: Runtime | None = None) -> Forwards:
     if runtime.backend == "eager" and runtime.layout == entry.runtime.layout:
         return Forwards.of(entry.model)
     if runtime not in entry.graphs:
+        _require_runs(runtime.backend, entry)
         entry.graphs[runtime] = _made(entry.model, runtime, entry.runtime.layout)
     return entry.graphs[runtime]
 
@@ -63,30 +68,30 @@ def ready(entry: Entry, runtime: Runtime | None = None) -> Forwards:
 def _made(model: Any, runtime: Runtime, layout: str) -> Forwards:
     if runtime.layout != layout:
         model = copy.deepcopy(model).to(memory_format=LAYOUTS[runtime.layout])
-    _require_runs(runtime.backend, next(model.parameters()).device)
     match runtime.backend:
         case "compile" | "cudagraph":
             return _Compiled(model, runtime).forwards
-        case "eager":
-            return Forwards.of(model)
-    raise ModelError(got=f"runtime {runtime.backend!r}", expected="eager or compile", where="runtime", do="name one")
+        case "onnx" | "openvino":
+            return Exported(model, runtime).forwards
+    return Forwards.of(model)
 
 
-def _require_runs(backend: Backend, device: torch.device) -> None:
-    """Raise ModelError for a backend that is not installed, or does not run on the device."""
+def _require_runs(backend: Backend, entry: Entry) -> None:
+    """Raise ModelError for a backend that is not installed, or does not run the entry where it is."""
     if not installed(backend):
         raise ModelError(
-            got=f"runtime {backend!r} without {PACKAGES[backend]}",
-            expected=PACKAGES[backend],
+            got=f"runtime {backend!r} without {' or '.join(PACKAGES[backend])}",
+            expected="all of them",
             where="runtime",
             do=f"pip install 'halfstep[{backend}]'",
         )
-    if backend not in backends_for(device):
+    if backend not in backends_for(entry):
+        weight = next(entry.model.parameters())
         raise ModelError(
-            got=f"runtime {backend!r} on {device.type}",
-            expected=f"one of {', '.join(backends_for(device))}",
+            got=f"runtime {backend!r} for {weight.dtype} on {weight.device.type}".replace("torch.", ""),
+            expected=f"one of {', '.join(backends_for(entry))}",
             where="runtime",
-            do="name one that runs there",
+            do="name one that runs it",
         )
 
 

@@ -13,7 +13,7 @@ from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.recipe import RuntimeName
 from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank, calls_of
-from halfstep.engine.entry import Backend, Reuse, Runtime
+from halfstep.engine.entry import Backend, Half, Reuse, Runtime
 from halfstep.engine.pricing import Setting
 from halfstep.engine.runtime import PACKAGES, Tried, backends_for, fastest, installed, ready
 
@@ -63,9 +63,16 @@ def settle_runtimes(
         found = _known(bank, file, batch, watch) or _measured(bank, file, batch, sizes, watch, clock)
         bank.set_runtimes({name: found.entries[name] for name in bank.computed}, sizes)
         return
-    bank.set_runtimes(dict.fromkeys(bank.computed, asked), sizes)
+    halves = (
+        [name for name in bank.computed if isinstance(bank.entries[name].weights, Half)] if asked in PACKAGES else []
+    )
+    if halves:
+        watch.say(f"{', '.join(halves)} run by PyTorch: graphs for {asked} are of float32")
+    names = [name for name in bank.computed if name not in halves]
+    by: dict[str, Backend] = {name: "eager" if name in halves else asked for name in bank.computed}
+    bank.set_runtimes(by, sizes)
     if asked != "eager":
-        for name in bank.computed:
+        for name in names:
             _require_stands(bank, name, asked, batch)
 
 
@@ -94,7 +101,7 @@ def tried_runtimes(
     """The fastest runtime here of a computed entry at `batch` images, and what became of the others; `sizes`: of other
     batches that it will be run with."""
     batches, entry = tuple(sorted({batch, *sizes})), bank.entries[name]
-    others = [one for one in backends_for(bank.device) if one != "eager"]
+    others = [one for one in backends_for(entry) if one != "eager"]
     candidates = [replace(entry.runtime, backend=one, batches=batches) for one in others]
     return fastest(entry, candidates, batch, tokens=bank.tokens, repeats=repeats, clock=clock)
 
@@ -102,7 +109,7 @@ def tried_runtimes(
 def _measured(
     bank: Bank, file: Path | None, batch: int, sizes: Iterable[int], watch: Watch, clock: Callable[[], float]
 ) -> Runtimes:
-    others = [one for one in backends_for(bank.device) if one != "eager"]
+    others = [one for one in backends_for(bank.entries[bank.reference]) if one != "eager"]
     missing = [one for one in PACKAGES if bank.device.type == "cpu" and not installed(one)]
     lacking = f"; not installed: {', '.join(f'halfstep[{one}]' for one in missing)}" if missing else ""
     watch.say(f"trying {', '.join(others)} for every entry, up to a minute each{lacking}")
@@ -163,4 +170,5 @@ def _setting(bank: Bank, batch: int) -> Setting:
 
 
 def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for one, package in PACKAGES.items() if installed(one)}
+    there = dict.fromkeys(package for one, packages in PACKAGES.items() if installed(one) for package in packages)
+    return {package: importlib.metadata.version(package) for package in there}

@@ -244,12 +244,13 @@ def measure_plans(
                 told(i + 1, name)
         broken = judge.broken(plans[first], features[first], pictures[first], seed)
         times = judge.wall_ms(plans, batch=batch, repeats=repeats)
+        alone = judge.wall_ms(plans, batch=1, repeats=repeats) if batch > 1 else {}
         told(len(plans) + 1, "")
     warnings = [one for one in (broken, judge.too_few(count, "eval.images")) if one]
     for one in warnings:
         watch.say(f"warning: {one}")
     found = {name: judge.distances(one, seed, recipe.eval.bootstrap) for name, one in features.items()}
-    beside = _Beside(judge, found, times, recipe.eval.tolerance, broken=bool(broken))
+    beside = _Beside(judge, found, times, alone, recipe.eval.tolerance, broken=bool(broken))
     rows = {
         name: beside.row(name, plan, plans[first].macs, first, free, judge.quality(features[name], found[name]), batch)
         for name, plan in plans.items()
@@ -260,11 +261,12 @@ def measure_plans(
 
 @dataclass(frozen=True)
 class _Beside:
-    """The distances and the times of several plans, from which any two are compared."""
+    """The distances and the times of several plans, those of one image alone too, from which any two are compared."""
 
     judge: Judge
     distances: Mapping[str, Distances]
     times: Mapping[str, Sequence[float]]
+    alone: Mapping[str, Sequence[float]]
     tolerance: float
     broken: bool
 
@@ -302,6 +304,7 @@ class _Beside:
             held=verdict == "held",
             verdict=verdict,
             decided_by=change.decided_by(self.tolerance) if verdict == "not decided" else None,
+            alone_ms=_middle(sorted(self.alone[name])) if name in self.alone else None,
             predicted_ms=None if plan.whole.us is None else plan.whole.us * batch / 1e3,
         )
         if free is None:
