@@ -40,6 +40,7 @@ from halfstep.data.arrays import read_arrays, save_arrays
 from halfstep.data.captions import read_captions
 from halfstep.data.images import load_images
 from halfstep.data.pictures import picture_grid, to_uint8
+from halfstep.engine.bank import Bank
 from halfstep.engine.profiling import count_macs, example_inputs, interleave, reused_macs
 from halfstep.engine.samplers import sampler_of, scheduler_of
 from halfstep.engine.sampling import image_generators
@@ -49,8 +50,8 @@ from halfstep.measure.fidelity import mean_of, squared_errors
 from halfstep.measure.quality import difference, distances, floor, reference_stats
 from halfstep.nets.content import fingerprint
 from halfstep.nets.reuse import cut_count
-from text_model import opened
-from text_plans import BATCH, GUIDANCE, HERE, JUDGE, MODEL, PROMPTS, known_plans
+from text_model import MODEL, SUPERNET, opened
+from text_plans import BATCH, GUIDANCE, HERE, JUDGE, PROMPTS, known_plans
 from text_tables import Measured, grid_rows, page, pareto
 
 SEED = stage_seed(0, Stage.REPORT)
@@ -102,6 +103,7 @@ class Drawer:
 
     def __init__(self, model: Path, work: Path):
         self.pipe: Any = opened(model)
+        self.bank = Bank.from_pretrained(SUPERNET / "bank")
         captions = read_captions(f"prompts:{PROMPTS}")
         assert captions.labels is not None
         self.order, self.labels, self.texts = captions.order, captions.labels, captions.texts
@@ -133,7 +135,7 @@ class Drawer:
     def under(self, row: Row) -> Iterator[None]:
         """The pipeline as a row runs it."""
         if row.way == "plan":
-            with attached(self.pipe, row.plan):
+            with attached(self.pipe, row.plan, self.bank if self.bank_needed(row) else None):
                 yield
             return
         own, self.pipe.scheduler = self.pipe.scheduler, scheduler_of(row.plan.sampler.name, row.plan.sampler.config)
@@ -152,6 +154,10 @@ class Drawer:
         given |= {"guidance_scale": GUIDANCE, "num_inference_steps": row.plan.sampler.steps, "output_type": "pt"}
         with self.under(row):
             return self.pipe(**given, generator=image_generators(SEED, begin, count)).images * 2 - 1
+
+    def bank_needed(self, row: Row) -> bool:
+        """Whether a plan calls more than the pipeline's own net and its reuse."""
+        return any(name in self.bank and name != row.plan.reference for name in row.plan.nets)
 
     def file(self, row: Row, begin: int) -> Path:
         return self.folder / row.key / f"{begin}.npz"
@@ -241,6 +247,16 @@ def guidance_rows(pipe: Any, base: Row) -> list[Row]:
         "half guidance in the outer thirds": [[half] * third, ["full"] * (steps - 2 * third), [half]],
     }
     return [spoken(pipe, base, phrases, name, "guidance") for name, phrases in ways.items()]
+
+
+def bank_rows(bank: Bank, base: Row) -> list[Row]:
+    """Every trained stand-in alone, under a row's sampler."""
+    plan, found = replace(base.plan, prices={**base.plan.prices, **bank.prices()}), []
+    for name, entry in bank.entries.items():
+        if name != bank.reference:
+            group = "masks" if entry.masking else "widths"
+            found.append(Row(f"{name}, {plan.sampler.told}", group, plan.uniform(name), "plan"))
+    return found
 
 
 def joint_rows() -> list[Row]:
@@ -394,7 +410,7 @@ def rows_to_draw(drawer: Drawer, images: int, work: Path, clock: Clock) -> tuple
     free = best_free(drawer, today, kept, target, work)
     rows = [today, *kept, *joint_rows()]
     for base in dict.fromkeys((today, free)):
-        rows += reuse_rows(pipe, base) + guidance_rows(pipe, base)
+        rows += reuse_rows(pipe, base) + guidance_rows(pipe, base) + bank_rows(drawer.bank, base)
     unlike = {row.key: row for row in reversed(rows)}
     return target, free, [row for row in rows if unlike[row.key] is row]
 

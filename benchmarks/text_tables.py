@@ -16,7 +16,7 @@ EQUAL = 1.03
 """Times that differ by less are called equal."""
 GROUPS = (
     *("stock samplers", "joint plans", "controls of the joint plans", "DeepCache", "our reuse, equal intervals"),
-    "guidance",
+    *("guidance", "widths", "masks"),
 )
 COLUMNS = (
     *("", "calls", "MMACs", "ms", "of stock's time", "of the best free's", "PSNR", "feature distance", "median", "FD"),
