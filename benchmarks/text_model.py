@@ -11,6 +11,7 @@
     halfstep compress slimmable --model benchmarks/models/fashion-text --data folder:runs/fashion-text/folder \\
         --recipe fashion32 --out runs/fashion-text/supernet --set data.prompts= --set train.lr=0.0005 \\
         --set train.steps=5000 --set slim.widths=0.6666667,0.5,0.3333333    # 40 minutes of a core
+    halfstep compress sparse …                                        # the same, 1,200 steps: runs/fashion-text/sparse
     PYTHONPATH=src python benchmarks/text_model.py --stage bank       # benchmarks/models/fashion-text-supernet, fp16
 
 One core, ends by the clock, and a run that was killed goes on from its last state. The text encoder is that of the PyPI
@@ -47,6 +48,8 @@ from halfstep.data.images import Images, load_images
 from halfstep.data.latents import encode_images
 from halfstep.data.pictures import picture_grid, to_uint8
 from halfstep.data.prompts import NOTHING, TextEncoder, encode_prompts
+from halfstep.engine.bank import Bank
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.agreement import agreement, matches
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
 from halfstep.measure.quality import evaluate, floor, reference_stats
@@ -340,6 +343,17 @@ def export(work: Path) -> None:
     disk.write_atomic(MODEL, write)
 
 
+def joined(work: Path) -> Path:
+    """One pipeline folder of the supernet's entries and the masked one."""
+    pipe = StepAwarePipeline.from_pretrained(work / "supernet" / "pipeline")
+    bank = pipe.bank
+    for name, entry in Bank.from_pretrained(work / "sparse" / "pipeline" / "bank").entries.items():
+        if entry.masking is not None:
+            bank = bank.with_entry(name, entry, bank.prediction_type)
+    StepAwarePipeline(bank, pipe.plan, pipe.encoder).save_pretrained(work / "bank")
+    return work / "bank"
+
+
 def halved(source: Path, folder: Path) -> None:
     """A step-aware pipeline's folder with its weights in fp16; files that `fashion-text` has are links to it."""
 
@@ -505,7 +519,7 @@ def main() -> None:
         case "folder":
             write_folder(args.work / "folder")
         case "bank":
-            halved(args.work / "supernet" / "pipeline", SUPERNET)
+            halved(joined(args.work), SUPERNET)
 
 
 if __name__ == "__main__":
