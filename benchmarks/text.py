@@ -103,7 +103,7 @@ class Drawer:
 
     def __init__(self, model: Path, work: Path):
         self.pipe: Any = opened(model)
-        self.bank = Bank.from_pretrained(SUPERNET / "bank")
+        self.bank = Bank.from_pretrained(SUPERNET / "bank").with_reuse([0, "out"])
         captions = read_captions(f"prompts:{PROMPTS}")
         assert captions.labels is not None
         self.order, self.labels, self.texts = captions.order, captions.labels, captions.texts
@@ -157,7 +157,7 @@ class Drawer:
 
     def bank_needed(self, row: Row) -> bool:
         """Whether a plan calls more than the pipeline's own net and its reuse."""
-        return any(name in self.bank and name != row.plan.reference for name in row.plan.nets)
+        return any(name in self.bank.computed and name != row.plan.reference for name in row.plan.nets)
 
     def file(self, row: Row, begin: int) -> Path:
         return self.folder / row.key / f"{begin}.npz"
@@ -253,7 +253,7 @@ def bank_rows(bank: Bank, base: Row) -> list[Row]:
     """Every trained stand-in alone, under a row's sampler."""
     plan, found = replace(base.plan, prices={**base.plan.prices, **bank.prices()}), []
     for name, entry in bank.entries.items():
-        if name != bank.reference:
+        if name in bank.computed and name != bank.reference:
             group = "masks" if entry.masking else "widths"
             found.append(Row(f"{name}, {plan.sampler.told}", group, plan.uniform(name), "plan"))
     return found
