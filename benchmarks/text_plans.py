@@ -40,7 +40,7 @@ SHARES = (0.2, 0.12, 0.08)
 SETTINGS = (
     *("sample.steps=50", f"sample.guidance={GUIDANCE:g}", f"sample.batch={BATCH}", f"data.prompts={PROMPTS}"),
     *(f"eval.features=file:{JUDGE}", "eval.bootstrap=100", "search.reuse=0,out", "search.images=256"),
-    *("search.error_images=8", "search.fit=12", "search.genes=4", "search.arms=1", "search.race=8"),
+    *("search.error_images=8", "search.fit=12", "search.genes=4", "search.arms=1", "search.race=16"),
     *("search.finalists=2", "search.final_images=512"),
 )
 
