@@ -35,7 +35,7 @@ PLANS = HERE / "text-plans.json"
 GUIDANCE = 3.0
 """What the model draws best with (`text_model.py --stage measure`)."""
 BATCH = 64
-SHARES = (0.2, 0.12, 0.08)
+SHARES = (0.2, 0.12, 0.08, 0.05, 0.035)
 """Budgets, as parts of the time of fifty guided steps."""
 SETTINGS = (
     *("sample.steps=50", f"sample.guidance={GUIDANCE:g}", f"sample.batch={BATCH}", f"data.prompts={PROMPTS}"),
