@@ -66,7 +66,7 @@ class Curve:
     lines: Mapping[str, tuple[tuple[float, float], ...]]
 
 
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX"
 
 Figure = Pareto | PlanChart | Heatmap | Curve
 
