@@ -53,8 +53,8 @@ MODELS = {16: "fashion", 32: str(HERE / "models" / "fashion32-supernet")}
 CALLS = {16: (5, 8, 10, 12, 15, 20, 30), 32: (5, 8, 10, 15, 20)}
 SHARES = (4, 8, 12, 16, 24, 32)
 BOOT = 300
-FEWEST = 7
-"""Network calls below which no stock sampler is near the quality of many: with --key they are left out."""
+FEWEST = {16: 7, 32: 4}
+"""By size, network calls below which no stock sampler is near the quality of many: with --key they are left out."""
 
 
 def recipe_of(size: int, edits: list[str]) -> Recipe:
@@ -113,19 +113,23 @@ def stock_plans(stock: Stock, calls: tuple[int, ...]) -> dict[str, StepPlan]:
     return found
 
 
-CONTENDERS = (
-    ("pndm", "own", 0, 9),
-    ("pndm", "trailing", 0, 11),
-    ("pndm", "own", 0, 11),
-    ("dpmsolver++", "lambdas", 3, 12),
-)
-"""Stock samplers, spacings, orders and calls that came out best on 4,096 images, whatever the race let through."""
+CONTENDERS = {
+    16: (
+        ("pndm", "own", 0, 9),
+        ("pndm", "trailing", 0, 11),
+        ("pndm", "own", 0, 11),
+        ("dpmsolver++", "lambdas", 3, 12),
+    ),
+    32: (("unipc", "trailing", 2, 8), ("pndm", "own", 0, 9), ("unipc", "trailing", 2, 10)),
+}
+"""Stock samplers, spacings, orders and calls beside what the race let through: at 16x16 those that came out best on
+4,096 images, at 32x32 the winner's family and PNDM in more calls."""
 
 
-def contenders(stock: Stock) -> dict[str, StepPlan]:
+def contenders(stock: Stock, size: int) -> dict[str, StepPlan]:
     """The reference is the best that is free: what was seen to be good stands in the table."""
     found = {}
-    for name, spacing, order, calls in CONTENDERS:
+    for name, spacing, order, calls in CONTENDERS[size]:
         arm = stock.arm(SampleSpec(scheduler=name, spacing=spacing, order=order, steps=FEW), calls)
         if arm is not None:
             found[f"free, {arm.told}"] = arm.base
@@ -156,9 +160,9 @@ def all_plans(ground: Ground, size: int, only_key: bool, units: str) -> dict[str
     plans = {"DDIM, 50 steps": ground.today}
     plans["DDIM, 20 steps"] = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=20)))
     plans |= found_plans(ground, HERE / f"free{size}-plans.json", units)
-    plans |= contenders(ground.stock) if size == 16 else {}
+    plans |= contenders(ground.stock, size)
     if only_key:
-        plans = {name: plan for name, plan in plans.items() if not (is_free(plan) and len(plan.rows) < FEWEST)}
+        plans = {name: plan for name, plan in plans.items() if not (is_free(plan) and len(plan.rows) < FEWEST[size])}
     else:
         plans |= alone_plans(ground)
         plans |= stock_plans(ground.stock, CALLS[size])
