@@ -8,7 +8,16 @@
 Rows: stock DDIM in 50 and 20 steps; every stock sampler at some numbers of calls, 8,192 images each; the best free at
 the quality of both; each ingredient alone (a narrow net, a correction, under DDIM); joint plans at parts of DDIM-50's
 time and MACs; beside each a uniform and a random control in its own arm. All of it resumes. Work in runs/free<size>/,
-the table in benchmarks/free<size>.md.
+the table in benchmarks/free<size>.md. Plans that the file has are not searched again.
+
+The table at 32x32, 16 minutes of search, an hour of pictures and two minutes of timing on a crowded core each:
+
+    python benchmarks/free.py --size 32 --only search --units time --parts 22,16,8 --set search.reuse=0 \\
+        --set search.images=512 --set search.error_images=16 --set search.fit=16 --set search.genes=4 \\
+        --set search.arms=1 --set search.race=8 --set search.final_images=1024 --set eval.bootstrap=100 \\
+        --set sample.batch=64                          # and once more with --parts 30, and 25
+    python benchmarks/free.py --size 32 --only quality --key --images 4096 --set search.reuse=0 --set sample.batch=64
+    python benchmarks/free.py --size 32 --only table   --key --images 4096 --set search.reuse=0 --set sample.batch=64
 """
 
 from __future__ import annotations
@@ -81,14 +90,15 @@ def question_of(what: str, today: StepPlan, parts: tuple[float, ...]) -> Questio
 
 
 def found_plans(ground: Ground, file: Path, units: str, parts: tuple[float, ...] = ()) -> dict[str, StepPlan]:
-    """The plans of the search, kept in a file: the best free, and the joint plans with their controls, for parts of
-    today's time and of its MACs."""
+    """The plans of the search: the best free, and the joint plans with their controls, for parts of today's time and of
+    its MACs. Kept in a file; searched are those that it lacks."""
     known = json.loads(file.read_text()) if file.is_file() else {}
     today = ground.today
     for what in units.split(","):
-        if what in known:
+        wanted = parts or (LADDER if what == "time" else SHARES)
+        asked = tuple(one for one in wanted if f"joint, {part_told(one, what)}" not in known.get(what, {}))
+        if not asked:
             continue
-        asked = parts or (LADDER if what == "time" else SHARES)
         question = question_of(what, today, asked)
         with ground.side_by_side(os.cpu_count()):
             free, among = ground.free, ground.families
@@ -96,12 +106,22 @@ def found_plans(ground: Ground, file: Path, units: str, parts: tuple[float, ...]
         plans = {"best free": free.plan} | {f"free, {plan.sampler.told}": plan for plan, _ in free.frontier}
         for one in answers:
             part = asked[question.limits.index(one.limit)]
-            told = f"1/{part:g} of the {what}"
+            told = part_told(part, what)
             plans[f"joint, {told}"] = one.plan
             plans |= {f"{name}, {told}": plan for name, plan in one.controls.items()}
-        known[what] = {name: plan.to_json() for name, plan in plans.items()}
+        known[what] = known.get(what, {}) | {name: plan.to_json() for name, plan in plans.items()}
         disk.write_json(file, known)
+    return known_plans(file)
+
+
+def known_plans(file: Path) -> dict[str, StepPlan]:
+    """Those of the file."""
+    known = json.loads(file.read_text())
     return {name: StepPlan.from_json(one) for plans in known.values() for name, one in plans.items()}
+
+
+def part_told(part: float, what: str) -> str:
+    return f"1/{part:g} of the {what}"
 
 
 def stock_plans(stock: Stock, calls: tuple[int, ...]) -> dict[str, StepPlan]:
@@ -155,11 +175,11 @@ def replace_steps(ground: Ground, spec: SampleSpec) -> StepPlan:
     return subject.reference(ground.bank)
 
 
-def all_plans(ground: Ground, size: int, only_key: bool, units: str) -> dict[str, StepPlan]:
+def all_plans(ground: Ground, size: int, only_key: bool) -> dict[str, StepPlan]:
     """Every row; those of the search first."""
     plans = {"DDIM, 50 steps": ground.today}
     plans["DDIM, 20 steps"] = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=20)))
-    plans |= found_plans(ground, HERE / f"free{size}-plans.json", units)
+    plans |= known_plans(HERE / f"free{size}-plans.json")
     plans |= contenders(ground.stock, size)
     if only_key:
         plans = {name: plan for name, plan in plans.items() if not (is_free(plan) and len(plan.rows) < FEWEST[size])}
@@ -353,11 +373,12 @@ def main() -> None:
     if args.only == "quality":
         ground.prices.priced = lambda plan: plan  # no time is asked for
     parts = tuple(float(one) for one in args.parts.split(",") if one)
-    if args.only == "search":
+    if args.only in (None, "search"):
         for name, plan in found_plans(ground, HERE / f"free{args.size}-plans.json", args.units, parts).items():
             print(f"{name}: {plan}\n")
+    if args.only == "search":
         return
-    plans = all_plans(ground, args.size, args.key, args.units)
+    plans = all_plans(ground, args.size, args.key)
     plans = {name: plan for name, plan in plans.items() if re.search(args.rows, name)}
     found = measured(ground, plans, args.images, work / "distances.jsonl", args.seconds)
     if args.only == "quality":
