@@ -525,7 +525,7 @@ def tell(out: Path) -> Path:
         figures=(
             time_pareto(record, free=free),
             pareto(record, searched, run.recipe.search.images),
-            *([_told_strip(plan, record, costs)] if len(plan.nets) > 1 or not plan.corrected else []),
+            *([_told_strip(plan, record, costs)] if plan.nets != (plan.reference,) or not plan.corrected else []),
             *_correction_curves(plan),
             *([_heatmap(table)] if table else []),
             *_grid_curve(out),
