@@ -104,6 +104,8 @@ def test_what_is_run_today_is_its_own_best_free_where_no_other_is_as_good():
 def test_a_budget_below_two_calls_of_the_cheapest_entry_is_refused_before_anything_is_done():
     least = 2 * TODAY.prices["w0.50"].macs
     require_reachable(Goal.of(f"{least / 1e6 + 0.001}MMACs", None), TODAY, BANK, 4)
+    decoding = replace(TODAY, fixed=Price(10**9))  # is no network call: a share of the MACs is of the calls
+    require_reachable(Goal.of(0.3, None), decoding, BANK, 4)
     for short, unit in ((f"{least / 2e6}MMACs", "MMACs"), ("0.00001t", "t"), ("0.01ms", "ms")):
         with pytest.raises(PlanError, match=rf"got .*, expected at least [\d.e-]+{unit}, the cheapest"):
             require_reachable(Goal.of(short, None), TODAY, BANK, 4)

@@ -58,7 +58,7 @@ def test_a_comparison_is_written_with_the_fields_that_were_read_in_their_order(t
     change |= {name: CHANGE[name] for name in list(CHANGE)[8:]}
     quality = {name: one | {"raw": None} for name, one in QUALITY.items()}
     row = ROW | {"quality": quality, "difference": change, "verdict": "held", "decided_by": None}
-    row |= {"free_difference": change, "free_verdict": "held", "free_wall": 0.25, "predicted_ms": 1.5}
+    row |= {"free_difference": change, "free_verdict": "held", "free_wall": 0.25, "predicted_ms": 1.5, "alone_ms": 2.5}
     names = (
         "reference free batch repeats seed n tolerance floor scale warnings data machine device dtype threads layout"
     )

@@ -344,11 +344,12 @@ def require_reachable(goal: Goal, today: StepPlan, bank: Bank, batch: int) -> No
         timed = timed_prices(bank.only([bank.reference, *able]), batch, repeats=3, warmup=1)
         cheapest = min(able, key=lambda name: timed[name].us or 0)
         today, sure = replace(today, prices={**today.prices, **timed}, fixed=Price(0, 0)), CLEARLY
-    least = replace(today, rows=today.rows[: COUNTS[0]]).uniform(cheapest).whole
-    if goal.budget.limit(today.price, batch) < getattr(least, unit) * sure:
+    shortest = replace(today, rows=today.rows[: COUNTS[0]]).uniform(cheapest)
+    of, least = (today.price, shortest.price) if unit == "macs" else (today.whole, shortest.whole)
+    if goal.budget.limit(of, batch) < getattr(least, unit) * sure:
         raise PlanError(
             got=goal.budget,
-            expected=f"at least {goal.budget.told(least, today.price, batch)}, the cheapest plan there is",
+            expected=f"at least {goal.budget.told(least, of, batch)}, the cheapest plan there is",
             where="--budget",
             do="raise the budget, or add cheaper stand-ins",
         )
