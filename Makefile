@@ -26,6 +26,7 @@ bench: $(READY)
 drills: $(READY)
 	HALFSTEP_DRILLS=$${HALFSTEP_DRILLS:-600} $(BIN)/python -m pytest -m "" -s tests/app/test_mutations.py -k for_a_while
 	$(BIN)/python -m pytest -m "" tests/app/test_hostile.py
+	HALFSTEP_DRILLS=1 $(BIN)/python -m pytest -m hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Halfstep needs Python 3.11 or newer; use make PYTHON=...")'

@@ -9,7 +9,8 @@ import halfstep.core.threads  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.register_profile("busy", deadline=None, derandomize="HALFSTEP_DRILLS" not in os.environ)
+"""The same examples in every run of the same code; new ones in `make drills`."""
 hypothesis.settings.load_profile("busy")
 
 
