@@ -23,6 +23,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
+from halfstep.app import page as pages
 from halfstep.app import story, verbs
 from halfstep.app.figures import Curve
 from halfstep.app.measurement import judge_for
@@ -288,9 +289,7 @@ def file_name(text: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-    return f"**{table.title}**\n\n" + "\n".join(lines) + f"\n\n{table.note}"
+    return f"**{table.title}**\n\n{pages.markdown(table)}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from halfstep.app.figures import Pareto, Series, draw_all
+from halfstep.app.page import markdown_row
 from halfstep.app.story import change_cell
 from halfstep.core.results import Difference, Interval
 from halfstep.measure.agreement import Agreement
@@ -77,11 +78,11 @@ def page(
 ) -> str:
     """The table by groups, the dearest first, and what it says of the aims."""
     stock, best = found[today], found[free]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines = [markdown_row(COLUMNS), markdown_row(("---",) * len(COLUMNS))]
     for group in GROUPS:
         rows = sorted((one for one in found.values() if one.group == group), key=lambda one: -one.ms)
         lines += ["| **" + group + "** |" + " |" * (len(COLUMNS) - 1)] if rows else []
-        lines += ["| " + " | ".join(cells(one, stock, best)) + " |" for one in rows]
+        lines += [markdown_row(cells(one, stock, best)) for one in rows]
     parts = ["# The joint plan under a stock text-to-image pipeline", note(stock, best, ms, about, repeats)]
     parts += ["\n".join(lines), "\n".join(["**At equal time**", "", *equal_times(found, ms[today])])]
     parts.append("![Distance to the converged picture against time](text-pareto.png)")

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from halfstep.app.page import Table
+from halfstep.app.page import markdown
 from halfstep.app.story import plans_table, summary
 from halfstep.core import disk
 from halfstep.core.errors import RunError
@@ -41,7 +41,7 @@ def card_of(run: Path) -> str:
         f"---\n{_yaml(head)}\n---",
         "# A step-aware pipeline",
         summary(record, plan) + pictures,
-        _markdown(plans_table(record)),
+        markdown(plans_table(record)),
         f"## What runs at each step\n\n```\n{plan}\n```",
         _LOADING,
         f"## Where it is from\n\n{where} with {said.get('data') or 'no images'}. {_about_licence(licence)}",
@@ -140,11 +140,3 @@ def _licence(base: str) -> str:
 def _yaml(record: dict[str, Any]) -> str:
     """Words and lists of words, each as JSON has it, which YAML reads."""
     return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
-
-
-def _markdown(table: Table) -> str:
-    def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    rows = [line(table.columns), "|" + "---|" * len(table.columns), *map(line, table.rows)]
-    return "\n".join(rows) + (f"\n\n{table.note}" if table.note else "")

@@ -76,6 +76,16 @@ def write_report(report: Report, folder: Path) -> Path:
     return folder / "report.html"
 
 
+def markdown(table: Table) -> str:
+    """The same table in Markdown, its note below; bars and line ends in cells are no edges of them."""
+    lines = [markdown_row(table.columns), markdown_row(("---",) * len(table.columns)), *map(markdown_row, table.rows)]
+    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
 def rich_table(table: Table) -> rich.table.Table:
     """The same table for the terminal; a cell is plain text, so its brackets are no markup."""
     from rich import box
