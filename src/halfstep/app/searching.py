@@ -337,10 +337,9 @@ def require_reachable(goal: Goal, today: StepPlan, bank: Bank, batch: int) -> No
     if goal.budget is None:
         return
     macs, sure, unit = {name: today.prices[name].macs for name in bank.computed}, 1 - 1e-9, goal.budget.priced_in
-    least_macs = min(macs.values())
-    cheapest = next(name for name in macs if macs[name] == least_macs)
-    if unit == "us":  # of as many MACs there may be several, in another precision each
-        able = [name for name in macs if macs[name] == least_macs]
+    able = [name for name in macs if macs[name] == min(macs.values())]  # several, where precisions differ
+    cheapest = able[0]
+    if unit == "us":
         timed = timed_prices(bank.only([bank.reference, *able]), batch, repeats=3, warmup=1)
         cheapest = min(able, key=lambda name: timed[name].us or 0)
         today, sure = replace(today, prices={**today.prices, **timed}, fixed=Price(0, 0)), CLEARLY
@@ -385,8 +384,7 @@ def with_reuse(bank: Bank, asked: Sequence[str], watch: Watch) -> Bank:
     stand-in, at those of `reuse_of`. Raises ModelError for a cut that the reference does not have."""
     for cut in asked:
         require_cut(bank[bank.reference], place_of(cut), "search.reuse")
-    own = [name for name in bank.computed if not isinstance(bank.entries[name].weights, Half)]
-    cuts = asked or (reuse_of(bank) if len(own) == 1 else ())
+    cuts = asked or (reuse_of(bank) if len(bank.uncast) == 1 else ())
     return bank.with_reuse([place_of(cut) for cut in cuts], watch=watch)
 
 

@@ -145,6 +145,11 @@ class Bank(torch.nn.Module):
         """The names of the entries that a call alone computes: all but those that reuse another's features."""
         return tuple(name for name, entry in self._entries.items() if not isinstance(entry.weights, Reuse))
 
+    @property
+    def uncast(self) -> tuple[str, ...]:
+        """Those of the computed ones that are no copies in half precision."""
+        return tuple(name for name in self.computed if not isinstance(self._entries[name].weights, Half))
+
     def __getitem__(self, name: str) -> Any:
         if name not in self._entries:
             raise ModelError(

@@ -233,7 +233,7 @@ def fastest(
     found: dict[Runtime, Tried] = {base: Tried(backend="eager", error=0.0)}
     for one in candidates:
         if one not in found:
-            found[one] = _held(entry, one, base, inputs)
+            found[one] = held(entry, one, inputs)
     standing = [one for one, told in found.items() if not told.dropped]
     calls = {
         str(i): partial(ready(entry, one).plain, inputs.sample, inputs.timestep[0], inputs.cond, Memo())
@@ -252,10 +252,13 @@ def fastest(
     return best, list(found.values())
 
 
-def _held(entry: Entry, runtime: Runtime, base: Runtime, inputs: Any) -> Tried:
-    """A runtime held against the eager call; dropped where it fails or strays."""
+def held(entry: Entry, runtime: Runtime, inputs: Any) -> Tried:
+    """A runtime held against the eager call in the entry's own layout, not timed; dropped where it fails or strays.
+
+    inputs: as `example_inputs` gives them.
+    """
     try:
-        error = strayed(ready(entry, runtime), ready(entry, base), inputs)
+        error = strayed(ready(entry, runtime), ready(entry, replace(entry.runtime, backend="eager")), inputs)
     except HalfstepError as refused:
         return Tried(backend=runtime.backend, dropped=str(refused))
     if not error <= TOLERANCE:  # not a number either

@@ -13,9 +13,10 @@ from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.recipe import RuntimeName
 from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank, calls_of
-from halfstep.engine.entry import Backend, Half, Reuse, Runtime
+from halfstep.engine.entry import Backend, Reuse, Runtime
 from halfstep.engine.pricing import Setting
-from halfstep.engine.runtime import PACKAGES, Tried, backends_for, fastest, installed, ready
+from halfstep.engine.profiling import example_inputs
+from halfstep.engine.runtime import PACKAGES, Tried, backends_for, fastest, held, installed, ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,7 @@ def settle_runtimes(
         found = _known(bank, file, batch, watch) or _measured(bank, file, batch, sizes, watch, clock)
         bank.set_runtimes({name: found.entries[name] for name in bank.computed}, sizes)
         return
-    halves = (
-        [name for name in bank.computed if isinstance(bank.entries[name].weights, Half)] if asked in PACKAGES else []
-    )
+    halves = [name for name in bank.computed if name not in bank.uncast] if asked in PACKAGES else []
     if halves:
         watch.say(f"{', '.join(halves)} run by PyTorch: graphs for {asked} are of float32")
     names = [name for name in bank.computed if name not in halves]
@@ -79,8 +78,8 @@ def settle_runtimes(
 def _require_stands(bank: Bank, name: str, asked: Backend, batch: int) -> None:
     entry = bank.entries[name]
     ready(entry)  # refuses what is not installed
-    _, [_, tried] = fastest(entry, [entry.runtime], batch, tokens=bank.tokens, repeats=1)
-    if tried.ms is None:
+    tried = held(entry, entry.runtime, example_inputs(entry.model, batch, tokens=bank.tokens))
+    if tried.dropped:
         raise ModelError(
             got=f"entry {name!r} by {asked}: {tried.dropped}",
             expected="its eager prediction",
