@@ -11,7 +11,9 @@
     halfstep compress slimmable --model benchmarks/models/fashion-text --data folder:runs/fashion-text/folder \\
         --recipe fashion32 --out runs/fashion-text/supernet --set data.prompts= --set train.lr=0.0005 \\
         --set train.steps=5000 --set slim.widths=0.6666667,0.5,0.3333333    # 40 minutes of a core
-    halfstep compress sparse …                                        # the same, 1,200 steps: runs/fashion-text/sparse
+    halfstep compress sparse --model benchmarks/models/fashion-text --data folder:runs/fashion-text/folder \\
+        --recipe fashion32 --out runs/fashion-text/sparse --set data.prompts= --set train.lr=0.0005 \\
+        --set train.steps=1200                                        # 2:4 masks, 12 minutes
     PYTHONPATH=src python benchmarks/text_model.py --stage bank       # benchmarks/models/fashion-text-supernet, fp16
 
 One core, ends by the clock, and a run that was killed goes on from its last state. The text encoder is that of the PyPI
