@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -223,6 +224,27 @@ def test_a_backend_that_is_not_there_names_its_extra(monkeypatch):
     monkeypatch.setattr(runtime_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"'onnx' without onnx or .*onnxruntime.*halfstep\[onnx\]"):
         settle_runtimes(bank_of(), None, "onnx", 2)
+
+
+def test_a_runtime_that_is_asked_for_is_made_once_however_slow(monkeypatch):
+    """A graph may take a minute to make."""
+    made = []
+
+    def slow(model, runtime, layout):
+        made.append(runtime)
+
+        def run(*given):
+            time.sleep(0.05)
+            return Forwards.of(model).plain(*given)
+
+        return replace(Forwards.of(model), plain=run)
+
+    monkeypatch.setattr(runtime_module, "_made", slow)
+    bank = bank_of()
+    settle_runtimes(bank, None, "compile", 2)
+    for name in bank.computed:
+        bank.forwards(name)
+    assert len(made) == len(bank.computed)
 
 
 def test_a_choice_is_kept_and_made_again_elsewhere(tmp_path, monkeypatch):
