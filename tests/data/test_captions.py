@@ -180,7 +180,7 @@ def test_captions_for_some_pictures_or_none_are_refused(tmp_path):
 
 @pytest.mark.parametrize("source", ["digits", "idx:there", "prompt:p.txt", "prompts:"])
 def test_sources_without_captions_are_refused_by_name(source):
-    with pytest.raises(DataError, match="expected one of folder:…, tar:…, hub:…, prompts:…"):
+    with pytest.raises(DataError, match="expected one of folder:…, tar:…, parquet:…, hub:…, prompts:…"):
         read_captions(source)
     with pytest.raises(DataError, match="no such file"):
         read_captions("prompts:nowhere.txt")

@@ -79,7 +79,9 @@ Model = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        "--data", help="`fashion`, `digits` (bundled), `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILE` or `hub:NAME`."
+        "--data",
+        help="`fashion`, `digits` (bundled), `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILES`, `parquet:FILES` or "
+        "`hub:NAME`.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The run folder: made if absent, resumed if it is this run's.")]

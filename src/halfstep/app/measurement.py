@@ -11,7 +11,7 @@ import numpy as np
 
 from halfstep.app.estimate import Drawing
 from halfstep.app.story import tell
-from halfstep.app.subject import open_subject
+from halfstep.app.subject import images_of, open_subject
 from halfstep.core import disk
 from halfstep.core.errors import DataError, HalfstepError, RunError
 from halfstep.core.folder import open_run
@@ -21,7 +21,7 @@ from halfstep.core.recipe import Recipe
 from halfstep.core.seeds import own_random
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import save_arrays
-from halfstep.data.images import Images, load_images
+from halfstep.data.images import Images
 from halfstep.engine.bank import Bank
 from halfstep.engine.device import default_device
 from halfstep.engine.layouts import settle_layouts
@@ -72,9 +72,8 @@ def features_of(subject: Subject, out: Path, watch: Watch) -> Path:
 
 
 def _test_split(subject: Subject, watch: Watch) -> Images | None:
-    size, channels = subject.recipe.data.size, subject.recipe.data.channels
     try:
-        return load_images(subject.data, size=size, channels=channels, split="test", watch=watch)
+        return images_of(subject.recipe, subject.data, watch, "test")
     except HalfstepError:
         watch.say("no test split: the accuracy is the training images'")
         return None

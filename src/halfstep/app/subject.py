@@ -51,7 +51,7 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
     recipe = replace(_with_size_of(recipe, bank), noise=process, sample=sample)
     fitted = None
     if data is not None:
-        fitted = fit(bank.config, _images(recipe, data, watch), bank.vae, bank.classes)
+        fitted = fit(bank.config, images_of(recipe, data, watch), bank.vae, bank.classes)
     return Subject(
         source=str(model),
         data=data or "",
@@ -144,7 +144,7 @@ def _without_model(data: str | None, recipe: Recipe, watch: Watch) -> Subject:
         process=process,
         vae=vae,
         classes=(),
-        fitted=None if data is None else Fitted(_images(recipe, data, watch), ""),
+        fitted=None if data is None else Fitted(images_of(recipe, data, watch), ""),
         recipe=recipe,
     )
 
@@ -158,8 +158,17 @@ def _is_step_aware(folder: Path) -> bool:
     return record.get("_class_name") == "StepAwarePipeline"
 
 
-def _images(recipe: Recipe, data: str, watch: Watch) -> Images:
-    return load_images(data, size=recipe.data.size, channels=recipe.data.channels, watch=watch)
+def images_of(recipe: Recipe, data: str, watch: Watch, split: str = "train") -> Images:
+    """The images of a source as a recipe reads them. Raises DataError."""
+    spec = recipe.data
+    return load_images(
+        data,
+        size=spec.size,
+        channels=spec.channels,
+        split=split,
+        watch=watch,
+        workers=spec.workers,
+    )
 
 
 def _with_size_of(recipe: Recipe, bank: Bank) -> Recipe:

@@ -117,7 +117,7 @@ def _changed(old: RunRecord, asked: RunRecord) -> list[str]:
     """The fields of the recipe that make a difference to what the verb writes, and have another value than before."""
     if not (old.recipe and asked.recipe):
         return [] if old.recipe is asked.recipe is None else ["recipe"]
-    ignored = IGNORED.get(asked.inputs["verb"], ())
+    ignored = ("data.workers", *IGNORED.get(asked.inputs["verb"], ()))
     return [name for name in old.recipe.differences(asked.recipe) if not name.startswith(ignored)]
 
 

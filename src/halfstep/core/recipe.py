@@ -24,6 +24,7 @@ Count = Annotated[int, Bounds(1, MOST)]
 Whole = Annotated[int, Bounds(0, MOST)]
 Images = Annotated[int, Bounds(2, MOST)]
 Batch = Annotated[int, Bounds(1, MOST_IN_A_BATCH)]
+Workers = Annotated[int, Bounds(0, 64)]
 Positive = Annotated[float, Bounds(0, None, above=True)]
 Weight = Annotated[float, Bounds(0)]
 Shift = Annotated[float, Bounds(0, 1e3)]
@@ -61,6 +62,7 @@ class DataSpec:
     channels: Annotated[Count | None, "1 or 3; none: as they are, or as the model takes them"] = None
     flip: Annotated[bool, "mirror at random in training"] = False
     prompts: Annotated[str, "a file of prompts, one a line; empty: the captions of the images, for models of text"] = ""
+    workers: Annotated[Workers | None, "processes that decode; none: one for each core"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

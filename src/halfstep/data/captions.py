@@ -1,8 +1,8 @@
 """Captions and prompts: what pictures show in words, one text for every image, read and checked as images are.
 
     folder:DIR      metadata.jsonl (file_name, text), the imagefolder convention, or a .txt beside each picture
-    tar:FILE        the same inside of an archive
-    hub:NAME        a column of texts
+    tar:FILE        the same inside of an archive, or of shards
+    hub:NAME        a column of texts; of parquet:FILES too
     prompts:FILE    one prompt a line (.txt), or JSON lines with a text and, where wanted, its class (.jsonl)
 
 Texts are refused rather than repaired: missing for some pictures, empty, of several lines, named twice.
@@ -23,14 +23,16 @@ from halfstep.core.disk import MAX_RECORDS, parse_json, read_bytes
 from halfstep.core.errors import DataError
 from halfstep.core.typed import near, shown
 from halfstep.data.layout import arrange, sift
-from halfstep.data.sources import bad, contents, members, names_below
+from halfstep.data.shards import chosen_names
+from halfstep.data.sources import bad, names_below
 from halfstep.data.tables import read_texts
+from halfstep.data.tars import contents
 
 METADATA = "metadata.jsonl"
 COLUMNS = ("text", "caption", "prompt")
 """Under which names the ecosystem keeps captions."""
 MAX_LETTERS = 10_000
-SCHEMES = ("folder", "tar", "hub", "prompts")
+SCHEMES = ("folder", "tar", "parquet", "hub", "prompts")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,8 +81,8 @@ class Captions:
 def read_captions(source: str, *, split: str = "train", column: str | None = None) -> Captions:
     """The captions of a source of images, of image k of `load_images(source, split=split)`, or prompts of a file.
 
-    source: `folder:DIR`, `tar:FILE`, `hub:NAME` or `prompts:FILE`.  column: the column of a table or field of JSON
-    lines that holds the text; None: the one of `COLUMNS` that is there. Raises: DataError.
+    source: `folder:DIR`, `tar:FILES`, `parquet:FILES`, `hub:NAME` or `prompts:FILE`.  column: the column of a
+    table or field of JSON lines that holds the text; None: the one of `COLUMNS` that is there. Raises: DataError.
     """
     scheme, _, place = source.partition(":")
     if scheme not in SCHEMES or not place:
@@ -90,10 +92,13 @@ def read_captions(source: str, *, split: str = "train", column: str | None = Non
         raise bad("captions", f"source {source!r}", expected, do)
     if scheme == "prompts":
         return _prompts(Path(place).expanduser(), column, source)
-    if scheme == "hub":
-        return Captions.of(read_texts(place, split, (column,) if column else COLUMNS), source)
-    files = _folder(Path(place).expanduser()) if scheme == "folder" else _archive(Path(place).expanduser())
-    return _of_files(files, split, column, source)
+    if scheme in ("hub", "parquet"):
+        return Captions.of(read_texts(source, split, (column,) if column else COLUMNS), source)
+    if scheme == "folder":
+        files = _folder(Path(place).expanduser())
+        return Captions.of(_of_files(files, _chosen(files, split), column), source)
+    shards = (_archive(*shard, column) for shard in chosen_names(place, split))
+    return Captions.of((text for texts in shards for text in texts), source)
 
 
 def text_of(value: Any, where: object) -> str:
@@ -186,19 +191,24 @@ def _folder(root: Path) -> _Files:
     return _Files(root, names_below(root), read)
 
 
-def _archive(file: Path) -> _Files:
-    """Of a tar, whose texts are read at once: it is a stream."""
-    names = members(file)
+def _chosen(files: _Files, split: str) -> list[PurePosixPath]:
+    """The pictures of a split."""
+    pictures, _ = sift(files.names, files.root)
+    found = arrange([files.names[i] for i in pictures], split, files.root)
+    return [files.names[pictures[i]] for i in found.chosen]
+
+
+def _archive(file: Path, names: list[str], chosen: list[str], column: str | None) -> list[str]:
+    """The captions of the pictures chosen in a tar, whose texts are read at once: it is a stream."""
     found = contents(file, {name for name in names if name.endswith((".txt", METADATA))})
     texts = {PurePosixPath(name): content for name, content in found.items()}
-    return _Files(file, [PurePosixPath(name) for name in names], texts.__getitem__)
+    files = _Files(file, [PurePosixPath(name) for name in names], texts.__getitem__)
+    return _of_files(files, [PurePosixPath(name) for name in chosen], column)
 
 
-def _of_files(files: _Files, split: str, column: str | None, name: str) -> Captions:
+def _of_files(files: _Files, chosen: list[PurePosixPath], column: str | None) -> list[str]:
     """From every metadata.jsonl there, or else from the .txt of the same name beside each picture."""
     root, names = files.root, files.names
-    pictures, _ = sift(names, root)
-    chosen = [names[pictures[i]] for i in arrange([names[i] for i in pictures], split, root).chosen]
     tables = [one for one in names if one.name == METADATA]
     if tables:
         told = _told_by(files, tables, column)
@@ -212,7 +222,7 @@ def _of_files(files: _Files, split: str, column: str | None, name: str) -> Capti
         some = f"{len(without)} of {len(chosen)} pictures without a caption, the first {without[0]}"
         got = some if told else "pictures without captions"
         raise bad(root, got, f"for every picture {how}", "write the missing ones, or remove these pictures")
-    return Captions.of((told[one] for one in chosen), name)
+    return [told[one] for one in chosen]
 
 
 def _beside(files: _Files, picture: PurePosixPath) -> str:

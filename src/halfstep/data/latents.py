@@ -8,7 +8,7 @@ is the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 
 from halfstep.core.errors import DataError, ModelError
 from halfstep.core.watch import SILENT, Watch
-from halfstep.data.arrays import open_array, open_cached, write_cached
-from halfstep.data.images import Images, cache_root, plain
+from halfstep.data.arrays import cache_root, cached
+from halfstep.data.images import Images, plain
 
 
 def factor(vae: Any) -> int:
@@ -81,6 +81,15 @@ class Latents:
     def __len__(self) -> int:
         return len(self.moments)
 
+    @property
+    def buffer(self) -> int:
+        """0: a training shuffles all of them."""
+        return 0
+
+    def coming(self, indices: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Latents]]:
+        """As of `Images`."""
+        return ((index, self) for index in indices)
+
     def batch(
         self,
         index: torch.Tensor | np.ndarray | slice,
@@ -115,10 +124,7 @@ def encode_images(vae: Any, images: Images, *, batch: int = 64, watch: Watch = S
     file = cache_root() / "latents" / f"{images.fingerprint}-{_fingerprint(vae)}.npy"
     side = images.size // step
     shape = (len(images), 2, vae.config.latent_channels, side, side)
-    moments = open_cached(file, shape, "<f2")
-    if moments is None:
-        write_cached(file, shape, "<f2", _encode(vae, images, batch, watch))
-        moments = open_array(file)
+    moments = cached(file, shape, "<f2", lambda row: _encode(vae, images, range(row, len(images), batch), watch))
     shift, scaling = _affine(vae)
     return Latents(
         name=images.name,
@@ -132,14 +138,15 @@ def encode_images(vae: Any, images: Images, *, batch: int = 64, watch: Watch = S
 
 
 @torch.no_grad()
-def _encode(vae: Any, images: Images, batch: int, watch: Watch) -> Iterator[np.ndarray]:
-    """float16 [batch, 2, c, s, s], the posteriors' means and standard deviations, batch by batch."""
+def _encode(vae: Any, images: Images, begins: range, watch: Watch) -> Iterator[np.ndarray]:
+    """float16 [batch, 2, c, s, s], the posteriors' means and standard deviations, of the batches that begin so."""
+    indices = (torch.arange(k, min(k + begins.step, len(images))) for k in begins)
     with watch.stage("encode images", len(images)) as told:
-        for begin in range(0, len(images), batch):
-            pixels = images.batch(slice(begin, begin + batch)).to(vae.device, vae.dtype)
+        for begin, (index, seen) in zip(begins, images.coming(indices), strict=True):
+            pixels = seen.batch(index).to(vae.device, vae.dtype)
             found = vae.encode(pixels).latent_dist
             yield torch.stack([found.mean, found.std], dim=1).cpu().to(torch.float16).numpy()
-            told(min(begin + batch, len(images)))
+            told(min(begin + begins.step, len(images)))
 
 
 def _fingerprint(vae: Any) -> str:

@@ -58,32 +58,75 @@ def is_system(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def sift(paths: Sequence[PurePosixPath], where: object) -> tuple[list[int], tuple[str, ...]]:
-    """Which paths are pictures, and what the others are, with counts. Raises DataError for files of a strange kind."""
-    pictures, systems, others = [], set(), Counter[str]()
-    for i, path in enumerate(paths):
+class Sieve:
+    """Which of many names are pictures, asked one by one, and at the end what the others are."""
+
+    def __init__(self, where: object):
+        self.where = where
+        self.systems: set[tuple[str, ...]] = set()
+        self.others = Counter[str]()
+
+    def takes(self, path: PurePosixPath) -> bool:
+        """Whether the path is a picture's; else it is counted. Raises DataError for files of a strange kind."""
         suffix = path.suffix.lower()
         depth = next((k for k, part in enumerate(path.parts, start=1) if is_system(part)), None)
         if depth is not None:
-            systems.add(path.parts[:depth])
+            self.systems.add(path.parts[:depth])
         elif suffix in SUFFIXES:
-            pictures.append(i)
+            return True
         elif suffix in SIDECARS:
-            others[f"file(s) {suffix}" if suffix else "file(s) without a suffix"] += 1
+            self.others[f"file(s) {suffix}" if suffix else "file(s) without a suffix"] += 1
         else:
             raise DataError(
                 got=f"a {suffix} file",
                 expected=f"images ({' '.join(SUFFIXES)})",
-                where=f"{where}/{path}",
+                where=f"{self.where}/{path}",
                 do="convert or remove it",
             )
-    for *_, name in sorted(systems):
-        others["name(s) beginning with a dot" if name.startswith(".") else name] += 1
-    return pictures, _told(others)
+        return False
+
+    def left(self) -> Counter[str]:
+        """What was no picture, with counts."""
+        found = Counter(self.others)
+        for *_, name in sorted(self.systems):
+            found["name(s) beginning with a dot" if name.startswith(".") else name] += 1
+        return found
+
+
+def sift(paths: Iterable[PurePosixPath], where: object) -> tuple[list[int], tuple[str, ...]]:
+    """Which paths are pictures, and what the others are, with counts. Raises DataError for files of a strange kind."""
+    sieve = Sieve(where)
+    pictures = [i for i, path in enumerate(paths) if sieve.takes(path)]
+    return pictures, told(sieve.left())
 
 
 def arrange(paths: Sequence[PurePosixPath], split: str, where: object) -> Layout:
-    """The split's pictures among paths of pictures, and their classes.
+    """The split's pictures among paths of pictures, and their classes, by `arrange_folders`. Raises: DataError."""
+    numbers: dict[tuple[str, ...], int] = {}
+    folder = [numbers.setdefault(path.parts[:-1], len(numbers)) for path in paths]
+    counts = Counter(folder)
+    found = arrange_folders(list(numbers), [counts[k] for k in range(len(numbers))], split, where)
+    chosen = [i for i, k in enumerate(folder) if found.label[k] is not None]
+    labels = [found.label[folder[i]] for i in chosen] if found.classes else None
+    return Layout(chosen=chosen, labels=labels, classes=found.classes, left_out=told(found.left_out))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Of every folder the class number of its pictures, 0 where there are no classes, None where they are left out;
+    the classes' names, and what is left out with counts."""
+
+    label: list[int | None]
+    classes: tuple[str, ...]
+    left_out: Counter[str]
+
+
+Folder = tuple[str, ...] | None
+"""The parts of a folder's path; None: what is in it is left out."""
+
+
+def arrange_folders(paths: Sequence[tuple[str, ...]], counts: Sequence[int], split: str, where: object) -> Folders:
+    """Which folders belong to a split, and their classes; `counts`: of the pictures right inside each.
 
     Folders by a split's name are splits if one is for training and another is not, or if there are no others. Below
     them, or at the top, the first folder is the class. Whatever lies around one folder with everything, beside the
@@ -93,51 +136,62 @@ def arrange(paths: Sequence[PurePosixPath], split: str, where: object) -> Layout
         raise DataError(
             got="no images", expected=f"image files ({' '.join(SUFFIXES)})", where=where, do="check the path"
         )
-    parts, left_out = _unwrapped([path.parts for path in paths])
-    tops = {part[0] for part in parts if len(part) > 1}
+    folders, left_out = _unwrapped(paths, counts)
+    tops = {folder[0] for folder in folders if folder}
     kinds = {top: kind for top in tops if (kind := split_of(top))}
     wanted = split_of(split) or split
+    mine = [folder is not None for folder in folders]
     if kinds and ({"train"} < set(kinds.values()) or tops == set(kinds)):
         _known(split, wanted in kinds.values(), sorted(set(kinds.values())), where)
-        mine = sorted(top for top, kind in kinds.items() if kind == wanted)
-        if len(mine) > 1:
-            got = f"folders {', '.join(map(printable, mine))}"
+        asked = sorted(top for top, kind in kinds.items() if kind == wanted)
+        if len(asked) > 1:
+            got = f"folders {', '.join(map(printable, asked))}"
             raise DataError(got=got, expected=f"one folder for split {split!r}", where=where, do="rename the others")
-        left_out["picture(s) beside the splits"] = sum(bool(part) and part[0] not in kinds for part in parts)
-        chosen = [i for i, part in enumerate(parts) if part and part[0] == mine[0] and len(part) > 1]
-        parts = [part[1:] if part and part[0] in kinds else () for part in parts]
+        inside = [bool(folder) and folder[0] in kinds for folder in folders]  # type: ignore[index]
+        beside = (
+            n for folder, n, known in zip(folders, counts, inside, strict=True) if folder is not None and not known
+        )
+        left_out["picture(s) beside the splits"] = sum(beside)
+        mine = [bool(folder) and folder[0] == asked[0] for folder in folders]  # type: ignore[index]
+        folders = [folder[1:] if known else None for folder, known in zip(folders, inside, strict=True)]  # type: ignore[index]
     else:
         _known(split, wanted == "train", ["train"], where)
-        chosen = [i for i, part in enumerate(parts) if part]
-    inside = [i for i in chosen if len(parts[i]) > 1]
-    strays = len(chosen) - len(inside)
-    labelled = bool(inside) and (not strays or (strays < len(inside) and len({parts[i][0] for i in inside}) > 1))
-    if labelled:
-        chosen, left_out["picture(s) beside the class folders"] = inside, strays
-    told = _told(left_out)
-    if not labelled:
-        return Layout(chosen=chosen, labels=None, classes=(), left_out=told)
-    classes = in_order(part[0] for part in parts if len(part) > 1)  # of all splits, so that they number them alike
+    return _classed(folders, counts, mine, left_out)
+
+
+def _classed(folders: list[Folder], counts: Sequence[int], mine: list[bool], left_out: Counter[str]) -> Folders:
+    """The classes of folders, by the first part of each; `mine`: whether it belongs to the split."""
+    both = list(zip(folders, counts, mine, strict=True))
+    inside = sum(n for folder, n, asked in both if asked and folder)
+    strays = sum(n for folder, n, asked in both if asked and not folder)
+    several = len({folder[0] for folder, _, asked in both if asked and folder}) > 1
+    if not inside or (strays and not (strays < inside and several)):
+        return Folders(label=[0 if asked else None for asked in mine], classes=(), left_out=left_out)
+    left_out["picture(s) beside the class folders"] = strays
+    classes = in_order(folder[0] for folder in folders if folder)  # of all splits, so that they number them alike
     number = {name: label for label, name in enumerate(classes)}
-    labels = [number[parts[i][0]] for i in chosen]
-    return Layout(chosen=chosen, labels=labels, classes=tuple(map(printable, classes)), left_out=told)
+    label = [number[folder[0]] if asked and folder else None for folder, _, asked in both]
+    return Folders(label=label, classes=tuple(map(printable, classes)), left_out=left_out)
 
 
-def _unwrapped(parts: list[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], Counter[str]]:
-    """Without folders around everything; what lies beside one is left out, as ()."""
+def _unwrapped(paths: Sequence[tuple[str, ...]], counts: Sequence[int]) -> tuple[list[Folder], Counter[str]]:
+    """Without folders around everything; what lies beside one is left out, as None."""
+    folders: list[Folder] = list(paths)
     left_out = Counter[str]()
     while True:
-        tops = {part[0] for part in parts if len(part) > 1}
-        inner = {part[1] for part in parts if len(part) > 2}
-        flat = sum(0 < len(part) <= 2 for part in parts)
-        several = len(inner) > 1 and 2 * flat < len(parts)
+        tops = {folder[0] for folder in folders if folder}
+        inner = {folder[1] for folder in folders if folder and len(folder) > 1}
+        flat = sum(n for folder, n in zip(folders, counts, strict=True) if folder is not None and len(folder) < 2)
+        several = len(inner) > 1 and 2 * flat < sum(counts)
         if len(tops) != 1 or split_of(*tops) or not inner or not (flat == 0 or several):
-            return parts, left_out
-        left_out[f"picture(s) beside the folder {printable(next(iter(tops)))}"] = sum(len(part) == 1 for part in parts)
-        parts = [part[1:] for part in parts]
+            return folders, left_out
+        beside = sum(n for folder, n in zip(folders, counts, strict=True) if folder == ())
+        left_out[f"picture(s) beside the folder {printable(next(iter(tops)))}"] = beside
+        folders = [folder[1:] if folder else None for folder in folders]
 
 
-def _told(left_out: Counter[str]) -> tuple[str, ...]:
+def told(left_out: Counter[str]) -> tuple[str, ...]:
+    """Reasons with counts in words, the largest first."""
     return tuple(f"{n} {what.replace('(s)', 's' * (n > 1), 1)}" for what, n in left_out.most_common() if n)
 
 

@@ -22,8 +22,7 @@ from halfstep.core.errors import DataError, HalfstepError
 from halfstep.core.sums import digest_of
 from halfstep.core.typed import shown
 from halfstep.core.watch import SILENT, Watch
-from halfstep.data.arrays import open_array, open_cached, write_cached
-from halfstep.data.images import cache_root
+from halfstep.data.arrays import cache_root, cached
 
 NOTHING = ""
 """The prompt that says nothing, whose condition guidance moves away from."""
@@ -84,10 +83,9 @@ def encode_prompts(
     tokens, mask = _tokens(encoder, prompts, cut)
     file = cache_root() / "prompts" / f"{_key(encoder, tokens, mask)}.npy"
     shape = (len(prompts), encoder.tokens, encoder.net.config.hidden_size)
-    states = open_cached(file, shape, "<f4")
-    if states is None:
-        write_cached(file, shape, "<f4", _encoded(encoder, tokens, mask, batch, watch))
-        states = open_array(file)
+    states = cached(
+        file, shape, "<f4", lambda row: _encoded(encoder, tokens, mask, range(row, len(tokens), batch), watch)
+    )
     cond = {"encoder_hidden_states": torch.from_numpy(np.array(states))}
     return {**cond, "encoder_attention_mask": mask} if encoder.for_net else cond
 
@@ -149,11 +147,11 @@ def _key(encoder: TextEncoder, tokens: torch.Tensor, mask: torch.Tensor) -> str:
 
 @torch.no_grad()
 def _encoded(
-    encoder: TextEncoder, tokens: torch.Tensor, mask: torch.Tensor, batch: int, watch: Watch
+    encoder: TextEncoder, tokens: torch.Tensor, mask: torch.Tensor, begins: range, watch: Watch
 ) -> Iterator[np.ndarray]:
-    """float32 [batch, tokens, width], batch by batch."""
+    """float32 [batch, tokens, width], of the batches that begin so."""
     with watch.stage("encode prompts", len(tokens)) as told:
-        for begin in range(0, len(tokens), batch):
-            read, seen = (x[begin : begin + batch].to(encoder.net.device) for x in (tokens, mask))
+        for begin in begins:
+            read, seen = (x[begin : begin + begins.step].to(encoder.net.device) for x in (tokens, mask))
             yield encoder.net(read, attention_mask=seen if encoder.masked else None)[0].float().cpu().numpy()
-            told(min(begin + batch, len(tokens)))
+            told(min(begin + begins.step, len(tokens)))

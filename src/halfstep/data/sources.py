@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
 import errno
 import gzip
-import lzma
 import math
 import os
 import re
 import stat
-import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -29,18 +25,53 @@ MAX_CLASSES = 1 << 16
 MAX_FILE_BYTES = 1 << 28  # of one image file: an archive member that claims more is not read into memory
 FREE_BYTES = 1 << 30  # what a packed file may become whatever its size
 MAX_RATIO = 100  # above, how many times larger than packed; pictures shrink by 2 to 20, a bomb by 1,000
-PADDING_BYTES = 1 << 26  # of zeros behind the end of a tar
+
+
+Raw = Path | bytes | np.ndarray
+"""A picture as it lies there: a file, its bytes, or pixels."""
+
+
+class Pictures(Protocol):
+    """Pictures with where they lie, each for itself, in any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: int, /) -> tuple[object, Raw]: ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Pictures that can only be read one after another."""
+
+    read: Callable[[], Iterator[tuple[object, Raw]]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Pictures in memory, uint8 [N, H, W] or [N, H, W, C]."""
+
+    where: object
+    images: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, k: int) -> tuple[str, np.ndarray]:
+        return f"{self.where}: image {k}", self.images[k]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """`items()` yields `count` pairs (where, image) in the same order each time; labels and classes belong to them.
+    """Pictures as pairs (where, image), in the same order each time; labels and classes belong to them.
 
     left_out: what lies there and is not read, a reason with its count each.
     """
 
-    items: Callable[[], Iterable[tuple[str, Path | bytes | np.ndarray]]]
-    count: int
+    pictures: Pictures | Stream
     labels: list[int] | np.ndarray | None = None
     classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -103,21 +134,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def file_stats(scheme: str, place: str) -> list:
-    """What identifies the source's present content: its absolute path and each file's name, size and time."""
-    with reading(place, "a path"):
-        path = FASHION_IMAGES if scheme == "fashion" else Path(place).expanduser()
-        if scheme == "digits" or (scheme == "hub" and not path.exists()):
-            return [place]
-        for schemes, right, kind in (("idx", "folder"), path.is_dir, "folder"), (("npz", "tar"), path.is_file, "file"):
-            if scheme in schemes and not right():
-                got = f"no {kind}" if path.exists() else "nothing there"
-                raise bad(path, got, f"a {kind} for {scheme}:", "check the path")
-        names = [""] if path.is_file() else [str(name) for name in names_below(path) if not is_system(name.name)]
-        stats = [(name, (path / name).stat()) for name in names]
-        return [str(path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
-
-
 def _known_split(split: str, known: tuple[str, ...], where: object) -> None:
     if split not in known:
         raise bad(where, f"split {split!r}", f"one of: {', '.join(known)}", "name a split that it has")
@@ -130,7 +146,7 @@ def _arrays(images: np.ndarray, labels: np.ndarray | None, where: object, others
     """
     if images.size == 0:
         raise bad(where, f"images of shape {list(images.shape)}", "at least one image", "give another file")
-    source = Source(items=lambda: ((f"{where}: image {i}", x) for i, x in enumerate(images)), count=len(images))
+    source = Source(pictures=_Arrays(where, images))
     if labels is None:
         return source
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -150,7 +166,7 @@ def _arrays(images: np.ndarray, labels: np.ndarray | None, where: object, others
     return replace(source, labels=np.searchsorted(numbers, labels), classes=tuple(str(number) for number in numbers))
 
 
-def _require_size(where: object, size: int, packed: int) -> None:
+def require_size(where: object, size: int, packed: int) -> None:
     """Refuse, before memory is asked for, what claims to be far larger than its packed bytes."""
     if size > max(FREE_BYTES, MAX_RATIO * packed):
         got, expected = f"{size} bytes packed into {packed}", f"at most {MAX_RATIO} times as many"
@@ -198,7 +214,7 @@ def _idx_file(folder: Path, stem: str, ndim: int) -> np.ndarray | None:
         count = math.prod(shape)
         stored = path.stat().st_size
         if zipped:
-            _require_size(path, count, stored)
+            require_size(path, count, stored)
         body = file.read(count + 1) if zipped or count <= stored else b""
     if len(body) != count:
         got = "more values" if len(body) > count else "fewer values"
@@ -238,7 +254,7 @@ def _member(file: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
         version = np.lib.format.read_magic(head)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(head)
-    _require_size(f"{path}: {name}", math.prod(shape) * dtype.itemsize, file.zip.getinfo(stored).compress_size)
+    require_size(f"{path}: {name}", math.prod(shape) * dtype.itemsize, file.zip.getinfo(stored).compress_size)
     return file[name]
 
 
@@ -287,107 +303,13 @@ def _folder(place: str, split: str) -> Source:
     found = arrange([names[i] for i in pictures], split, root)
     files = [(str(root / names[pictures[i]]), root / names[pictures[i]]) for i in found.chosen]
     return Source(
-        items=lambda: files,
-        count=len(files),
+        pictures=files,
         labels=found.labels,
         classes=found.classes,
         left_out=found.left_out + left_out,
     )
-
-
-def _tar(place: str, split: str) -> Source:
-    """A tar, .tar.gz, .tar.xz or .tar.bz2 laid out like a folder; read as a stream, in its order."""
-    archive = Path(place).expanduser()
-    every = members(archive)
-    pictures, left_out = sift([PurePosixPath(name) for name in every], archive)
-    names = [every[i] for i in pictures]
-    for name, count in Counter(names).most_common(1):
-        if count > 1:
-            got, expected = f"a name that comes {count} times", "distinct names"
-            raise bad(f"{archive}:{name}", got, expected, "write the archive anew")
-    found = arrange([PurePosixPath(name) for name in names], split, archive)
-    keep = {names[i] for i in found.chosen}
-    return Source(
-        items=lambda: _members(archive, keep),
-        count=len(keep),
-        labels=found.labels,
-        classes=found.classes,
-        left_out=found.left_out + left_out,
-    )
-
-
-def members(archive: Path) -> list[str]:
-    """The names of all in a tar that are no folders, in its order. Raises DataError, as reading one does."""
-    return [name for name, _ in _members(archive, None)]
-
-
-def contents(archive: Path, keep: set[str]) -> dict[str, bytes]:
-    """What these members of a tar hold, by name."""
-    return {where.removeprefix(f"{archive}:"): content for where, content in _members(archive, keep)}
-
-
-def _members(path: Path, keep: set[str] | None) -> Iterator[tuple[str, bytes]]:
-    """(where, content) of the members in `keep`; None lists the names of all that are no folders, with no content."""
-    with (
-        reading(path, "a whole tar, plain or packed by gzip, xz or bzip2"),
-        _Unpacked(path) as stream,
-        tarfile.open(fileobj=stream, mode="r:") as tar,  # type: ignore[call-overload]
-    ):
-        for member in tar:
-            if keep is None and not member.isdir():
-                yield member.name, b""
-            elif keep is not None and member.name in keep:
-                if not member.isfile() or member.size > MAX_FILE_BYTES:
-                    got, expected = "a link or a device, or too large a file", f"files up to {MAX_FILE_BYTES >> 20} MiB"
-                    raise bad(f"{path}:{member.name}", got, expected, "write the archive anew")
-                file = tar.extractfile(member)
-                assert file is not None, "a regular member has content"
-                yield f"{path}:{member.name}", file.read()
-        # tarfile takes a cut or damaged header for the end. The real end is a block of zeros; behind it, gzip and xz
-        # keep the checksum of everything, which they compare only when all is read.
-        stream.seek(tar.offset)
-        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise bad(path, "an archive that is cut short or damaged", "a whole tar", "fetch the file again")
-        while stream.read(1 << 20):
-            if stream.tell() > tar.offset + PADDING_BYTES:
-                raise bad(path, "an archive with no end", "a tar that ends in a few zeros", "write it anew")
-
-
-class _Unpacked:
-    """The plain bytes of a file, packed or not, for tarfile: bounded in all, and in what one read may ask for."""
-
-    def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            magic = file.read(3)
-        packed: Any = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}.get(magic[:2])
-        self.path, self.size, self.packed = path, path.stat().st_size, packed is not None
-        self.file: Any = (packed or open)(path, "rb")
-
-    def __enter__(self) -> _Unpacked:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def seek(self, place: int) -> int:
-        self._require(place)
-        return self.file.seek(place)
-
-    def read(self, count: int) -> bytes:
-        """At most `count` bytes."""
-        if count > MAX_FILE_BYTES:  # of a name: tarfile would hold it all
-            raise bad(self.path, f"a header of {count} bytes", "an archive of pictures", "write it anew")
-        self._require(self.tell() + count)
-        return self.file.read(count)
-
-    def _require(self, place: int) -> None:
-        if self.packed:
-            _require_size(self.path, place, self.size)
 
 
 READERS: dict[str, Callable[[str, str], Source]] = {
-    "digits": _digits, "fashion": _fashion, "idx": _idx, "folder": _folder, "npz": _npz, "tar": _tar,
+    "digits": _digits, "fashion": _fashion, "idx": _idx, "folder": _folder, "npz": _npz,
 }  # fmt: skip

@@ -1,15 +1,17 @@
-"""Tables of pictures: datasets of the Hugging Face hub or of a local folder, such as parquet from any tool."""
+"""Tables of pictures: datasets of the Hugging Face hub or of a local folder, and parquet from any tool."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halfstep.core.errors import printable
 from halfstep.data.layout import in_order, split_of
+from halfstep.data.shards import shard_files, split_files
 from halfstep.data.sources import MAX_CLASSES, Source, bad, reading
 
 LABELS = ("label", "labels", "class", "target", "category", "fine_label", "y")
@@ -24,10 +26,25 @@ def read_table(place: str, split: str) -> Source:
     import datasets
     from huggingface_hub import constants
 
-    where = f"hub:{place}"
     local = Path(place).expanduser()
-    inside = local.exists()
-    splits = _tables(place)
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    roots = [os.path.abspath(root) for root in ([local] if local.exists() else caches)]
+    return _source(_tables(place), split, f"hub:{place}", roots)
+
+
+def read_parquet(place: str, split: str) -> Source:
+    """The same of parquet files, as `shard_files` names them; `datasets` reads them into its own memory-mapped cache.
+
+    Splits are told by the files' names or folders. Raises DataError, naming the shard that is cut off, or has other
+    columns than the first.
+    """
+    files = shard_files(place, "parquet")
+    return _source(_parquet(files, place, split), "train", f"parquet:{place}", [])
+
+
+def _source(splits: Mapping[str, Any], split: str, where: str, roots: list[str]) -> Source:
+    import datasets
+
     table = _split(splits, split, where)
     column = _picture_column(table, where)
     typed = isinstance(table.features[column], datasets.Image)
@@ -36,21 +53,47 @@ def read_table(place: str, split: str) -> Source:
     target = _label_column(table.features)
     labels, classes = (None, ()) if target is None else _labels(splits, table, target, where)
     rest = [name for name in table.column_names if name not in (column, target if classes else None)]
-    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
-    roots = [os.path.abspath(root) for root in ([local] if inside else caches)]
     return Source(
-        items=lambda: _rows(raw, column, where, roots),
-        count=len(table),
+        pictures=_Rows(raw, column, where, roots),
         labels=labels,
         classes=classes,
         left_out=(printable(f"{len(rest)} column{'s' * (len(rest) > 1)} ({', '.join(rest)})", 120),) if rest else (),
     )
 
 
-def read_texts(place: str, split: str, columns: Sequence[str]) -> list[Any]:
-    """The column of a table that has one of these names, row by row, as `read_table` has them. Raises: DataError."""
-    where = f"hub:{place}"
-    table = _split(_tables(place), split, where)
+def _parquet(files: Sequence[Path], place: str, split: str) -> Mapping[str, Any]:
+    """The tables of parquet files: those of the split as "train", those of the others, whose classes count too, as
+    "test"."""
+    import datasets
+    import pyarrow.parquet
+
+    columns: list[str] = []
+    for file in files:
+        with reading(file, "a whole parquet file"):
+            there = pyarrow.parquet.read_schema(file).names
+        columns = columns or there
+        if set(there) != set(columns):
+            differ = ", ".join(sorted(set(there) ^ set(columns)))
+            got, expected = f"other columns than {files[0].name} ({differ} differ)", "the same in every shard"
+            raise bad(file, got, expected, "write the missing columns, or leave that shard out")
+    wanted, mine = split_files(files, place, split)
+    if (split_of(wanted) or wanted) != "train":
+        raise bad(place, f"split {split!r}", "one of: train", "name a split that it has")
+    parts = {"train": [str(f) for f, kept in zip(files, mine, strict=True) if kept]}
+    others = [str(f) for f, kept in zip(files, mine, strict=True) if not kept]
+    parts |= {"test": others} if others else {}
+    with reading(f"parquet:{place}", "tables of the same columns"), _quiet(place, hub=False):
+        return datasets.load_dataset("parquet", data_files=parts)
+
+
+def read_texts(where: str, split: str, columns: Sequence[str]) -> list[Any]:
+    """The column of a table, `hub:NAME` or `parquet:FILES`, that has one of these names, row by row, as its pictures
+    are read. Raises: DataError."""
+    scheme, _, place = where.partition(":")
+    if scheme == "parquet":
+        table = _split(_parquet(shard_files(place, "parquet"), place, split), "train", where)
+    else:
+        table = _split(_tables(place), split, where)
     found = [name for name in columns if name in table.column_names]
     if len(found) != 1:
         got = f"columns {', '.join(map(printable, table.column_names))}"
@@ -161,13 +204,25 @@ def _labels(splits: Mapping[str, Any], table: Any, target: str, where: str) -> t
     return [number[value] for value in values], tuple(map(printable, ordered))
 
 
-def _rows(table: Iterable[dict], column: str, where: str, roots: list[str]) -> Iterator[tuple[str, Path | bytes]]:
-    for number, row in enumerate(table):
-        value = row[column] if isinstance(row[column], Mapping) else {"bytes": row[column]}
+@dataclass(frozen=True)
+class _Rows:
+    """The pictures of a table's column as a sequence of (where, image)."""
+
+    table: Any
+    column: str
+    where: str
+    roots: list[str]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, k: int) -> tuple[str, Path | bytes]:
+        found = self.table[k][self.column]
+        value = found if isinstance(found, Mapping) else {"bytes": found}
         path = value.get("path") or ""
-        name = f"{where}: row {number} {path}".strip()
+        name = f"{self.where}: row {k} {path}".strip()
         if not value.get("bytes") and not path:
             raise bad(name, "no image", "an image in every row", "remove this row")
-        if not value.get("bytes") and not any(Path(os.path.abspath(path)).is_relative_to(root) for root in roots):
+        if not value.get("bytes") and not any(Path(os.path.abspath(path)).is_relative_to(root) for root in self.roots):
             raise bad(name, "a file outside the dataset", "the image's bytes", "save a copy that holds its images")
-        yield name, value.get("bytes") or Path(path)
+        return name, value.get("bytes") or Path(path)
