@@ -19,3 +19,15 @@ def own_cache(tmp_path, monkeypatch):
     """A cache of the test's own, its folder."""
     monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Ray's on this machine, as an executor."""
+    ray = pytest.importorskip("ray")
+    import torch
+
+    from halfstep.engine import cluster
+
+    yield cluster.Cluster(cluster.connected(cluster.LOCAL), torch.device("cpu"))
+    ray.shutdown()

@@ -169,13 +169,13 @@ def test_the_error_table_of_latents_is_that_of_their_decoded_images():
     plan = reference_plan(bank, noise, tiny().sample, {"full": 2, "other": 1})
     space = Space.of(plan, bank.names, 2)
     judge = Judge(bank, load_images("digits"), load_features("digits"), cache=None, batch=3)
-    *_, (_, _, table) = error_table(bank, plan, space, judge.moved, images=5, seed=4, batch=3)
+    *_, (_, _, table) = error_table(bank, plan, space, judge.drawer.moved, images=5, seed=4, batch=3)
     drawn = lambda one: torch.cat(list(sample_images(bank, one, 5, seed=4)))  # noqa: E731
     base = drawn(plan)
     generators = image_generators(4, 0, 5)
     assert denoise(bank, plan, start_noise(bank, generators), generators).abs().max() > 1.2, "an oracle that could tell"
     for k, genes in enumerate([(1, 0), (0, 1)]):
-        wanted = judge.moved(base, drawn(plan.with_entries(space.expand(genes))))
+        wanted = judge.drawer.moved(base, drawn(plan.with_entries(space.expand(genes))))
         assert table.damage[k, 1] == pytest.approx(wanted, rel=1e-4) and wanted > 0
 
 

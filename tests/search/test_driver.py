@@ -51,6 +51,9 @@ class Additive:
     def true(self, genes) -> float:
         return BASE + float(self.costs[np.arange(GENES), list(genes)].sum())
 
+    def ask(self, plan, count, seed, executor):
+        return lambda: self.score(plan, count, seed)
+
     def score(self, plan: StepPlan, count: int, seed: int) -> float:
         genes = tuple(list(ENTRIES).index(name) for name in plan.entries[::2])
         self.asked.append(genes)
@@ -216,7 +219,7 @@ def test_a_table_of_the_measure_of_before_is_measured_again_and_a_cut_search_kee
         yield 1, 1, ErrorTable.from_json(record)
 
     monkeypatch.setattr(driver, "error_table", measure)
-    judge.moved = judge.conditions = None
+    judge.drawer, judge.conditions = SimpleNamespace(moved=None), None
     search_plan(open_scores(judge, tmp_path), PLAN, recipe(), tmp_path, budget=0.5)
     assert not told
     (tmp_path / "errors.json").write_text(json.dumps(old))

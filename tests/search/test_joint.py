@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,11 +137,29 @@ def test_a_search_that_was_cut_measures_nothing_twice_and_ends_the_same(stage, j
     def refuse(*args):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(judge, "score", refuse)
+    monkeypatch.setattr(judge, "ask", refuse)
     monkeypatch.setattr(judge, "features", refuse)
     again = open_scores(judge, book.file.parent)
     [second] = search_joint(track, again, stock, FEW, today, question, recipe())
     assert (second.plan, second.fresh) == (first.plan, first.fresh) and len(again.known) == count
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_is_that_of_here_to_the_last_bit(stage, judge, workers, tmp_path):
+    track, stock, _ = stage
+    limits = tuple(us(today_of(judge)) * share // 100 for share in (12, 30))
+
+    def searched(executor, folder):
+        book = open_scores(judge, folder, executor=executor)
+        on = replace(track, executor=executor)
+        families = raced_families(on, stock, 6)
+        return search_joint(on, book, stock, families, today_of(judge), Question("us", limits), recipe())
+
+    here, there = searched(None, tmp_path / "here"), searched(workers, tmp_path / "there")
+    assert [(one.plan, one.score, one.fresh) for one in there] == [(one.plan, one.score, one.fresh) for one in here]
+    kept = ["scores.jsonl", *(file.relative_to(tmp_path / "here") for file in (tmp_path / "here").rglob("*.json"))]
+    assert all((tmp_path / "here" / one).read_bytes() == (tmp_path / "there" / one).read_bytes() for one in kept)
+    assert len(kept) > 2
 
 
 def test_a_budget_that_no_plan_meets_is_told_with_the_cheapest_there_is(stage, judge):

@@ -113,6 +113,8 @@ SAMPLED = (
     *("prompts", "guidance", "runtime", "device"),
 )
 """Common options of what samples."""
+SEARCHED = (*SAMPLED, "ray")
+"""Common options of what searches."""
 
 
 def told_version(asked: bool) -> None:
@@ -282,7 +284,7 @@ def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) 
 
 
 @app.command()
-@common(*SAMPLED)
+@common(*SEARCHED)
 def optimize(
     model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None
 ) -> None:
@@ -301,7 +303,7 @@ def optimize(
 
 
 @app.command()
-@common(*SAMPLED, "as_json")
+@common(*SEARCHED, "as_json")
 def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None) -> None:
     """Search a plan for a bank that `compress` wrote, for a budget or a tolerated loss.
 
@@ -318,7 +320,7 @@ def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = 
 
 
 @app.command()
-@common(*SAMPLED)
+@common(*SEARCHED)
 def tune(
     model: Annotated[
         str, typer.Option("--model", "--pipeline", help="A diffusers model or pipeline, `hub:NAME`, `fashion`.")
@@ -425,7 +427,7 @@ def push(
 
 
 @app.command()
-@common("recipe", "edits", "seed", "batch", "runtime", "device", "dtype", "as_json")
+@common("recipe", "edits", "seed", "batch", "runtime", "device", "ray", "dtype", "as_json")
 def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
     """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
+from halfstep.app.terminal import RichWatch
 from halfstep.core.errors import RecipeError
 from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe, RuntimeName, SamplerName, Spacing
 from halfstep.core.recipes import RECIPES, named, usual
@@ -156,6 +157,16 @@ class Common:
         Literal["float32", "bfloat16", "float16"],
         typer.Option("--dtype", help="Precision of the networks that run.", rich_help_panel=_COMMON),
     ] = "float32"
+    ray: Annotated[
+        str,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Draw and measure on a Ray cluster: `local` (all processors of this machine), `auto` (the one that "
+            "runs here), `HOST:PORT` or `ray://HOST:PORT`.",
+            rich_help_panel=_COMMON,
+        ),
+    ] = ""
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False
 
     @property
@@ -199,7 +210,7 @@ Verb = TypeVar("Verb", bound=Callable[..., None])
 def common(*names: str) -> Callable[[Verb], Verb]:
     """Give a verb with a parameter `common` these of `Common`'s options, on the command line and in its help.
 
-    With `--device` everything that the verb does runs there.
+    With `--device` everything that the verb does runs there; with `--ray` what can be done side by side does.
     """
     known = inspect.signature(Common, eval_str=True).parameters
     assert set(names) <= {item.name for item in fields(Common)}
@@ -214,6 +225,10 @@ def common(*names: str) -> Callable[[Verb], Verb]:
                 from halfstep.engine.device import use_device
 
                 use_device(asked.device)
+            if asked.ray:
+                from halfstep.engine.cluster import use_cluster
+
+                use_cluster(asked.ray, RichWatch())
             verb(**given, common=asked)
 
         kept = [one for name, one in own.parameters.items() if name != "common"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 def printable(value: object, most: int = 400) -> str:
     """As a message shows it: no line breaks, nothing that a terminal would obey, long ones without their middle."""
@@ -24,6 +27,10 @@ class HalfstepError(ValueError):
         self.got, self.expected, self.where, self.do = got, expected, where, do
         where, got, expected, do = map(printable, (where, got, expected, do))
         super().__init__(f"{where}: got {got}, expected {expected}; {do}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It comes out of another process as it went in."""
+        return partial(type(self), got=self.got, expected=self.expected, where=self.where, do=self.do), ()
 
 
 class RecipeError(HalfstepError):

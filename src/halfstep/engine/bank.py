@@ -21,6 +21,7 @@ from halfstep.core.results import Cost
 from halfstep.core.sums import require_whole
 from halfstep.core.typed import Bounds, shown
 from halfstep.core.watch import SILENT, Watch
+from halfstep.engine.cluster import Held
 from halfstep.engine.entry import LAYOUTS, Backend, Entry, Half, Reuse, read_entry, require_sources, sources_first
 from halfstep.engine.format1 import read_entry_of_before
 from halfstep.engine.profiling import (
@@ -61,7 +62,7 @@ _SHARED = (
 """What entries of a bank have in common of their configs: what goes in and what comes out."""
 
 
-class Bank(torch.nn.Module):
+class Bank(Held, torch.nn.Module):
     """Denoisers by name, with one reference.
 
     `entries`: name -> `Entry`, or a diffusers model with weights of its own. `prediction_type`: what all of them

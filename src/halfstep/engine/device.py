@@ -10,6 +10,7 @@ import torch
 
 from halfstep.core.errors import ModelError
 from halfstep.core.machine import this_process
+from halfstep.engine.cluster import on_cluster
 
 
 def default_device() -> torch.device:
@@ -49,9 +50,13 @@ def use_device(name: str) -> None:
 
 @contextlib.contextmanager
 def side_by_side(device: torch.device, workers: int | None = None) -> Iterator[Executor | None]:
-    """Threads for work that can be done side by side, one for each that torch may use (or `workers`), each then with
-    one of its own: of small networks two single threads get through more than one pair. None on an accelerator, which
-    one feeds."""
+    """Where work can be done side by side: a cluster, where one was chosen; else threads, one for each that torch may
+    use (or `workers`), each then with one of its own: of small networks two single threads get through more than one
+    pair. None on an accelerator, which one feeds."""
+    with on_cluster(device) as cluster:
+        if cluster is not None:
+            yield cluster
+            return
     threads = torch.get_num_threads()
     workers = workers or threads
     if device.type != "cpu" or workers < 2:
@@ -60,6 +65,10 @@ def side_by_side(device: torch.device, workers: int | None = None) -> Iterator[E
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers) as executor:
-            yield executor
+            try:
+                yield executor
+            except BaseException:  # Ctrl-C, say: what waits its turn is not waited for
+                executor.shutdown(cancel_futures=True)
+                raise
     finally:
         torch.set_num_threads(threads)

@@ -29,6 +29,7 @@ from halfstep.core.recipe import SampleSpec
 from halfstep.core.results import Fidelity, Interval
 from halfstep.data.arrays import open_array, open_cached, write_cached
 from halfstep.engine.bank import Bank
+from halfstep.engine.cluster import Held
 from halfstep.engine.conditions import Conditions, cond_for
 from halfstep.engine.samplers import LEAST_SIGNAL, model_input, scheduler_of, step_options, with_timesteps
 from halfstep.engine.sampling import (
@@ -210,7 +211,7 @@ def student(freedom: int) -> float:
     return sum(term / freedom**i for i, term in enumerate(terms))
 
 
-class Converged:
+class Converged(Held):
     """The converged pictures of images 0 … count - 1 of a seed, drawn once, and how far plans are from them.
 
     `plan`: a fine, deterministic one (`converged_plan`). `extractor`: None leaves features out. `batch`: images per
@@ -272,6 +273,11 @@ class Converged:
             seed=self.seed,
             draws=draws if noisy else 0,
         )
+
+    def apart(self, plan: StepPlan, first: int, last: int) -> np.ndarray:
+        """Squared distances in features of pictures `first` … `last` - 1 from their converged twins, [last - first]; a
+        sampler that draws noise is judged by one of its ways."""
+        return self.fidelities(plan, last, first=first, draws=1).of("features")
 
     def _compared(self, plan: StepPlan, begin: int, count: int, draws: int) -> tuple[np.ndarray, ...]:
         """Errors, similarities and squared feature distances of one batch, each the mean over its draws, [B]."""

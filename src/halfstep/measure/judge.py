@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.classes import in_turn
 from halfstep.data.images import Images
-from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for, mix_of
 from halfstep.engine.device import side_by_side
 from halfstep.engine.profiling import TIMED_BATCH, interleave
-from halfstep.engine.sampling import denoise, image_generators, sample_images, start_noise, to_images
+from halfstep.engine.sampling import denoise, image_generators, start_noise, to_images
 from halfstep.measure import sanity
 from halfstep.measure.agreement import agreement, matching
+from halfstep.measure.drawer import Drawer, joined
 from halfstep.measure.features import Extractor, load_features, raw_pixels
 from halfstep.measure.quality import (
     Distances,
@@ -35,7 +34,6 @@ from halfstep.measure.quality import (
     difference,
     distances,
     evaluate,
-    extract,
     floor,
     frechet_distance,
     reference_stats,
@@ -46,8 +44,8 @@ from halfstep.nets.fit import fit
 class Judge:
     """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
 
-    `conditions`: of generated images, by default in the data's mix of classes. A judge can be pickled, for a
-    pool of processes: each has a bank of its own then.
+    `conditions`: of generated images, by default in the data's mix of classes.
+    `drawer`: what a worker needs of it.
     """
 
     def __init__(
@@ -63,6 +61,7 @@ class Judge:
         images = fit(bank.config, images, bank.vae, bank.classes).images
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
         self.conditions = mix_of(images.labels, bank.config) if conditions is None else conditions
+        self.drawer = Drawer(bank, extractor, batch, self.conditions)
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
         self.asked = self._classes_asked()
         self._floors: dict[int, Floor] = {}
@@ -83,25 +82,9 @@ class Judge:
     def features(
         self, plan: StepPlan, count: int, seed: int, keep: int = 0, executor: Executor | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]. `executor`: of
-        threads, in which batches are drawn side by side; the same images, for image k hangs on the seed and k alone."""
-        begins = range(0, count, self.batch)
-        work = partial(self._part, plan, count, seed, keep)
-        parts = list(map(work, begins) if executor is None else executor.map(work, begins))
-        found = np.concatenate([features for features, _ in parts])
-        kept = [pictures for _, pictures in parts if pictures is not None]
-        return found, np.concatenate(kept) if kept else np.zeros((0, 1, 1, 1), np.uint8)
-
-    def _part(
-        self, plan: StepPlan, count: int, seed: int, keep: int, begin: int
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Of the batch that begins at image `begin`: its features, and as uint8 those of the first `keep` images."""
-        size = min(self.batch, count - begin)
-        [images] = sample_images(
-            self.bank, plan, size, seed=seed, batch=self.batch, conditions=self.conditions, first=begin
-        )
-        pictures = to_uint8(images[: keep - begin].cpu()) if begin < keep else None
-        return extract(self.extractor, [images]), pictures
+        """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]. `executor`:
+        where batches are drawn side by side."""
+        return joined(self.drawer.parts(plan, count, seed, keep, executor))
 
     def fd(self, features: np.ndarray) -> float:
         """The Fréchet distance to the real images as measured, without interval: for plans that are compared at equal
@@ -112,12 +95,12 @@ class Judge:
 
     def score(self, plan: StepPlan, count: int, seed: int, executor: Executor | None = None) -> float:
         """Fréchet distance of `count` images of a plan; `executor` as in `features`."""
-        return self.fd(self.features(plan, count, seed, executor=executor)[0])
+        return self.ask(plan, count, seed, executor)()
 
-    def moved(self, before: torch.Tensor, after: torch.Tensor) -> float:
-        """Mean squared distance of images [N,C,H,W] from their twins of the same noise, in the extractor's features."""
-        twins = (extract(self.extractor, images.split(self.batch)) for images in (before, after))
-        return float(np.square(np.subtract(*twins)).sum(axis=1).mean())
+    def ask(self, plan: StepPlan, count: int, seed: int, executor: Executor | None) -> Callable[[], float]:
+        """What waits for a score, which an executor has begun to work on; without one it is worked on then."""
+        parts = self.drawer.parts(plan, count, seed, executor=executor)
+        return lambda: self.fd(joined(parts)[0])
 
     def too_few(self, count: int, what: str) -> str | None:
         """Why Fréchet distances of `count` images decide nothing; None where they may."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import numpy as np
 
@@ -35,9 +35,6 @@ FAMILIES = 8
 HOPELESS = 4
 """A number of calls whose nearest arm is so many times as far from the data as is tolerated has no second one measured:
 the second was never seen to be a quarter of the first."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -102,11 +99,8 @@ class Track:
 
     def errors(self, plans: Sequence[StepPlan], first: int, last: int) -> list[np.ndarray]:
         """How far images first … last - 1 of each plan are from their converged twins, in features."""
-
-        def one(plan: StepPlan) -> np.ndarray:  # a sampler that draws noise is judged by one of its ways
-            return self.converged.fidelities(plan, last, first=first, draws=1).of("features")
-
-        return each(one, plans, self.executor)
+        work = partial(self.converged.apart, first=first, last=last)
+        return list(map(work, plans) if self.executor is None else self.executor.map(work, plans))
 
     def best(self, plans: Sequence[StepPlan], keep: int, what: str) -> list[int]:
         """The indices of at most `keep` plans, the nearest to the converged pictures first."""
@@ -140,11 +134,6 @@ class Twins(Scores):
 
     def scored(self, stage: str, digest: str, plan: StepPlan, score: float) -> Scored:
         return super().scored("fidelity", digest, plan, score)  # no distance to the data: told apart in scores.jsonl
-
-
-def each(work: Callable[[T], R], items: Sequence[T], executor: Executor | None) -> list[R]:
-    """`work` on every item, side by side where there is an executor (of threads)."""
-    return list(map(work, items) if executor is None else executor.map(work, items))
 
 
 def raced_families(track: Track, stock: Stock, most: int) -> list[SampleSpec]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from halfstep.core.disk import read_json
+from halfstep.core.disk import read_json, write_json
 from halfstep.core.errors import RunError
-from halfstep.core.plan import StepPlan
+from halfstep.core.plan import StepPlan, call_of
 from halfstep.core.typed import build
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions, cond_for
@@ -33,7 +34,10 @@ from halfstep.engine.sampling import (
     to_images,
     trajectory,
 )
+from halfstep.measure.drawer import Drawer
+from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import Memo
+from halfstep.search.scores import ScoreBook
 from halfstep.search.space import Space
 
 Measure = Callable[[torch.Tensor, torch.Tensor], float]
@@ -194,3 +198,46 @@ class _ReferenceWalk:
             self.bank, plan, sample.clone(), self.generators, self.cond, start=row, scheduler=copy.deepcopy(scheduler)
         )
         return to_images(self.bank, last(left))
+
+
+# ---------------------------------------------------------------------------------------------------------- many tables
+
+
+def kept_tables(
+    book: ScoreBook, plans: Sequence[StepPlan], spaces: Sequence[Space], images: int, seed: int
+) -> Iterator[ErrorTable]:
+    """The error table of each plan's sampler in its space, one after another; kept in the run folder by the content of
+    plan and entries, and measured side by side where the book has an executor."""
+    files = [_file(book, plan, space, images, seed) for plan, space in zip(plans, spaces, strict=True)]
+    missing = [k for k, file in enumerate(files) if not file.is_file()]
+    run = map if book.executor is None else book.executor.map
+    work = partial(measured_table, book.judge.drawer, images, seed)
+    fresh = run(work, [plans[k] for k in missing], [spaces[k] for k in missing])
+    for k, file in enumerate(files):
+        if k in missing:
+            write_json(file, next(fresh).to_json())
+        yield ErrorTable.load(file)
+
+
+def _file(book: ScoreBook, plan: StepPlan, space: Space, images: int, seed: int) -> Path:
+    bank = book.judge.bank
+    weights = [bank.fingerprint(call_of(name, 1.0)[0]) for name in space.entries]
+    content = {"rows": space.rows, "images": images, "seed": seed}
+    content |= {"calls": space.entries} if bank.guidance != 1 else {}
+    return book.file.parent / "tables" / f"{fingerprint(plan.digest, weights, content)}.json"
+
+
+def measured_table(drawer: Drawer, images: int, seed: int, plan: StepPlan, space: Space) -> ErrorTable:
+    """The error table of a plan's sampler in a space."""
+    *_, (_, _, found) = error_table(
+        drawer.bank,
+        plan,
+        space,
+        drawer.moved,
+        images=images,
+        seed=seed,
+        batch=drawer.batch,
+        conditions=drawer.conditions,
+    )
+    assert found is not None
+    return found

@@ -108,7 +108,7 @@ def measured_table(
         judge.bank,
         plan,
         space,
-        judge.moved,
+        judge.drawer.moved,
         images=recipe.search.error_images,
         seed=stage_seed(recipe.seed, Stage.TABLE),
         batch=judge.batch,

@@ -14,9 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from halfstep.core import disk
 from halfstep.core.errors import PlanError
-from halfstep.core.plan import BAR, NONE, Correction, StepPlan, call_of
+from halfstep.core.plan import BAR, NONE, Correction, StepPlan
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.results import Difference
 from halfstep.core.seeds import Stage, stage_seed
@@ -24,10 +23,9 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Reuse
 from halfstep.measure.quality import Distances, difference
-from halfstep.nets.content import fingerprint
-from halfstep.search.arms import COUNTS, Arm, Stock, Track, Twins, each
+from halfstep.search.arms import COUNTS, Arm, Stock, Track, Twins
 from halfstep.search.corrections import climb
-from halfstep.search.damage import ErrorTable, error_table
+from halfstep.search.damage import ErrorTable, kept_tables
 from halfstep.search.frontier import best_within, frontier
 from halfstep.search.scores import ScoreBook, Scores, Seen, counted, unseen
 from halfstep.search.space import Genes, Space, Unit, random_plans
@@ -439,45 +437,16 @@ def prepared(track: Track, book: ScoreBook, arms: Sequence[Arm], question: Quest
     sources = sources_of(bank, choices)
     spaces = [Space.of(arm.base, choices, spec.genes, unit=question.unit, sources=sources) for arm in arms]
     with watch.stage("error tables", len(arms)) as told:
-        done = itertools.count(1)
-
-        def one(k: int) -> ErrorTable:
-            found = table_of(book, arms[k], spaces[k], recipe)
-            told(next(done), arms[k].told)
-            return found
-
-        tables = each(one, range(len(arms)), book.executor)
-    errors = track.errors([arm.base for arm in arms], 0, track.converged.count)
+        seed, bases = stage_seed(recipe.seed, Stage.TABLE), [arm.base for arm in arms]
+        tables = []
+        for table in kept_tables(book, bases, spaces, spec.error_images, seed):
+            tables.append(table)
+            told(len(tables), arms[len(tables) - 1].told)
+    errors = track.errors(bases, 0, track.converged.count)
     return [
         Searched(arm, space, question.fixed(arm.base), table, float(np.mean(error)))
         for arm, space, table, error in zip(arms, spaces, tables, errors, strict=True)
     ]
-
-
-def table_of(book: ScoreBook, arm: Arm, space: Space, recipe: Recipe) -> ErrorTable:
-    """The error table of an arm, kept in the run folder by the content of its plan and entries."""
-    judge, count, seed = book.judge, recipe.search.error_images, stage_seed(recipe.seed, Stage.TABLE)
-    weights = [judge.bank.fingerprint(call_of(name, 1.0)[0]) for name in space.entries]
-    told = {"rows": space.rows, "images": count, "seed": seed}
-    told |= {"calls": space.entries} if judge.bank.guidance != 1 else {}
-    key = fingerprint(arm.base.digest, weights, told)
-    file = book.file.parent / "tables" / f"{key}.json"
-    if file.is_file():
-        return ErrorTable.load(file)
-    steps = error_table(
-        judge.bank,
-        arm.base,
-        space,
-        judge.moved,
-        images=count,
-        seed=seed,
-        batch=judge.batch,
-        conditions=judge.conditions,
-    )
-    *_, (_, _, found) = steps
-    assert found is not None
-    disk.write_json(file, found.to_json())
-    return found
 
 
 def search_joint(

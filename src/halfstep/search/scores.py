@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -179,23 +179,11 @@ class Scores:
             seen(self.book.known[self._key(digest)])
 
     def _measured(self, plans: dict[str, StepPlan], executor: Executor | None) -> Iterator[tuple[str, float]]:
-        """The digests and scores of plans, as they come in."""
+        """The digests and scores of plans, in their order, so that the file does not hang on who is faster."""
         judge = self.book.judge
-        if len(plans) == 1 and isinstance(executor, ThreadPoolExecutor):  # its batches side by side
-            [(digest, plan)] = plans.items()
-            yield digest, judge.score(plan, self.images, self.seed, executor)
-            return
-        if executor is None:
-            for digest, plan in plans.items():
-                yield digest, judge.score(plan, self.images, self.seed)
-            return
-        futures = {executor.submit(judge.score, plan, self.images, self.seed): one for one, plan in plans.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        every = {digest: judge.ask(plan, self.images, self.seed, executor) for digest, plan in plans.items()}
+        for digest, score in every.items():  # all are asked for before one is waited for
+            yield digest, score()
 
     def scored(self, stage: str, digest: str, plan: StepPlan, score: float) -> Scored:
         kinds = itertools.groupby(plan.rows, key=lambda row: (row.entry, row.correction, row.guide))
