@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_an_array_grows_to_the_same_whatever_kills_it(tmp_path: Path, noted_ofte
             begin, most = growing.rows, most - 1
             growing.add(whole[begin : begin + parts[begin]], {"rows": begin + parts[begin]})
         if growing.rows == len(whole):
-            assert growing.finish().digest() == __import__("hashlib").sha256(b"head" + whole.tobytes()).digest()
+            assert growing.finish().digest() == hashlib.sha256(b"head" + whole.tobytes()).digest()
             return True
         growing.out.flush()
         with growing.part.open("ab") as part:  # rows of which nothing was noted

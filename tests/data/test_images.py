@@ -27,7 +27,7 @@ from halfstep.core.watch import Watch
 from halfstep.data import encoded, sources, tars
 from halfstep.data import images as images_module
 from halfstep.data.images import Images, load_images
-from painted import class_folder, pictures, png
+from painted import class_folder, pictures, png, tarred
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -41,15 +41,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def save(array: np.ndarray, path: Path, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
-    return path
-
-
-def tarred(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
     return path
 
 

@@ -14,39 +14,9 @@ from halfstep.data import images as images_module
 from halfstep.data import shards
 from halfstep.data.captions import read_captions
 from halfstep.data.images import load_images
-from painted import pictures, png
+from painted import pictures, png, samples, tarred, written
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-def tarred(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def samples(n: int, per: int, *, labels: bool = True, captions: bool = False) -> tuple[np.ndarray, list[dict]]:
-    """n pictures 6x6 of three classes, and the members of their shards with `per` samples in each."""
-    pixels, found = pictures(n, 6, 6), []
-    for begin in range(0, n, per):
-        members: dict[str, bytes] = {}
-        for k in range(begin, min(begin + per, n)):
-            members |= {f"{k:06d}.cls": str(k % 3).encode()} if labels else {}
-            members |= {f"{k:06d}.png": png(pixels[k])}
-            members |= {f"{k:06d}.txt": f"picture {k}".encode()} if captions else {}
-        found.append(members)
-    return pixels, found
-
-
-def written(root: Path, shards_of: list[dict], name: str = "") -> str:
-    """Shards in a folder, 000000.tar and so on."""
-    for k, members in enumerate(shards_of):
-        tarred(root / f"{name}{k:06d}.tar", members)
-    return f"tar:{root}"
 
 
 def refused(source: str, *words: object, **options: object) -> None:

@@ -167,6 +167,7 @@ def images_of(recipe: Recipe, data: str, watch: Watch, split: str = "train") -> 
         channels=spec.channels,
         split=split,
         watch=watch,
+        stream=spec.stream,
         workers=spec.workers,
     )
 

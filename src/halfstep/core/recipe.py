@@ -62,6 +62,9 @@ class DataSpec:
     channels: Annotated[Count | None, "1 or 3; none: as they are, or as the model takes them"] = None
     flip: Annotated[bool, "mirror at random in training"] = False
     prompts: Annotated[str, "a file of prompts, one a line; empty: the captions of the images, for models of text"] = ""
+    stream: Annotated[
+        Whole, "pictures that a training shuffles within, decoded as they come; 0: all are decoded to the disk, once"
+    ] = 0
     workers: Annotated[Workers | None, "processes that decode; none: one for each core"] = None
 
 

@@ -46,6 +46,7 @@ from halfstep.data.tars import (
 INDEX_FORMAT = 1  # part of the key of a shard's index: raise it when `_Indexing` gives something else
 MAX_INDEX = 1 << 32  # bytes of one that is read
 MAX_SHARDS = 100_000
+LARGE_BYTES = 1 << 25  # of shards, above which they are worth starting processes
 MAX_LABEL = 200  # letters of a class in a .cls
 CLASS = ".cls"
 
@@ -176,8 +177,8 @@ def index_of(files: Sequence[Path], workers: int | None = None) -> list[Shard]:
     keys = [_key(file) for file in files]
     found = [_kept(file, key) for file, key in zip(files, keys, strict=True)]
     missing = [k for k, shard in enumerate(found) if shard is None]
-    several = len(missing) > 1
-    made = ahead(index_shard, [files[k] for k in missing], workers_here(workers) if several else 0)
+    large = len(missing) > 1 and sum(files[k].stat().st_size for k in missing) > LARGE_BYTES
+    made = ahead(index_shard, [files[k] for k in missing], workers_here(workers) if large else 0)
     for k, shard in zip(missing, made, strict=True):
         found[k] = shard
         _keep(shard, keys[k])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,17 +51,31 @@ class Captioned:
 
     `table`: the different conditions, [P, ...], and after them the one on nothing, which takes the place of a share
     `dropped`, so that the net can be guided (arXiv 2207.12598, algorithm 1). `order`: int64 [N], which one each image
-    has. `fingerprint`: of images and texts.
+    has. `nothing`: the row of the last. `fingerprint`: of images and texts.
     """
 
     images: Images | Latents
     table: Cond
     order: torch.Tensor
+    nothing: int
     dropped: float
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def buffer(self) -> int:
+        """As of the images."""
+        return self.images.buffer
+
+    def coming(self, indices: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Captioned]]:
+        """As of `Images`: for each index images that hold these, with their captions."""
+        mine, theirs = itertools.tee(indices)
+        coming: Iterator[tuple[torch.Tensor, Images | Latents]] = self.images.coming(theirs)
+        for asked, (index, images) in zip(mine, coming, strict=True):
+            moved = images is not self.images
+            yield index, replace(self, images=images, order=self.order[asked]) if moved else self
 
     def batch(
         self, index: torch.Tensor, *, flip: torch.Tensor | None = None, generator: torch.Generator | None = None
@@ -70,7 +86,7 @@ class Captioned:
     def batch_cond(self, index: torch.Tensor, choices: torch.Generator) -> Cond:
         """The conditions of these images, int64 [B], some of them dropped."""
         dropped = torch.rand(len(index), generator=choices) < self.dropped
-        return picked(self.table, torch.where(dropped, int(self.order.max()) + 1, self.order[index]))
+        return picked(self.table, torch.where(dropped, self.nothing, self.order[index]))
 
 
 def captioned(images: Images | Latents, prompter: Prompter, null: Cond, data: str, dropped: float) -> Captioned:
@@ -84,6 +100,7 @@ def captioned(images: Images | Latents, prompter: Prompter, null: Cond, data: st
         images=images,
         table=joined(known.table, null),
         order=torch.tensor(known.order),
+        nothing=max(known.order) + 1,
         dropped=dropped,
         fingerprint=fingerprint(images.fingerprint, known.content, null, {"dropped": dropped}),
     )

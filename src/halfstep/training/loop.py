@@ -79,7 +79,8 @@ def _stamp_of(recipe: Recipe, images: Images | Latents | Captioned, tag: str, wo
     """What a state belongs to. `world`: processes, for the order of the images depends on their number."""
     methods = (recipe.slim, recipe.sparse, recipe.spectral)
     kept = {name: value for name, value in vars(recipe.train).items() if name not in STEADIER}  # recipe.json has those
-    return stamp(kept, recipe.noise, recipe.model, methods, recipe.seed, images.fingerprint, tag, world)
+    content = f"{images.fingerprint} in buffers of {images.buffer}" if images.buffer else images.fingerprint
+    return stamp(kept, recipe.noise, recipe.model, methods, recipe.seed, content, tag, world)
 
 
 def _begin_log(out: Path, tag: str, step: int) -> None:

@@ -30,6 +30,7 @@ from halfstep.core.recipe import TrainSpec
 from halfstep.core.typed import shown
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
+from halfstep.data.order import BufferedOrder
 from halfstep.engine.text import Captioned
 from halfstep.nets.content import digest_tensors
 from halfstep.nets.denoiser import Cond, Memo, Predict, class_count, cond_of, cond_to, predictor
@@ -310,18 +311,20 @@ def train(
     use slices of the weights.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    order = ShuffledOrder(len(images), seed)
+    order = BufferedOrder(len(images), seed, images.buffer) if images.buffer else ShuffledOrder(len(images), seed)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     state.model.train()
     bf16, since = use_bf16(spec, device), 0
     losses, norms = torch.zeros((), device=device), torch.zeros((), device=device)  # read at a record: it costs a wait
     drops, labelled = _drops(state.model), _wants_labels(state.model)
-    for step in range(state.step, spec.steps):
-        index = order.take((step * world + rank) * spec.batch, spec.batch)
+    steps = range(state.step, spec.steps)
+    indices = (order.take((step * world + rank) * spec.batch, spec.batch) for step in steps)
+    coming: Iterator[tuple[torch.Tensor, Images | Latents | Captioned]] = images.coming(indices)
+    for step, (index, seen) in zip(steps, coming, strict=True):
         with _random(_mix(seed, step, rank), device, drops) as (choices, generator):
             flips = torch.rand(spec.batch, generator=choices) < 0.5 if flip else None
-            cond = _cond_of(images, index, labelled, choices)
-            clean = images.batch(index, flip=flips, generator=choices).to(device, non_blocking=True)
+            cond = _cond_of(seen, index, labelled, choices)
+            clean = seen.batch(index, flip=flips, generator=choices).to(device, non_blocking=True)
             batch = Batch(clean, cond_to(cond, device), step, generator, choices)
             for loss in _autocast(objective(batch), device, bf16):
                 accelerator.backward(loss)
