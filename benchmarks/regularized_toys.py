@@ -128,7 +128,7 @@ def trained(toy: Toy, spec: RegularSpec, steps: int, seed: int, told: Callable[[
     average.load_state_dict(net.state_dict())
     levels = levels_at(torch.arange(1, LEVELS + 1) / LEVELS)
 
-    def draw(clean: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(clean: torch.Tensor, g: torch.Generator, _: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         timestep, noise = torch.randint(LEVELS, (len(clean),), generator=g), torch.randn(clean.shape, generator=g)
         level = levels[timestep, None]
         return level.sqrt() * clean + (1 - level).sqrt() * noise, timestep, noise

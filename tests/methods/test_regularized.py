@@ -123,7 +123,7 @@ def test_every_variant_has_finite_gradients_at_every_timestep(name, basis, cente
     model, spec = wide(), RegularSpec(penalty=name, basis=basis, center=center)
     levels = Diffusion(Process()).scheduler.alphas_cumprod
 
-    def draw(clean, generator):
+    def draw(clean, generator, share):
         timestep = torch.tensor([0, 1, 500, 999])
         return clean, timestep, torch.zeros_like(clean)
 

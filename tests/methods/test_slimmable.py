@@ -523,8 +523,8 @@ def test_shared_noise_is_one_draw_and_own_noise_three():
     draws = []
     diffusion = Diffusion(Process())
 
-    def draw(clean, generator):
-        draws.append(diffusion.draw(clean, generator))
+    def draw(clean, generator, share):
+        draws.append(diffusion.draw(clean, generator, share))
         return draws[-1]
 
     for shared, expected in ((True, 1), (False, 3)):

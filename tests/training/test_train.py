@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from halfstep.core.errors import DivergedError, RunError
 from halfstep.core.process import Process
@@ -48,7 +45,6 @@ from tiny import unet
 
 SPEC = TrainSpec(steps=4, batch=8, lr=1e-3, warmup=2, ema_decay=0.9, precision="no", log_every=1)
 KILLED = replace(SPEC, steps=90, log_every=3)
-TWO = replace(SPEC, steps=3, lr=0.05, warmup=0, schedule="constant", clip_norm=0.0)
 
 
 def tiny(**changes) -> UNet2DModel:
@@ -72,35 +68,6 @@ def train_to_be_killed(file: Path) -> TrainState:
         state.save(file, "killed")
         print(record.step, flush=True)
     return state
-
-
-def deterministic(state: TrainState, drawn: list[torch.Tensor] | None = None) -> Objective:
-    """A loss of the images alone, so that two half batches and one whole batch have the same gradient."""
-    predict = predictor(state.model)
-
-    def objective(batch: Batch) -> Iterator[torch.Tensor]:
-        if drawn is not None:
-            drawn.append(torch.rand(3, generator=batch.generator))
-        timestep = torch.full((len(batch.clean),), 300)
-        yield F.mse_loss(predict(0.5 * batch.clean, timestep, batch.cond, Memo()), batch.clean)
-
-    return objective
-
-
-def descent(model: UNet2DModel) -> TrainState:
-    """Plain gradient descent: Adam would blow the rounding of a gradient near 0 up to a whole step."""
-    return TrainState(model, EMAModel(model.parameters(), foreach=True), torch.optim.SGD(model.parameters(), lr=1.0))
-
-
-def train_as_rank(folder: Path) -> None:
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    state, drawn = descent(tiny()), []
-    for _ in train(state, load_images("digits"), TWO, deterministic(state, drawn), accelerator):
-        pass
-    save_file(state.tensors() | {"drawn": torch.cat(drawn)}, folder / f"{accelerator.process_index}.safetensors")
-    accelerator.end_training()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -490,36 +457,6 @@ def test_mirrored_images_are_trained_on_when_asked(digits: Images):
     plain = (seen[True] == seen[False]).flatten(1).all(1)
     mirrored = (seen[True] == seen[False].flip(-1)).flatten(1).all(1)
     assert (plain | mirrored).all() and 16 < int(mirrored.sum()) < 48
-
-
-@pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one_process_with_the_whole_batch(digits: Images, tmp_path: Path):
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, script(tmp_path, "train_as_rank"), tmp_path]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    weights = [name for name in first if name != "drawn"]
-    assert all(torch.equal(first[name], second[name]) for name in weights)
-    assert (first["drawn"] != second["drawn"]).all(), "the processes drew the same random numbers"
-    alone = descent(tiny())
-    run(alone, digits, replace(TWO, batch=2 * TWO.batch), deterministic(alone))
-    for name, value in alone.tensors().items():
-        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
-    start = tiny().state_dict()
-    assert max(float((value - start[name]).abs().max()) for name, value in alone.model.state_dict().items()) > 1e-3
 
 
 # ---- divergence ----------------------------------------------------------------------------------------------------

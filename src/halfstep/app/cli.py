@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,9 +20,12 @@ from halfstep import __version__
 from halfstep.app.options import Common, common
 from halfstep.app.terminal import RichWatch, accept_any_text, console, line, notes, settings_table
 from halfstep.core.errors import HalfstepError, RunError
+from halfstep.core.machine import apart, is_done, launched, require_alone
 from halfstep.core.recipe import Recipe, RunRecord, RuntimeName, settings
 from halfstep.core.recipes import RECIPES, named
 
+TOGETHER = ("train", "compress", "optimize", "sample", "evaluate")
+"""The verbs that a launcher of several processes may run."""
 RESUMED = ("demo", "train", "compress", "optimize", "search", "tune", "shrink")
 """The verbs that go on from where they were when the command is repeated; the others begin anew."""
 
@@ -106,7 +110,7 @@ Classes = Annotated[
         "--class", help="A class by name or number, of a class-conditional model; may be repeated.", show_default=False
     ),
 ]
-TRAINED = ("recipe", "edits", "seed", "device")
+TRAINED = ("recipe", "edits", "seed", "device", "processes")
 """Common options of what trains; its steps are the recipe's `train.steps`."""
 SAMPLED = (
     *("recipe", "edits", "steps", "scheduler", "spacing", "order", "seed", "batch"),
@@ -126,11 +130,16 @@ def told_version(asked: bool) -> None:
 
 @app.callback()
 def root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=told_version, is_eager=True)
     ] = False,
 ) -> None:
     """What stands before a command."""
+    if ctx.invoked_subcommand not in TOGETHER:
+        require_alone(f"halfstep {ctx.invoked_subcommand}")
+    elif ctx.invoked_subcommand in ("sample", "evaluate"):
+        apart()
 
 
 def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
@@ -148,6 +157,8 @@ def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
     from halfstep.core.plan import StepPlan
     from halfstep.core.results import read_comparison
 
+    if is_done():  # the first process shows it
+        return
     record = read_comparison(out / "quality.json")
     console.print(rich_table(story.plans_table(record, brief=True)))
     if plan:
@@ -173,7 +184,7 @@ def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = "0.1t") 
 
 
 @app.command()
-@common(*TRAINED)
+@common(*TRAINED, trains=True)
 def train(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
     """Train a dense denoiser; writes a stock diffusers DDPMPipeline to OUT/pipeline.
 
@@ -184,7 +195,8 @@ def train(data: Data, out: Out, common: Common, model: MaybeModel = None) -> Non
     from halfstep.app import verbs
 
     done = verbs.train(data, out, common.recipe_for(data, dense=True), model=model, watch=RichWatch())
-    line(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
+    if not is_done():
+        line(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
 
 
 def compress(method: str, model: str | None, data: str, out: Path, recipe: Recipe) -> None:
@@ -195,7 +207,7 @@ def compress(method: str, model: str | None, data: str, out: Path, recipe: Recip
 
 
 @compress_app.command()
-@common(*SAMPLED)
+@common(*SAMPLED, "processes", trains=True)
 def slimmable(model: Model, data: Data, out: Out, common: Common) -> None:
     """DDSM: a supernet whose narrower widths share its weights; evaluates every width and writes a report too.
 
@@ -207,7 +219,7 @@ def slimmable(model: Model, data: Data, out: Out, common: Common) -> None:
 
 
 @compress_app.command()
-@common(*SAMPLED)
+@common(*SAMPLED, "processes", trains=True)
 def sparse(
     model: Model,
     data: Data,
@@ -228,7 +240,7 @@ def sparse(
 
 
 @compress_app.command()
-@common(*SAMPLED)
+@common(*SAMPLED, "processes", trains=True)
 def spectral(
     model: Model,
     data: Data,
@@ -249,7 +261,7 @@ def spectral(
 
 
 @compress_app.command()
-@common(*SAMPLED)
+@common(*SAMPLED, "processes", trains=True)
 def continuous(
     data: Data,
     out: Out,
@@ -269,7 +281,7 @@ def continuous(
 
 
 @compress_app.command()
-@common(*SAMPLED)
+@common(*SAMPLED, "processes", trains=True)
 def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
     """Regularised score matching: trains a grid of penalty weights and keeps the best, beside its two controls.
 
@@ -284,7 +296,7 @@ def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) 
 
 
 @app.command()
-@common(*SEARCHED)
+@common(*SEARCHED, "processes", trains=True)
 def optimize(
     model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None
 ) -> None:
@@ -352,7 +364,7 @@ def tune(
 
 
 @app.command()
-@common(*SAMPLED, "dtype")
+@common(*SAMPLED, "dtype", "processes")
 def sample(
     model: Model,
     out: Out,
@@ -427,7 +439,7 @@ def push(
 
 
 @app.command()
-@common("recipe", "edits", "seed", "batch", "runtime", "device", "ray", "dtype", "as_json")
+@common("recipe", "edits", "seed", "batch", "runtime", "device", "ray", "dtype", "processes", "as_json")
 def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
     """Measure a pipeline's plan beside its reference: Fréchet distance, KID, precision, recall, each with an interval.
 
@@ -567,7 +579,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folde
 
 
 @app.command()
-@common(*TRAINED)
+@common(*TRAINED[:-1])
 def features(data: Data, out: Out, common: Common) -> None:
     """Train the feature classifier that Fréchet distances on your data rest on.
 
@@ -671,7 +683,8 @@ def main() -> None:
     try:
         app(prog_name="halfstep")
     except HalfstepError as error:
-        line(f"error: {error}", to=notes, style="red")
+        which = f"process {os.environ.get('RANK')}: " if launched() > 1 and os.environ.get("RANK") != "0" else ""
+        line(f"error: {which}{error}", to=notes, style="red")
         raise SystemExit(2) from None
     except (OSError, ValueError) as error:  # even a question about a path raises these; every door asks some
         where = getattr(error, "filename", None)

@@ -19,6 +19,7 @@ from halfstep.core import disk
 from halfstep.core.errors import DataError, ModelError, PlanError
 from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
+from halfstep.core.machine import alone
 from halfstep.core.recipe import Recipe
 from halfstep.core.seeds import own_random
 from halfstep.core.watch import SILENT, Watch
@@ -54,6 +55,7 @@ Spectra = dict[str, dict[str, list[float]]]
 
 @releasing
 @own_random
+@alone
 def spectrum(
     models: Sequence[str],
     data: str,
@@ -150,6 +152,7 @@ class Noise:
 
 @releasing
 @own_random
+@alone
 def denoise(
     models: Sequence[str],
     pictures: Sequence[Path],

@@ -16,9 +16,11 @@ from halfstep.core import disk
 from halfstep.core.errors import DataError, HalfstepError, RunError
 from halfstep.core.folder import open_run
 from halfstep.core.lock import releasing
+from halfstep.core.machine import alone
+from halfstep.core.parts import Parts
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
-from halfstep.core.seeds import own_random
+from halfstep.core.seeds import Stage, own_random, stage_seed
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import save_arrays
 from halfstep.data.images import Images
@@ -29,7 +31,7 @@ from halfstep.engine.profiling import TIMED_BATCH
 from halfstep.engine.runtimes import settle_runtimes
 from halfstep.engine.subject import Subject
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
-from halfstep.measure.judge import Judge, Measured, extractor_for
+from halfstep.measure.judge import KEEP, Judge, Measured, extractor_for
 from halfstep.measure.quality import NEIGHBOURS
 
 TIMED_TURNS = 6
@@ -38,6 +40,7 @@ TIMED_TURNS = 6
 
 @releasing
 @own_random
+@alone
 def features(data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """Train the data's own feature classifier and save it in `out`; returns `out`.
 
@@ -106,10 +109,11 @@ def require_measurable(images: Images, recipe: Recipe) -> None:
             )
 
 
-def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
-    """A judge of a bank on a subject's images; trains the data's own feature network where the recipe wants one."""
+def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch, *, helping: bool = False) -> Judge:
+    """A judge of a bank on a subject's images; trains the data's own feature network where the recipe wants one, unless
+    it is `helping` a process that has it."""
     recipe = subject.recipe
-    if recipe.eval.features == "own":
+    if recipe.eval.features == "own" and not helping:
         features_of(subject, out / "features", watch)
     bank.to(default_device())
     settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
@@ -124,6 +128,12 @@ def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch) -> Judge:
         batch=recipe.sample.batch,
         conditions=subject.conditions,
     )
+
+
+def drawn_for(judge: Judge, plans: Iterable[StepPlan], recipe: Recipe, out: Path) -> Parts:
+    """What a report on plans draws, in parts that several processes may do; the judge finds them then."""
+    judge.kept = out / "state" / "drawn"
+    return judge.parts(plans, recipe.eval.images, stage_seed(recipe.seed, Stage.REPORT), KEEP)
 
 
 def drawings_of(plans: Iterable[StepPlan], recipe: Recipe) -> list[Drawing]:

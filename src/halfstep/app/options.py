@@ -12,6 +12,7 @@ import typer
 
 from halfstep.app.terminal import RichWatch
 from halfstep.core.errors import RecipeError
+from halfstep.core.machine import launched
 from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe, RuntimeName, SamplerName, Spacing
 from halfstep.core.recipes import RECIPES, named, usual
 from halfstep.core.seeds import MAX_SEED
@@ -29,6 +30,9 @@ FIELDS = {
     "runtime": "sample.runtime",
 }
 """The common options that are fields of the recipe."""
+
+MOST_PROCESSES = 1024
+"""Processes of one machine; more is a slip."""
 
 _RECIPE, _COMMON = "Recipe", "Common settings"
 
@@ -167,6 +171,16 @@ class Common:
             rich_help_panel=_COMMON,
         ),
     ] = ""
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            help="Processes of this machine that do it together; the images are the same for any number.",
+            min=1,
+            max=MOST_PROCESSES,
+            rich_help_panel=_COMMON,
+        ),
+    ] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False
 
     @property
@@ -207,10 +221,21 @@ def _require_agreeing(option: str, field: str, value: str, edits: list[str]) -> 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
-def common(*names: str) -> Callable[[Verb], Verb]:
+def _in_processes(asked: Common) -> None:
+    """Run the command in several processes that train together, and end; in one of these, go on."""
+    from halfstep.app.launch import launch, require_as_launched
+
+    count = asked.processes or 1
+    require_as_launched(count)
+    if launched() == 1:
+        raise typer.Exit(launch(count, asked.device))
+
+
+def common(*names: str, trains: bool = False) -> Callable[[Verb], Verb]:
     """Give a verb with a parameter `common` these of `Common`'s options, on the command line and in its help.
 
-    With `--device` everything that the verb does runs there; with `--ray` what can be done side by side does.
+    With `--device` everything that the verb does runs there; with `--ray` what can be done side by side does; one that
+    `trains` runs with `--processes` in several.
     """
     known = inspect.signature(Common, eval_str=True).parameters
     assert set(names) <= {item.name for item in fields(Common)}
@@ -221,7 +246,9 @@ def common(*names: str) -> Callable[[Verb], Verb]:
         @functools.wraps(verb)
         def command(**given: Any) -> None:
             asked = Common(**{name: given.pop(name) for name in names})
-            if asked.device:
+            if trains and (asked.processes or 1) > 1:  # the launcher says where they run
+                _in_processes(asked)
+            elif asked.device:
                 from halfstep.engine.device import use_device
 
                 use_device(asked.device)
@@ -229,6 +256,10 @@ def common(*names: str) -> Callable[[Verb], Verb]:
                 from halfstep.engine.cluster import use_cluster
 
                 use_cluster(asked.ray, RichWatch())
+            if asked.processes and not trains:
+                from halfstep.app.workers import use_processes
+
+                use_processes(asked.processes)
             verb(**given, common=asked)
 
         kept = [one for name, one in own.parameters.items() if name != "common"]

@@ -7,19 +7,21 @@ All of them take the same models and data (see `open_subject`). `denoise` and `s
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMPipeline, LDMPipeline
 
+from halfstep.app.drawing import Pictures
 from halfstep.app.estimate import Drawing, Training, announce
 from halfstep.app.measurement import (
     drawings_of,
+    drawn_for,
     is_measured,
     judge_for,
     require_measurable,
@@ -44,27 +46,28 @@ from halfstep.app.searching import (
 )
 from halfstep.app.story import tell, tell_spectra
 from halfstep.app.subject import open_model, open_subject
+from halfstep.app.workers import by_itself, finished_by_first, help_with, helpers, lead, ready, wait_until_ready
 from halfstep.core import disk
 from halfstep.core.errors import ModelError, PlanError, RunError
-from halfstep.core.folder import open_run
+from halfstep.core.folder import open_or_join, open_run
 from halfstep.core.lock import releasing
-from halfstep.core.machine import this_process
+from halfstep.core.machine import alone, go_on_alone, this_process, together
 from halfstep.core.plan import StepPlan
 from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe, RunRecord, RuntimeName, SampleSpec
-from halfstep.core.results import Comparison, Cost
+from halfstep.core.results import Comparison, Cost, read_comparison
 from halfstep.core.seeds import Stage, own_random, seeded, stage_seed
 from halfstep.core.sums import write_sums
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.classes import listed, numbers_of, write_classes
-from halfstep.data.pictures import picture, picture_grid, to_uint8
+from halfstep.data.pictures import picture_grid
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
 from halfstep.engine.reading import about_bank
 from halfstep.engine.runtimes import settle_runtimes
 from halfstep.engine.samplers import sampler_of
-from halfstep.engine.sampling import fewer_steps, sample_images
+from halfstep.engine.sampling import fewer_steps
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.measure.judge import measure_plans
@@ -76,26 +79,31 @@ from halfstep.search.corrections import corrected_plans, shrink_plan
 from halfstep.search.scores import ScoreBook, counted, open_scores
 from halfstep.training.draft import Draft, trained
 from halfstep.training.loop import preview_of, run_loop
-from halfstep.training.train import Diffusion, TrainState, dense_objective
+from halfstep.training.train import Diffusion, TrainState, dense_objective, my_shares, require_trainable
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
 @releasing
 @own_random
+@together
 def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, watch: Watch = SILENT) -> Path:
     """Train a dense denoiser on `data` (from the recipe's model spec, or on from `model`).
 
     Returns the folder of a stock `DDPMPipeline` (with `model.vae` a `LDMPipeline`), out/pipeline. Resumes when called
     again.
     """
-    out, subject = Path(out), open_subject(model, data, recipe, watch=watch)
-    recipe, seen = subject.recipe, subject.lessons(watch)
+    out = Path(out)
+    my_shares(recipe.train)
+    with this_process().local_main_process_first():  # the others find what it put into the cache
+        subject = open_subject(model, data, recipe, watch=watch)
+        recipe, seen = subject.recipe, subject.lessons(watch)
     net = subject.dense
     if net is None:
         with seeded(recipe.seed):
             net = new_model(recipe.model, subject.encoded(), recipe.noise.timesteps)
         fit(net.config, subject.images, subject.vae, subject.images.classes)
+    require_trainable(net, recipe.train)
     inputs = {"verb": "train", "data": data, "model": subject.source}
     open_run(out, recipe, inputs, subject.content, watch, subject.read(net))
     done = out / "pipeline"
@@ -113,7 +121,7 @@ def train(data: str, out: Path, recipe: Recipe, *, model: str | None = None, wat
     state, objective = TrainState.new(net, recipe.train), dense_objective(net, Diffusion(recipe.noise))
     run_loop(out, state, seen, recipe, objective, "dense", watch, preview)
     net.load_state_dict(state.average())
-    if this_process().is_main_process:
+    if go_on_alone():
         disk.write_atomic(done, lambda folder: _write_stock(folder, subject, net.cpu(), recipe.noise))
     return done
 
@@ -122,12 +130,15 @@ def _announce_training(
     bank: Bank, recipe: Recipe, watch: Watch, *, times: int = 1, more: Sequence[Drawing] = ()
 ) -> None:
     """Say what a training, `times` over, and a measurement after it take: every entry but the reference is trained with
-    that as a teacher, or it alone."""
+    that as a teacher, or it alone. Of several processes the first says it, of its share of the steps."""
+    if not this_process().is_main_process:
+        return
     others = tuple(name for name in bank.computed if name != bank.reference)
     nets, teachers = (others, (bank.reference,)) if others else ((bank.reference,), ())
     spec = recipe.train
-    work = Training(steps=times * spec.steps, batch=spec.batch, trained=nets, teachers=teachers)
-    announce(watch, bank.to(default_device()), [work, *more], batch=spec.batch)
+    batch = max(1, spec.batch // this_process().num_processes)
+    work = Training(steps=times * spec.steps, batch=batch, trained=nets, teachers=teachers)
+    announce(watch, bank.to(default_device()), [work, *more], batch=batch)
 
 
 def _write_stock(folder: Path, subject: Subject, net: Any, process: Process) -> None:
@@ -157,6 +168,7 @@ ALONE = ("continuous", "regularized")
 
 @releasing
 @own_random
+@together
 def make(
     method: str, model: str | None, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT
 ) -> StepAwarePipeline:
@@ -169,6 +181,7 @@ def make(
 
 @releasing
 @own_random
+@together
 def compress(method: str, model: str | None, data: str, out: Path, recipe: Recipe, *, watch: Watch = SILENT) -> Path:
     """As `make`, and a report on each stand-in used alone, beside the reference and the method's own controls.
 
@@ -186,6 +199,8 @@ def compress(method: str, model: str | None, data: str, out: Path, recipe: Recip
         plans = [subject.reference(bank).uniform(name) for name in bank]
         _announce_training(bank, subject.recipe, watch, more=drawings_of(plans, subject.recipe))
     pipe = trained(draft, subject, subject.recipe, out, watch)
+    if not go_on_alone():
+        return out / "report.html"
     if is_measured(out):
         return tell(out)
     bank = pipe.bank
@@ -209,8 +224,10 @@ def _to_compress(method: str, model: str | None, data: str, recipe: Recipe, watc
         )
     if not model and method not in ALONE:
         raise ModelError(got="no model", expected="the dense denoiser", where="--model", do="name a folder, or fashion")
-    subject = open_subject(model, data, recipe, watch=watch)
-    subject.encoded(watch)  # once, with its progress: the draft and the training find it in the cache
+    my_shares(recipe.train)
+    with this_process().local_main_process_first():
+        subject = open_subject(model, data, recipe, watch=watch)
+        subject.encoded(watch)  # once, with its progress: the draft and the training find it in the cache
     return subject
 
 
@@ -222,13 +239,15 @@ def _regularized(subject: Subject, out: Path, begun: float, watch: Watch) -> Pat
     net = regularized.net_of(subject, recipe)
     open_run(out, recipe, inputs, subject.content, watch, subject.read(net))
     if is_measured(out):
-        return tell(out)
+        return tell(out) if go_on_alone() else out / "report.html"
     _announce_training(subject.bank_of({"r": copy_of(net)}, "r"), recipe, watch, times=1 + len(recipe.regular.grid))
     entries = {}
     for r in (0.0, *recipe.regular.grid):
         one, name = replace(recipe, regular=replace(recipe.regular, r=r)), regularized.name_of(r)
         watch.say(f"{recipe.regular.penalty} with r = {r:g}")
         entries[name] = trained(regularized.draft(subject, one), subject, one, out / name, watch).bank.entries[name]
+    if not go_on_alone():
+        return out / "report.html"
     plain = regularized.name_of(0.0)
     bank = subject.bank_of(entries, plain)
     judge, plan = judge_for(bank, subject, out, watch), subject.reference(bank)
@@ -263,6 +282,7 @@ def _curve(book: ScoreBook, bank: Bank, plan: StepPlan, recipe: Recipe, watch: W
 
 @releasing
 @own_random
+@together
 def optimize(
     model: str,
     data: str,
@@ -282,19 +302,23 @@ def optimize(
     recipe = subject.recipe
     require_measurable(subject.images, recipe)
     draft = slimmable.draft(subject, recipe)
-    bank = with_precisions(draft.bank(), recipe, goal)
-    require_reachable(goal, subject.reference(bank), bank, recipe.sample.timed)
+    if this_process().is_main_process:  # by times of its own, where the goal is one
+        bank = with_precisions(draft.bank(), recipe, goal)
+        require_reachable(goal, subject.reference(bank), bank, recipe.sample.timed)
     inputs = {"verb": "optimize", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
     if is_measured(out):
-        return tell(out)
-    begun = time.time()
-    bank = with_precisions(trained(draft, subject, recipe, out / "supernet", watch).bank, recipe, goal, watch)
+        return tell(out) if go_on_alone() else out / "report.html"
+    begun, pipe = time.time(), trained(draft, subject, recipe, out / "supernet", watch)
+    if not go_on_alone():
+        return out / "report.html"
+    bank = with_precisions(pipe.bank, recipe, goal, watch)
     return _planned(subject, bank, goal, out, begun, watch)
 
 
 @releasing
 @own_random
+@alone
 def tune(
     model: str,
     data: str | None,
@@ -346,6 +370,7 @@ def _planned(subject: Subject, bank: Bank, goal: Goal, out: Path, begun: float, 
 
 @releasing
 @own_random
+@alone
 def search(
     model: str,
     data: str,
@@ -376,6 +401,7 @@ def search(
 
 @releasing
 @own_random
+@alone
 def shrink(
     model: str, data: str, out: Path, recipe: Recipe, *, steps: int | None = None, watch: Watch = SILENT
 ) -> Path:
@@ -417,6 +443,7 @@ def shrink(
 
 
 @own_random
+@alone
 def profile(
     model: str,
     *,
@@ -437,11 +464,12 @@ def profile(
     return bank.costs(batch=batch, repeats=repeats)
 
 
-def _run_by(runtime: RuntimeName, bank: Bank, plan: StepPlan, count: int, batch: int, out: Path, watch: Watch) -> Bank:
-    """A plan's entries, run by what is asked for, at the batches that so many images are drawn in."""
-    bank, file = needed(bank, plan), out / "state" / "runtimes.json"
-    settle_runtimes(bank, file, runtime, batch, [count % batch] if count % batch else [], watch=watch)
-    return bank
+def _in_turn(bank: Bank, classes: Sequence[str | int]) -> tuple[Sequence[int], list[str]]:
+    """The classes that are drawn in turn, by number, and that in words; nothing for a model without classes."""
+    number = class_count(bank.config)
+    asked = numbers_of(classes, number, bank.classes) if classes else range(number)
+    names = (bank.classes[k] if bank.classes else str(k) for k in asked)
+    return asked, [f"classes in turn: {listed(names)}"] if asked else []
 
 
 @releasing
@@ -457,68 +485,88 @@ def sample(
     dtype: str = "float32",
     watch: Watch = SILENT,
 ) -> Path:
-    """Draw images: out/000000.png …, and out/grid.png. Returns the grid's path.
+    """Draw images: out/000000.png …, and out/grid.png. Returns the grid's path; resumes, and helps a run of another
+    process that is the same.
 
     A step-aware pipeline runs its own plan (not `own_plan`: its reference under the recipe's sampler), a dense denoiser
     the recipe's sampler. Image k depends on the recipe's seed and k alone. `classes`: what a class-conditional model
     draws, by name or number, in turn; without any all of its classes. `dtype`: in what precision, as torch names it.
     Raises RunError for a folder with other files, or with the images of another request.
     """
+    by_itself(count)
     out, subject = Path(out), open_subject(model, None, recipe, watch=watch)
     bank, plan = subject.stand_ins, subject.plan
     if plan is None or not own_plan:
         plan = subject.reference()
-    number = class_count(bank.config)
-    asked = numbers_of(classes, number, bank.classes) if classes else range(number)
-    read = subject.read()
-    if asked:
-        read = (*read, f"classes in turn: {listed(bank.classes[k] if bank.classes else str(k) for k in asked)}")
+    asked, in_turn = _in_turn(bank, classes)
+    read = (*subject.read(), *in_turn)
     inputs = {"verb": "sample", "model": subject.source, "count": str(count), "seed": str(recipe.seed), "dtype": dtype}
     inputs["classes"] = ", ".join(map(str, asked))
     if plan is not subject.plan:
         inputs["sampler"] = plan.sampler.told
-    open_run(out, None, inputs, subject.content, watch, read)
-    bank.to(default_device(), getattr(torch, dtype))
-    batch = min(count, recipe.sample.batch)
-    if recipe.sample.runtime != "eager":
-        bank = _run_by(recipe.sample.runtime, bank, plan, count, batch, out, watch)
-    announce(watch, bank, [Drawing(images=count, plan=plan)], batch=batch)
-    begun, done = time.perf_counter(), 0
-    shown = []
-    with watch.stage("sample", count) as told:
-        wanted = Conditions.of_classes(asked) if asked else subject.conditions
-        for images in sample_images(bank, plan, count, seed=recipe.seed, batch=recipe.sample.batch, conditions=wanted):
-            pixels = to_uint8(images)
-            shown.append(pixels[: max(0, 64 - done)])
-            for i, one in enumerate(pixels):
-                disk.write_png(out / f"{done + i:06d}.png", picture(one))
-            done += len(pixels)
-            told(done, f"{done / (time.perf_counter() - begun):.1f} images/s")
-    disk.write_png(out / "grid.png", picture_grid(np.concatenate(shown)))
+    first = open_or_join(out, None, inputs, subject.content, watch, read)
+    wanted = Conditions.of_classes(asked) if asked else subject.conditions
+    drawing = Pictures(needed(bank, plan), plan, count, recipe, wanted, out)
+    if not first:
+        if wait_until_ready(out, dtype, watch):
+            help_with(drawing.parts(dtype, watch), watch)
+        if finished_by_first(out, out / "grid.png"):
+            return out / "grid.png"
+        open_run(out, None, inputs, subject.content, watch)
+    parts = drawing.parts(dtype, watch)
+    announce(watch, drawing.bank, [Drawing(images=count, plan=plan)], batch=drawing.batch)
+    ready(out, dtype, watch)
+    given = {"model": model, "out": out, "recipe": recipe, "count": count, "classes": classes, "own_plan": own_plan}
+    with helpers(parts, watch, sample, **given, dtype=dtype), watch.stage("sample", count) as told:
+        parts.work(drawing.pace(told))
+    shutil.rmtree(parts.place, ignore_errors=True)
+    disk.write_png(out / "grid.png", picture_grid(drawing.drawn(min(count, 64))))
     return out / "grid.png"
 
 
 @releasing
 @own_random
 def evaluate(
-    model: str, data: str, out: Path, recipe: Recipe, *, dtype: str = "float32", watch: Watch = SILENT
+    model: str,
+    data: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    dtype: str = "float32",
+    watch: Watch = SILENT,
 ) -> Comparison:
     """Measure a pipeline's plan beside its reference, or a dense denoiser under the recipe's sampler as the reference;
-    writes out/quality.json and returns it. `dtype`: in what precision they run, as torch names it."""
+    writes out/quality.json and returns it; what was drawn before it was killed is not drawn again. Helps a run of
+    another process that is the same, and then returns what that one wrote.
+
+    `dtype`: in what precision they run, as torch names it."""
+    by_itself(recipe.eval.images)
     out, subject = Path(out), open_subject(model, data, recipe, watch=watch)
     bank, recipe = subject.stand_ins, subject.recipe
     require_measurable(subject.images, recipe)
     inputs = {"verb": "evaluate", "model": subject.source, "data": data, "dtype": dtype}
-    open_run(out, recipe, inputs, subject.content, watch, subject.read())
-    bank.to(getattr(torch, dtype))
-    judge = judge_for(bank, subject, out, watch)
+    first = open_or_join(out, recipe, inputs, subject.content, watch, subject.read())
     plans = {"reference": subject.reference()}
     if subject.plan is not None:
         plans = {"reference": subject.plan.uniform(), "plan": subject.plan}
+    bank.to(getattr(torch, dtype))
+    if not first:
+        if wait_until_ready(out, dtype, watch):
+            help_with(drawn_for(judge_for(bank, subject, out, watch, helping=True), plans.values(), recipe, out), watch)
+        if finished_by_first(out, out / "quality.json"):
+            return read_comparison(out / "quality.json")
+        open_run(out, recipe, inputs, subject.content, watch)
+    judge = judge_for(bank, subject, out, watch)
     watch.say(f"measured under {plans['reference'].sampler.told}")
     announce(watch, bank, drawings_of(plans.values(), recipe), batch=recipe.sample.batch)
+    parts = drawn_for(judge, plans.values(), recipe, out)
+    ready(out, dtype, watch)
+    given = {"model": model, "data": data, "out": out, "recipe": recipe, "dtype": dtype}
+    with helpers(parts, watch, evaluate, **given), watch.stage("draw", len(parts.names)) as told:
+        lead(parts, lambda done: told(done), bank)
     verdict = measure_plans(judge, plans, recipe, watch=watch)
     disk.write_json(out / "quality.json", verdict.record.to_json())
+    shutil.rmtree(parts.place, ignore_errors=True)
     return verdict.record
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from halfstep.core import disk, lock
 from halfstep.core.errors import RecipeError, RunError
 from halfstep.core.machine import machine, this_process
-from halfstep.core.recipe import STEADIER, Recipe, RunRecord, field_names
+from halfstep.core.recipe import SAME_STEP, STEADIER, Recipe, RunRecord, field_names
 from halfstep.core.typed import leaves
 from halfstep.core.watch import SILENT, Watch
 
@@ -31,6 +32,7 @@ IGNORED = {
     "shrink": ("noise.",),
 }
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
+ALWAYS_IGNORED = tuple(f"train.{name}" for name in SAME_STEP)
 
 _RESULTS = ("quality.json", "pictures.npz", "report.html", "figures")
 SCORES_BEFORE = ("search.jsonl", "finals.json*", "shrink*.jsonl")
@@ -81,9 +83,49 @@ def open_run(
         known = RunRecord.load(out.parent).read if lock.holds(out.parent) else ()
         for line in [line for line in read if line not in known]:
             watch.say(line)
-        _open(out, RunRecord(inputs=inputs, recipe=recipe, read=read, machine=machine()), watch)
+        where = machine() | ({"processes": one.num_processes} if one.num_processes > 1 else {})
+        _open(out, RunRecord(inputs=inputs, recipe=recipe, read=read, machine=where), watch)
     one.wait_for_everyone()
+    if not (out / "recipe.json").is_file():
+        got, expected = "a folder that the first process sees and this one does not", "one that all machines share"
+        raise RunError(got=got, expected=expected, where=out, do="choose another --out")
     return out
+
+
+def open_or_join(
+    out: Path,
+    recipe: Recipe | None,
+    inputs: Mapping[str, str],
+    contents: Mapping[str, str],
+    watch: Watch = SILENT,
+    read: Sequence[str] = (),
+) -> bool:
+    """As `open_run`, True; or False where another process works in the folder at just this, which can be joined.
+
+    Raises HeldError, or RunError that names the difference, where the other works at something else.
+    """
+    for _ in range(PATIENCE):
+        try:
+            open_run(out, recipe, inputs, contents, watch, read)
+            return True
+        except lock.HeldError:
+            if (Path(out) / "recipe.json").is_file():
+                break
+            time.sleep(1.0)  # it is about to write it
+    old, asked = RunRecord.load(Path(out)), RunRecord(inputs={**inputs, **contents}, recipe=recipe)
+    _resumed(Path(out), asked, watch)
+    if changed := _changed(old, asked):
+        raise RunError(
+            got=f"a run of another recipe ({', '.join(changed[:4])}), which another process works at",
+            expected="the same, to help it",
+            where=out,
+            do="choose another --out, or wait until it ends",
+        )
+    return False
+
+
+PATIENCE = 10
+"""Seconds that a process which took a folder has to write what it does there."""
 
 
 def _open(out: Path, asked: RunRecord, watch: Watch) -> None:
@@ -117,7 +159,7 @@ def _changed(old: RunRecord, asked: RunRecord) -> list[str]:
     """The fields of the recipe that make a difference to what the verb writes, and have another value than before."""
     if not (old.recipe and asked.recipe):
         return [] if old.recipe is asked.recipe is None else ["recipe"]
-    ignored = ("data.workers", *IGNORED.get(asked.inputs["verb"], ()))
+    ignored = ("data.workers", *IGNORED.get(asked.inputs["verb"], ()), *ALWAYS_IGNORED)
     return [name for name in old.recipe.differences(asked.recipe) if not name.startswith(ignored)]
 
 
@@ -168,7 +210,9 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
             do="choose another --out",
         )
     steadier = bool(changed) and _may_be_steadier(out, changed)
-    if changed and not steadier:
+    here, there = this_process().num_processes, old.machine.get("processes", 1)
+    rebatched = changed == ["train.batch"] and here != there and _is_training(out)
+    if changed and not steadier and not rebatched:
         raise RunError(
             got=f"a run of another recipe ({', '.join(changed[:4])} {'differ' if len(changed) > 1 else 'differs'})",
             expected="the same recipe, to resume",
@@ -191,8 +235,17 @@ def _resumed(out: Path, asked: RunRecord, watch: Watch) -> RunRecord:
     if steadier and old.recipe:
         wild = {leaf.name: leaf.value for leaf in leaves(old.recipe) if leaf.name in changed}
         old = replace(old, diverged=[*old.diverged, wild])
+    if rebatched and old.recipe:  # said when its state is read, which knows the step
+        told = f"steps had {old.recipe.train.batch} images until {here} processes went on with what {there} had begun"
+        old = replace(old, read=(*old.read, told), machine={**old.machine, "processes": here})
     recipe = asked.recipe if _changed(old, asked) else old.recipe
     return replace(old, inputs=asked.inputs, recipe=recipe)
+
+
+def _is_training(out: Path) -> bool:
+    """Whether a training in the folder, the one of the run or of its supernet, was begun and not ended."""
+    places = (out, out / "supernet")
+    return any((one / "state" / "train.safetensors").is_file() and not (one / "pipeline").exists() for one in places)
 
 
 def _may_be_steadier(out: Path, changed: Sequence[str]) -> bool:

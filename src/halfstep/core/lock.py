@@ -22,6 +22,10 @@ _HELD: dict[Path, FileLock] = {}
 """The locks of this process by folder: a verb that opens a folder of its own again waits for nobody."""
 
 
+class HeldError(RunError):
+    """A folder that another process works in."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """Who works in a run folder: process id, host, and since when by its own clock."""
@@ -37,7 +41,7 @@ class Holder:
 def hold(folder: Path) -> None:
     """Take a folder's lock until the verb around this call ends (see `releasing`), else until this process does.
 
-    The system gives it back when the process is killed. Raises RunError that names the other process.
+    The system gives it back when the process is killed. Raises HeldError that names the other process.
     """
     folder = folder.resolve()
     if folder in _HELD:
@@ -47,7 +51,7 @@ def hold(folder: Path) -> None:
         with disk.plain_os_errors(folder):
             lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(
+        raise HeldError(
             got=f"a folder that {_holder(folder)} works in",
             expected="one process at a time",
             where=folder,
@@ -63,6 +67,18 @@ def hold(folder: Path) -> None:
 def holds(folder: Path) -> bool:
     """Whether this process holds a folder's lock."""
     return folder.resolve() in _HELD
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process holds a folder's lock."""
+    lock = FileLock(folder / ".lock")
+    try:
+        with disk.plain_os_errors(folder):
+            lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    return True
 
 
 def _holder(folder: Path) -> str:

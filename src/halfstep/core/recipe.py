@@ -73,7 +73,7 @@ class TrainSpec:
     """The training loop."""
 
     steps: Annotated[Count, "training steps"] = 4000
-    batch: Annotated[Batch, "images of a training step, for each process"] = 128
+    batch: Annotated[Batch, "images of a training step, of all processes together"] = 128
     lr: Annotated[Positive, "learning rate at its highest"] = 1e-3
     warmup: Annotated[Whole, "steps over which the learning rate grows"] = 200
     schedule: Annotated[Literal["cosine", "constant"], "of the learning rate, after the warm-up"] = "cosine"
@@ -86,10 +86,15 @@ class TrainSpec:
     sample_every: Annotated[Whole, "steps between two previews; 0: none"] = 1000
     dropped: Annotated[Share, "share of captions that are dropped, so that a model of text can be guided"] = 0.1
     tracker: Annotated[Literal["", "tensorboard", "wandb", "trackio", "aim"], "that is told the losses too"] = ""
+    accumulate: Annotated[Count, "parts that a process computes a step in, one after another: less memory"] = 1
+    checkpointing: Annotated[bool, "compute activations again in the backward pass: less memory, more time"] = False
+    sharded: Annotated[bool, "each process keeps a part of the optimizer's moments alone"] = False
 
 
 STEADIER = ("lr", "clip_norm", "precision", "warmup", "schedule")
 """Fields of TrainSpec with which a diverged training may go on: they say how to step, not what a state holds."""
+SAME_STEP = ("accumulate", "checkpointing", "sharded")
+"""Fields of TrainSpec that say how a step is computed: what comes out is the same but for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)

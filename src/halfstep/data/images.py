@@ -23,6 +23,7 @@ import torch
 from halfstep.core.bundled import BUNDLED, FASHION_IMAGES
 from halfstep.core.disk import read_json
 from halfstep.core.errors import DataError
+from halfstep.core.share import Share
 from halfstep.core.typed import near
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.ahead import ahead, workers_here
@@ -97,10 +98,11 @@ class Images:
         *,
         flip: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        share: Share | None = None,
     ) -> torch.Tensor:
         """float32 [B, C, H, W] in [-1, 1]; `flip`, bool [B], says which images to mirror left to right.
 
-        Nothing is drawn: `generator` is for what stands in their place (`Latents`).
+        Nothing is drawn: `generator` and `share` are for what stands in their place (`Latents`).
         """
         pixels = torch.from_numpy(np.array(self.pixels[plain(index)]))
         if flip is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from halfstep.core.errors import DataError, ModelError
+from halfstep.core.share import Share
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import cache_root, cached
 from halfstep.data.images import Images, plain
@@ -96,15 +97,18 @@ class Latents:
         *,
         flip: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        share: Share | None = None,
     ) -> torch.Tensor:
-        """float32 [B, c, s, s], scaled, drawn with `generator` (torch's own without one).
+        """float32 [B, c, s, s], scaled, drawn with `generator` (torch's own without one); `share`: which images of a
+        training step these are.
 
         Raises DataError for flips: the mirror image's latents are not the mirrored latents.
         """
         if flip is not None:
             raise DataError(got="flips", expected="none on latents", where=self.name, do="set data.flip=false")
         mean, std = torch.from_numpy(np.array(self.moments[plain(index)])).float().unbind(1)
-        return (mean + std * torch.randn(std.shape, generator=generator) - self.shift) * self.scaling
+        drawn = torch.randn((share.whole if share else len(std), *std.shape[1:]), generator=generator)
+        return (mean + std * (share.of(drawn) if share else drawn) - self.shift) * self.scaling
 
     def batch_labels(self, index: torch.Tensor | np.ndarray | slice) -> torch.Tensor | None:
         """int64 [B], or None when the images have no labels."""

@@ -193,6 +193,11 @@ def use_cluster(address: str, watch: Watch = SILENT) -> None:
     _CHOSEN[:] = [(address, watch)]
 
 
+def is_chosen() -> bool:
+    """Whether a cluster was chosen."""
+    return bool(_CHOSEN)
+
+
 @contextlib.contextmanager
 def on_cluster(device: torch.device) -> Iterator[Executor | None]:
     """The chosen cluster as an executor; None where none was chosen."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from halfstep.core.errors import DataError
+from halfstep.core.share import Share
 from halfstep.data.captions import read_captions
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
@@ -78,14 +79,20 @@ class Captioned:
             yield index, replace(self, images=images, order=self.order[asked]) if moved else self
 
     def batch(
-        self, index: torch.Tensor, *, flip: torch.Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        index: torch.Tensor,
+        *,
+        flip: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        share: Share | None = None,
     ) -> torch.Tensor:
         """As of the images, [B, ...]."""
-        return self.images.batch(index, flip=flip, generator=generator)
+        return self.images.batch(index, flip=flip, generator=generator, share=share)
 
-    def batch_cond(self, index: torch.Tensor, choices: torch.Generator) -> Cond:
+    def batch_cond(self, index: torch.Tensor, choices: torch.Generator, share: Share | None = None) -> Cond:
         """The conditions of these images, int64 [B], some of them dropped."""
-        dropped = torch.rand(len(index), generator=choices) < self.dropped
+        drawn = torch.rand(share.whole if share else len(index), generator=choices)
+        dropped = (share.of(drawn) if share else drawn) < self.dropped
         return picked(self.table, torch.where(dropped, self.nothing, self.order[index]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from halfstep.core.disk import write_atomic
 from halfstep.core.machine import machine
+from halfstep.core.parts import Parts
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
 from halfstep.core.results import About, Comparison, Difference, Floor, PlanRow, Quality, Verdict
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.core.watch import SILENT, Watch
+from halfstep.data.arrays import read_arrays, save_arrays
 from halfstep.data.classes import in_turn
 from halfstep.data.images import Images
 from halfstep.engine.bank import Bank
@@ -26,7 +29,7 @@ from halfstep.engine.profiling import TIMED_BATCH, interleave
 from halfstep.engine.sampling import denoise, image_generators, start_noise, to_images
 from halfstep.measure import sanity
 from halfstep.measure.agreement import agreement, matching
-from halfstep.measure.drawer import Drawer, joined
+from halfstep.measure.drawer import Drawer, Part, joined
 from halfstep.measure.features import Extractor, load_features, raw_pixels
 from halfstep.measure.quality import (
     Distances,
@@ -38,14 +41,20 @@ from halfstep.measure.quality import (
     frechet_distance,
     reference_stats,
 )
+from halfstep.nets.content import fingerprint
 from halfstep.nets.fit import fit
+
+KEEP = 32
+"""First pictures of each plan that a report shows."""
+MOST_KEPT = 1 << 30
+"""Bytes of one batch of features, unpacked."""
 
 
 class Judge:
     """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
 
     `conditions`: of generated images, by default in the data's mix of classes.
-    `drawer`: what a worker needs of it.
+    `drawer`: what a worker needs of it. `kept`: a folder of drawn batches, which are not drawn again (see `parts`).
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class Judge:
         self.drawer = Drawer(bank, extractor, batch, self.conditions)
         self.reference: Reference = reference_stats(extractor, images, cache=cache)
         self.asked = self._classes_asked()
+        self.kept: Path | None = None
         self._floors: dict[int, Floor] = {}
 
     def floor(self, count: int) -> Floor:
@@ -84,7 +94,40 @@ class Judge:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Features [count, F] of a plan's images, and the first `keep` images as uint8 [keep, C, H, W]. `executor`:
         where batches are drawn side by side."""
-        return joined(self.drawer.parts(plan, count, seed, keep, executor))
+        if self.kept is None or not self._file(plan, count, seed, keep, 0).is_file():
+            return joined(self.drawer.parts(plan, count, seed, keep, executor))
+        return joined(self._part(plan, count, seed, keep, begin) for begin in range(0, count, self.batch))
+
+    def _part(self, plan: StepPlan, count: int, seed: int, keep: int, begin: int) -> Part:
+        """A batch as it is kept, else drawn."""
+        file = self._file(plan, count, seed, keep, begin)
+        if not file.is_file():
+            return self.drawer.part(plan, count, seed, keep, begin)
+        found = read_arrays(file, MOST_KEPT, what="a batch of features", do="delete it, to have it drawn again")
+        return found["features"], found.get("pictures")
+
+    def parts(self, plans: Iterable[StepPlan], count: int, seed: int, keep: int) -> Parts:
+        """The batches of plans as parts, each a file in `kept`, that several processes with such a judge can draw."""
+        kept = self.kept
+        assert kept is not None
+        wanted = {
+            str(self._file(plan, count, seed, keep, begin).relative_to(kept)): (plan, begin)
+            for plan in plans
+            for begin in range(0, count, self.batch)
+        }
+
+        def draw(name: str) -> None:
+            plan, begin = wanted[name]
+            features, pictures = self._part(plan, count, seed, keep, begin)
+            arrays = {"features": features} | ({} if pictures is None else {"pictures": pictures})
+            write_atomic(kept / name, lambda path: save_arrays(path, arrays))
+
+        return Parts(list(wanted), draw, lambda name: (kept / name).is_file(), kept)
+
+    def _file(self, plan: StepPlan, count: int, seed: int, keep: int, begin: int) -> Path:
+        """Where a batch is kept, by all that it hangs on beside the bank."""
+        told = fingerprint(plan.to_content(), [seed, count, keep, self.batch, self.extractor.name])
+        return (self.kept or Path()) / f"{told}-{begin:07d}.npz"
 
     def fd(self, features: np.ndarray) -> float:
         """The Fréchet distance to the real images as measured, without interval: for plans that are compared at equal
@@ -208,7 +251,7 @@ def measure_plans(
     recipe: Recipe,
     *,
     free: str | None = None,
-    keep: int = 32,
+    keep: int = KEEP,
     repeats: int | None = None,
     batch: int | None = None,
     watch: Watch = SILENT,

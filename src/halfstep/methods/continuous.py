@@ -55,7 +55,7 @@ def continuous_objective(
     solved = {steps: predictor(partial(model, solver_steps=steps)) for steps in spec_steps}
 
     def objective(batch: Batch) -> Iterator[torch.Tensor]:
-        noisy, timestep, target = draw(batch.clean, batch.generator)
+        noisy, timestep, target = draw(batch.clean, batch.generator, batch.share)
         steps = spec_steps[int(torch.randint(len(spec_steps), (), generator=batch.choices))]
         found = solved[steps](noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)

@@ -119,7 +119,7 @@ def regular_objective(
     predict = predictor(model)
 
     def objective(batch: Batch) -> Iterator[torch.Tensor]:
-        noisy, timestep, target = draw(batch.clean, batch.generator)
+        noisy, timestep, target = draw(batch.clean, batch.generator, batch.share)
         found = predict(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if spec.r:

@@ -149,10 +149,10 @@ def sandwich_objective(
             widths += [
                 between[int(i)] for i in torch.randint(len(between), (spec.sandwich - 2,), generator=batch.choices)
             ]
-        drawn, lesson = draw(batch.clean, batch.generator), None
+        drawn, lesson = draw(batch.clean, batch.generator, batch.share), None
         for i, width in enumerate(widths):
             if i and not spec.shared_noise:
-                drawn = draw(batch.clean, batch.generator)
+                drawn = draw(batch.clean, batch.generator, batch.share)
             noisy, timestep, target = drawn
             if teacher is not None and width in taught:
                 if lesson is None or not spec.shared_noise:
@@ -200,6 +200,7 @@ def draft(subject: Subject, recipe: Recipe) -> Draft:
         method="slimmable",
         tag="supernet",
         net=supernet.model,
+        cut=True,
         bank_of=bank_of,
         objective=objective,
         main=entry_name(supernet.widths[-1], [None, *filter(None, maskings)][-1]),  # the last of `entries_of`

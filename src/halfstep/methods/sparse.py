@@ -267,7 +267,7 @@ def sparse_objective(
             pattern = pattern_at(batch.step, steps, spec)
             if batch.step and on_new_pattern and pattern != pattern_at(batch.step - 1, steps, spec):
                 on_new_pattern()
-        noisy, timestep, target = draw(batch.clean, batch.generator)
+        noisy, timestep, target = draw(batch.clean, batch.generator, batch.share)
         found = net.predict(pattern)(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)
         if teacher is not None and spec.teacher:
@@ -341,6 +341,7 @@ def draft(subject: Subject, recipe: Recipe) -> Draft:
         method="sparse",
         tag="sparse",
         net=net.model,
+        cut=True,
         bank_of=bank_of,
         objective=objective,
         main=main,

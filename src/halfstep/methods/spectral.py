@@ -130,7 +130,7 @@ def spectral_objective(
     ours, taught = predictor(pupil.model), predictor(teacher)
 
     def objective(batch: Batch) -> Iterator[torch.Tensor]:
-        noisy, timestep, target = draw(batch.clean, batch.generator)
+        noisy, timestep, target = draw(batch.clean, batch.generator, batch.share)
         with Levels(pupil.model) as mine:
             found = ours(noisy, timestep, batch.cond, Memo()).float()
         loss = F.mse_loss(found, target)

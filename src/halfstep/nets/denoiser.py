@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from halfstep.core.errors import ModelError
+from halfstep.core.share import Share
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,8 +32,8 @@ call outside of one, has its own."""
 Predict = Callable[[torch.Tensor, torch.Tensor, Cond, Memo], torch.Tensor]
 """(sample [B,C,H,W], timestep [B] or of no axes, condition, memo) -> prediction [B,C,H,W]"""
 
-Draw = Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""(clean [B,C,H,W], random numbers) -> (noisy sample [B,C,H,W], timestep [B], target [B,C,H,W])"""
+Draw = Callable[[torch.Tensor, torch.Generator, Share | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""(clean [B,C,H,W], random numbers, of which images) -> (noisy sample [B,C,H,W], timestep [B], target [B,C,H,W])"""
 
 
 def predictor(model: Callable[..., Any], weights: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> Predict:

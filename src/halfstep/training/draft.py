@@ -19,7 +19,7 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.nets.denoiser import copy_of
 from halfstep.training.loop import preview_of, run_loop
-from halfstep.training.train import Objective, TrainState
+from halfstep.training.train import Objective, TrainState, require_trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Draft:
     """A method that is ready to train: whatever it refuses is refused, and nothing is written yet.
 
     `method`: its name; `tag`: what states and log records call its training. `net`: what is trained; `kept`: the
-    `model` inside of it, where more is trained than is kept. `bank_of`: the kept net -> the method's bank.
+    `model` inside of it, where more is trained than is kept. `cut`: its losses run it on slices or masks of its
+    weights. `bank_of`: the kept net -> the method's bank.
     `objective`: the losses, made when the training begins. `main`: the entry that a report is about; `beside`: entries
     of untrained controls, made of the bank when it is measured. `told`: what was decided about the net, in lines.
     """
@@ -39,6 +40,7 @@ class Draft:
     objective: Callable[[TrainState], Objective]
     main: str
     kept: Any = None
+    cut: bool = False
     beside: Callable[[Bank], Mapping[str, Any]] = lambda bank: {}
     told: tuple[str, ...] = ()
 
@@ -61,6 +63,7 @@ def trained(draft: Draft, subject: Subject, recipe: Recipe, out: Path, watch: Wa
     """The pipeline of a draft's trained bank under the reference's plan, in out/pipeline; trained there, unless an
     earlier call did."""
     out = Path(out)
+    require_trainable(draft.product, recipe.train, cut=draft.cut)
     inputs = {"verb": f"compress {draft.method}", "model": subject.source, "data": subject.data}
     open_run(out, recipe, inputs, subject.content, watch, subject.read(draft.product))
     done = out / "pipeline"

@@ -1,7 +1,8 @@
 """The one training loop: a generator that yields records, on accelerate, with EMA and bit-exact resume.
 
-Everything random in step k is drawn from a seed made of (seed, k, process), so a state needs no random-number state:
-a run that was killed and resumed draws what the uninterrupted run draws.
+Everything random in step k is drawn from a seed made of (seed, k), so a state needs no random-number state: a run that
+was killed and resumed draws what the uninterrupted run draws. Of several processes each draws the numbers of the whole
+step and takes those of its images (`core/share.py`): the step is the same however many compute it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from diffusers import DDPMScheduler
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from halfstep.core.disk import write_atomic
-from halfstep.core.errors import DivergedError, RunError
+from halfstep.core.errors import DivergedError, ModelError, RunError
+from halfstep.core.machine import this_process
 from halfstep.core.process import Process
 from halfstep.core.recipe import TrainSpec
+from halfstep.core.share import Share, shares_of
 from halfstep.core.typed import shown
 from halfstep.data.images import Images
 from halfstep.data.latents import Latents
@@ -64,7 +68,8 @@ class Batch:
 
     All that is random in a step is drawn from `generator`, on the device of the training, and what is chosen by the
     Python side from `choices`, on the CPU (the same one where the training is there): a choice must not wait for a GPU.
-    Outside of a training they are torch's own.
+    Outside of a training they are torch's own. `share`: where these are not all images of the step, which of them; what
+    is drawn for each image is drawn for all of them, and what is chosen once is then the same in every process.
     """
 
     clean: torch.Tensor
@@ -72,7 +77,11 @@ class Batch:
     step: int = 0
     generator: torch.Generator = torch.default_generator
     choices: torch.Generator = torch.default_generator
+    share: Share | None = None
 
+
+Taught = Images | Latents | Captioned
+"""What a net is trained on."""
 
 Objective = Callable[[Batch], Iterator[torch.Tensor]]
 """Yields the losses of one step. Each is differentiated as soon as it is yielded, so that only one graph lives at a
@@ -96,13 +105,20 @@ class Diffusion:
         return self.process.scheduler()
 
     def draw(
-        self, clean: torch.Tensor, generator: torch.Generator = torch.default_generator
+        self,
+        clean: torch.Tensor,
+        generator: torch.Generator = torch.default_generator,
+        share: Share | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw timesteps and noise; return (noisy sample, timestep, target), the target by prediction type."""
+        """Draw timesteps and noise; return (noisy sample, timestep, target), the target by prediction type. `share`:
+        which images of a step these are, for all of which it is drawn."""
         drawn: dict[str, Any] = {"generator": generator, "device": generator.device}
-        noise = torch.randn(clean.shape, dtype=clean.dtype, **drawn).to(clean.device)
-        steps = self.process.timesteps
-        timestep = torch.randint(0, steps, (len(clean),), **drawn).to(clean.device)
+        count, steps = share.whole if share else len(clean), self.process.timesteps
+        noise = torch.randn((count, *clean.shape[1:]), dtype=clean.dtype, **drawn)
+        timestep = torch.randint(0, steps, (count,), **drawn)
+        if share:
+            noise, timestep = share.of(noise), share.of(timestep)
+        noise, timestep = noise.to(clean.device), timestep.to(clean.device)
         if self.process.is_flow:
             return self._flow(clean, noise, (timestep + 1) / steps)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
@@ -125,7 +141,7 @@ class Diffusion:
         return (1 - part) * clean + part * noise, level * self.process.timesteps, noise - clean
 
     def loss(self, predict: Predict, batch: Batch) -> torch.Tensor:
-        noisy, timestep, target = self.draw(batch.clean, batch.generator)
+        noisy, timestep, target = self.draw(batch.clean, batch.generator, batch.share)
         return F.mse_loss(predict(noisy, timestep, batch.cond, Memo()).float(), target)
 
 
@@ -173,9 +189,25 @@ class TrainState:
 
     @classmethod
     def new(cls, model: torch.nn.Module, spec: TrainSpec) -> TrainState:
+        """The state of the first step. With `spec.sharded` each of several processes keeps a part of the optimizer's
+        moments alone."""
         ema = EMAModel(model.parameters(), decay=spec.ema_decay, foreach=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
-        return cls(model, ema, optimizer)
+        how: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
+        one = this_process() if spec.sharded else None
+        if one is None or one.num_processes == 1:
+            return cls(model, ema, torch.optim.AdamW(model.parameters(), fused=True, **how))
+        model.to(one.device)  # it sends the weights from where they are now
+        on_cpu = (
+            one.device.type == "cpu"
+        )  # what a state brings back has step counts on the CPU, which fused CUDA refuses
+        sharded = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=on_cpu, **how)
+        return cls(model, ema, sharded)
+
+    def gather(self) -> None:
+        """Bring the optimizer's moments to the first process where they are sharded, for `tensors`; every process has
+        to call it."""
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            self.optimizer.consolidate_state_dict(to=0)
 
     def to(self, device: torch.device) -> None:
         """Move everything that a step touches; the optimizer follows its parameters."""
@@ -184,11 +216,14 @@ class TrainState:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name; scalars of the optimizer included."""
-        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        found |= {f"ema.{i}": value for i, value in enumerate(self.ema.shadow_params)}
+        found = self._weights()
         for i, slots in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{i}.{slot}": value for slot, value in slots.items()}
         return found
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        return found | {f"ema.{i}": value for i, value in enumerate(self.ema.shadow_params)}
 
     def save(self, file: Path, stamp: str) -> None:
         """Write the whole state as one safetensors file; `stamp` names the recipe it belongs to.
@@ -209,7 +244,7 @@ class TrainState:
         wanted = self._wanted()
         with open_weights(file, what="a training state", do=AGAIN, error=RunError) as opened:
             meta = opened.metadata() or {}
-            if meta.get("stamp") != stamp:
+            if not same_training(meta.get("stamp", ""), stamp):
                 raise RunError(
                     got="the state of another recipe", expected="the same recipe", where=file, do="choose another --out"
                 )
@@ -219,7 +254,7 @@ class TrainState:
         _require_like({n: v.dtype for n, v in tensors.items()}, {n: v.dtype for n, v in wanted.items()}, file)
         step, ema_step = (_count(meta.get(name), name, file, steps) for name in ("step", "ema_step"))
         stored = meta.pop("digest", None)
-        if stored not in (None, digest_tensors(tensors, meta["step"], meta["ema_step"], stamp)):
+        if stored not in (None, digest_tensors(tensors, meta["step"], meta["ema_step"], meta["stamp"])):
             raise RunError(got="bytes that changed after they were written", expected=STATE, where=file, do=AGAIN)
         broken = [n for n, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())]
         if broken:
@@ -230,7 +265,7 @@ class TrainState:
 
     def _wanted(self) -> dict[str, torch.Tensor]:
         """A tensor like every one that a state may hold; only weights that were trained have optimizer slots."""
-        found = {name: value for name, value in self.tensors().items() if not name.startswith("optimizer.")}
+        found = self._weights()
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         for i, weight in enumerate(weights):
             found |= {f"optimizer.{i}.{slot}": weight for slot in ("exp_avg", "exp_avg_sq")}
@@ -246,7 +281,10 @@ class TrainState:
             if name.startswith("optimizer."):
                 _, index, slot = name.split(".")
                 slots.setdefault(int(index), {})[slot] = value
-        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        groups = torch.optim.Optimizer.state_dict(self.optimizer)[
+            "param_groups"
+        ]  # a sharded one has none of its own yet
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
     def advance(self, rate: float) -> None:
         """One step along the gradients at a learning rate; they are gone then."""
@@ -268,6 +306,29 @@ class TrainState:
         weights = dict(self.model.state_dict())
         names = [name for name, _ in self.model.named_parameters()]
         return weights | dict(zip(names, self.ema.shadow_params, strict=True))
+
+
+def my_shares(spec: TrainSpec) -> Sequence[Share | None]:
+    """What this process computes of every step. Raises RecipeError where the images do not divide among all of them."""
+    one = this_process()
+    return shares_of(spec.batch, spec.accumulate, one.num_processes, one.process_index)
+
+
+def require_trainable(net: Any, spec: TrainSpec, *, cut: bool = False) -> None:
+    """Let a net compute its activations twice where the recipe says so. Raises ModelError where it keeps them.
+
+    cut: the losses run it on other weights than its own, which are gone when its activations would be made again.
+    """
+    if not spec.checkpointing:
+        return
+    where, do = "train.checkpointing", "leave it out; train.accumulate saves memory too"
+    kind = type(net).__name__
+    if cut:
+        got, expected = "a training on slices or masks of the weights", "one on the weights themselves"
+        raise ModelError(got=got, expected=expected, where=where, do=do)
+    if not getattr(net, "_supports_gradient_checkpointing", False):
+        raise ModelError(got=f"a {kind}, which keeps its activations", expected="a net that can", where=where, do=do)
+    net.enable_gradient_checkpointing()
 
 
 def learning_rate(step: int, spec: TrainSpec) -> float:
@@ -308,36 +369,33 @@ def train(
     The state is changed in place and is whole whenever a record is yielded. Raises DivergedError in place of a record
     when a loss or a gradient since the one before was not finite, so that what is saved at a record is sound. Models
     are not wrapped: with several processes the gradients are averaged once per step, which also holds for losses that
-    use slices of the weights.
+    use slices of the weights. A process computes its share of the step's images, in `spec.accumulate` parts.
     """
-    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    order = BufferedOrder(len(images), seed, images.buffer) if images.buffer else ShuffledOrder(len(images), seed)
+    device, world = accelerator.device, accelerator.num_processes
+    shares = my_shares(spec)
+    lessons = Lessons(images, seed, spec.batch, flip, _wants_labels(state.model), _drops(state.model))
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     state.model.train()
     bf16, since = use_bf16(spec, device), 0
     losses, norms = torch.zeros((), device=device), torch.zeros((), device=device)  # read at a record: it costs a wait
-    drops, labelled = _drops(state.model), _wants_labels(state.model)
-    steps = range(state.step, spec.steps)
-    indices = (order.take((step * world + rank) * spec.batch, spec.batch) for step in steps)
-    coming: Iterator[tuple[torch.Tensor, Images | Latents | Captioned]] = images.coming(indices)
-    for step, (index, seen) in zip(steps, coming, strict=True):
-        with _random(_mix(seed, step, rank), device, drops) as (choices, generator):
-            flips = torch.rand(spec.batch, generator=choices) < 0.5 if flip else None
-            cond = _cond_of(seen, index, labelled, choices)
-            clean = seen.batch(index, flip=flips, generator=choices).to(device, non_blocking=True)
-            batch = Batch(clean, cond_to(cond, device), step, generator, choices)
-            for loss in _autocast(objective(batch), device, bf16):
-                accelerator.backward(loss)
-                losses += loss.detach()
+    coming = lessons.coming(range(state.step, spec.steps), shares)
+    for step in range(state.step, spec.steps):
+        for share in shares:
+            with lessons.batch(step, share, *next(coming), device) as batch:
+                for loss in _autocast(objective(batch), device, bf16):
+                    if len(shares) > 1:
+                        loss = loss / len(shares)
+                    accelerator.backward(loss)
+                    losses += loss.detach()
         if world > 1:
-            for p in parameters:
-                p.grad = accelerator.reduce(p.grad if p.grad is not None else torch.zeros_like(p), "mean")
+            _average_gradients(parameters, accelerator)
         norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm or math.inf)
         norms += norm
         rate = learning_rate(step, spec)
         state.advance(rate)
         since += 1
         if state.step % spec.log_every == 0 or state.step == spec.steps:
+            losses = accelerator.reduce(losses, "mean") if world > 1 else losses
             _require_finite(losses.item(), norms.item(), state.step, spec, bf16)
             yield TrainRecord(state.step, losses.item() / since, rate, float(norm))
             losses.zero_()
@@ -345,22 +403,68 @@ def train(
             since = 0
 
 
+def _average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """The mean of every gradient over the processes, in one message. Which weights have one follows from the losses,
+    whose choices are the same in every process."""
+    given = [p for p in parameters if p.grad is not None]
+    mean = accelerator.reduce(torch.cat([p.grad.flatten() for p in given if p.grad is not None]), "mean")
+    for p, part in zip(given, mean.split([p.numel() for p in given]), strict=True):
+        p.grad = part.view_as(p)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the steps of a training are made of: `count` images each, in the order of a seed, mirrored at random where
+    `flip` says so, with their classes where the model takes some (`labelled`). `drops`: the model draws dropout."""
+
+    images: Taught
+    seed: int
+    count: int
+    flip: bool
+    labelled: bool
+    drops: bool
+
+    def coming(self, steps: Iterable[int], shares: Sequence[Share | None]) -> Iterator[tuple[torch.Tensor, Taught]]:
+        """For every share of every step its index and the images that it is of, decoded ahead where they have to be."""
+        n, buffer = len(self.images), self.images.buffer
+        order = BufferedOrder(n, self.seed, buffer) if buffer else ShuffledOrder(n, self.seed)
+        places = ((step * self.count, share or Share(0, self.count, self.count)) for step in steps for share in shares)
+        return self.images.coming(order.take(begin + share.first, share.count) for begin, share in places)
+
+    @contextlib.contextmanager
+    def batch(
+        self, step: int, share: Share | None, index: torch.Tensor, seen: Taught, device: torch.device
+    ) -> Iterator[Batch]:
+        """A step's images, or a share of them, with its random numbers for as long as it is worked on."""
+        with _random(self.seed, step, device, share, self.drops) as (choices, generator):
+            flips = torch.rand(self.count, generator=choices) < 0.5 if self.flip else None
+            flips = share.of(flips) if share and flips is not None else flips
+            cond = _cond_of(seen, index, self.labelled, choices, share)
+            clean = seen.batch(index, flip=flips, generator=choices, share=share).to(device, non_blocking=True)
+            yield Batch(clean, cond_to(cond, device), step, generator, choices, share)
+
+
 @contextlib.contextmanager
-def _random(seed: int, device: torch.device, drops: bool) -> Iterator[tuple[torch.Generator, torch.Generator]]:
+def _random(
+    seed: int, step: int, device: torch.device, share: Share | None, drops: bool
+) -> Iterator[tuple[torch.Generator, torch.Generator]]:
     """The random numbers of one step, on the CPU and on the device; torch's global ones stay as they are.
 
-    Dropout can only draw from the global ones: with it those are seeded for the step, and then put back.
+    Dropout can only draw from the global ones: with it those are seeded for the step, and then put back. Where a step
+    is shared out, what is dropped is not what one process would drop: a layer draws for the images that it is given.
     """
-    if not drops:
-        choices = torch.Generator().manual_seed(seed)
-        yield choices, choices if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
-        torch.manual_seed(seed)
-        here = torch.default_generator
-        if device.type == "cuda":
-            here = torch.cuda.default_generators[device.index or 0]
-        yield torch.default_generator, here
+    number = _mix(seed, step, 0)
+    with contextlib.ExitStack() as stack:
+        if drops:
+            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()))
+            torch.manual_seed(number if share is None else _mix(seed, step, 1, share.first))
+        if drops and share is None:
+            on_gpu = device.type == "cuda"
+            here = torch.cuda.default_generators[device.index or 0] if on_gpu else torch.default_generator
+            yield torch.default_generator, here
+            return
+        choices = torch.Generator().manual_seed(number)
+        yield choices, choices if device.type == "cpu" else torch.Generator(device).manual_seed(number)
 
 
 def _require_finite(loss: float, norm: float, step: int, spec: TrainSpec, bf16: bool) -> None:
@@ -416,11 +520,15 @@ def _drops(model: torch.nn.Module) -> bool:
 
 
 def _cond_of(
-    images: Images | Latents | Captioned, index: torch.Tensor, labelled: bool, choices: torch.Generator
+    images: Images | Latents | Captioned,
+    index: torch.Tensor,
+    labelled: bool,
+    choices: torch.Generator,
+    share: Share | None,
 ) -> Cond:
     """What these images are conditional on."""
     if isinstance(images, Captioned):
-        return images.batch_cond(index, choices)
+        return images.batch_cond(index, choices, share)
     return cond_of(images.batch_labels(index) if labelled else None)
 
 
@@ -440,3 +548,25 @@ def _mix(*numbers: int) -> int:
 def stamp(*parts: object) -> str:
     """A text that is equal exactly when a state may be resumed."""
     return json.dumps(parts, sort_keys=True, default=repr)
+
+
+def same_training(stored: str, asked: str) -> bool:
+    """Whether a state with one stamp may be gone on with under another: all but the images of a step is equal."""
+    return stored == asked or ((one := _parts(stored)) is not None and one[0] == (_parts(asked) or [None])[0])
+
+
+def batch_of(stored: str) -> int | None:
+    """How many images a step had under a stamp; None where it does not say."""
+    found = _parts(stored)
+    return None if found is None else found[1]
+
+
+def _parts(text: str) -> tuple[Any, int] | None:
+    """A stamp of a run (see `loop`) without the images of a step, and these. Until 2026-11-27 each process had so many,
+    and how many processes there were stood at its end."""
+    try:
+        spec, *others = json.loads(text)
+        batch = spec.pop("batch")
+        return ([spec, *others], batch) if len(others) < 7 else ([spec, *others[:-1]], batch * others[-1])
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
