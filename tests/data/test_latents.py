@@ -36,6 +36,7 @@ from halfstep.nets.fresh import new_model
 from halfstep.nets.models import load_denoiser, load_vae
 from halfstep.search.damage import error_table
 from halfstep.search.space import Space
+from painted import pictures, png
 from tiny import recipes
 
 tiny = recipes("""
@@ -98,6 +99,28 @@ def test_batches_are_draws_from_the_vaes_posterior_scaled_as_its_config_says():
     assert torch.equal(latents.batch_labels(index), images.batch_labels(index))
     assert encode_images(vae, images).fingerprint == latents.fingerprint
     assert encode_images(tiny_vae(scaling_factor=0.5), images).scaling == 0.5
+
+
+def test_an_encoding_that_was_killed_goes_on_and_is_the_same_also_of_pictures_that_are_streamed(tmp_path, monkeypatch):
+    source, vae, done = f"folder:{tmp_path / 'in'}", tiny_vae(), []
+    (tmp_path / "in").mkdir()
+    for k, picture in enumerate(pictures(20, 8, 8)):
+        (tmp_path / "in" / f"{k:02d}.png").write_bytes(png(picture))
+    images, streamed = load_images(source), load_images(source, stream=8, workers=1)
+    wanted, encode = encode_images(vae, streamed, batch=4), vae.encode
+
+    def interrupted(pixels):
+        done.append(len(pixels))
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    monkeypatch.setattr("halfstep.data.arrays.NOTED_BYTES", 1)
+    monkeypatch.setattr(vae, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode_images(vae, images, batch=4)
+    found = encode_images(vae, images, batch=4)
+    assert len(done) == 4 + 2 and np.array_equal(found.moments, wanted.moments)
 
 
 def test_decoding_undoes_the_scaling():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from halfstep.core.errors import DataError
+from halfstep.data.captions import read_captions
 from halfstep.data.images import load_images
 from painted import class_folder, pictures, png
 
@@ -206,3 +207,46 @@ def test_hub_refuses(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         table.to_parquet(tmp_path / name / "train.parquet")
         refused(f"hub:{tmp_path / name}", name, "label" if name == "unlabelled" else "row 1")
+
+
+def parquets(folder: Path, **columns: list) -> str:
+    """Three shards of a table."""
+    folder.mkdir(parents=True)
+    for k in range(3):
+        part = {name: values[2 * k : 2 * k + 2] for name, values in columns.items()}
+        pa.parquet.write_table(pa.table(part), folder / f"train-0000{k}-of-00003.parquet")
+    return f"parquet:{folder}"
+
+
+def test_parquet_shards_are_the_table_and_the_captions_of_one_file(tmp_path: Path) -> None:
+    pixels = pictures(6, 6, 6)
+    columns = {"image": list(map(png, pixels)), "label": list("cabcab"), "text": [f"picture {k}" for k in range(6)]}
+    source = parquets(tmp_path / "set", **columns)
+    one = load_images(parquet(tmp_path / "one", **columns))
+    for name in (source, f"{source}/*.parquet", f"{source}/train-{{00000..00002}}-of-00003.parquet"):
+        images = load_images(name)
+        assert (images.fingerprint, images.classes, images.left_out) == (one.fingerprint, one.classes, one.left_out)
+    streamed = load_images(source, stream=4)
+    assert np.array_equal(streamed.pixels[np.arange(6)], images.pixels) and streamed.labels.tolist() == [2, 0, 1] * 2
+    captions = read_captions(source)
+    assert [captions[k] for k in range(6)] == columns["text"]
+    refused(source, "split 'test'", "one of: train", split="test")
+    pa.parquet.write_table(pa.table({name: x[:1] for name, x in columns.items()}), tmp_path / "set" / "test-0.parquet")
+    train, test = load_images(source), load_images(source, split="test")
+    assert (len(train), len(test)) == (6, 1) and test.classes == ("a", "b", "c") and test.labels.tolist() == [2]
+
+
+def test_a_bad_parquet_shard_is_refused_by_its_name(tmp_path: Path) -> None:
+    columns = {"image": list(map(png, pictures(6, 6, 6))), "label": [0, 1] * 3}
+    hole = parquets(tmp_path / "hole", **columns | {"label": [0, 1, 0, None, 0, 1]})
+    refused(hole, "train-00001-of-00003.parquet: row 1", "rows without label")
+    broken = parquets(tmp_path / "broken", **columns | {"image": [*columns["image"][:5], b"no picture"]})
+    refused(broken, "train-00002-of-00003.parquet: row 1", "whole image")
+    source = parquets(tmp_path / "set", **columns)
+    file = tmp_path / "set" / "train-00001-of-00003.parquet"
+    whole = file.read_bytes()
+    for cut in (0, 3, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        refused(source, file.name, "whole parquet")
+    pa.parquet.write_table(pa.table({"image": columns["image"][:2]}), file)
+    refused(source, file.name, "label differ")

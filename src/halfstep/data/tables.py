@@ -29,7 +29,7 @@ def read_table(place: str, split: str) -> Source:
     local = Path(place).expanduser()
     caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
     roots = [os.path.abspath(root) for root in ([local] if local.exists() else caches)]
-    return _source(_tables(place), split, f"hub:{place}", roots)
+    return _source(_tables(place), split, _Where(f"hub:{place}"), roots)
 
 
 def read_parquet(place: str, split: str) -> Source:
@@ -39,10 +39,34 @@ def read_parquet(place: str, split: str) -> Source:
     columns than the first.
     """
     files = shard_files(place, "parquet")
-    return _source(_parquet(files, place, split), "train", f"parquet:{place}", [])
+    import pyarrow.parquet
+
+    splits = _parquet(files, place, split)
+    kept = [file for file, mine in zip(files, split_files(files, place, split)[1], strict=True) if mine]
+    rows = tuple(pyarrow.parquet.read_metadata(file).num_rows for file in kept)
+    return _source(splits, "train", _Where(f"parquet:{place}", tuple(map(str, kept)), rows), [])
 
 
-def _source(splits: Mapping[str, Any], split: str, where: str, roots: list[str]) -> Source:
+@dataclass(frozen=True)
+class _Where:
+    """What a message calls a table, and a row of it: by its shard, where it is of several."""
+
+    name: str
+    shards: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def row(self, number: int) -> str:
+        for shard, count in zip(self.shards, self.rows, strict=True):
+            if number < count:
+                return f"{shard}: row {number}"
+            number -= count
+        return f"{self.name}: row {number}"
+
+
+def _source(splits: Mapping[str, Any], split: str, where: _Where, roots: list[str]) -> Source:
     import datasets
 
     table = _split(splits, split, where)
@@ -146,7 +170,7 @@ def _quiet(place: str, *, hub: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _split(splits: Mapping[str, Any], split: str, where: str) -> Any:
+def _split(splits: Mapping[str, Any], split: str, where: object) -> Any:
     wanted = split if split in splits else split_of(split)
     found = [name for name in splits if wanted in (name, split_of(name))]
     if len(found) != 1:
@@ -154,7 +178,7 @@ def _split(splits: Mapping[str, Any], split: str, where: str) -> Any:
     return splits[found[0]]
 
 
-def _picture_column(table: Any, where: str) -> str:
+def _picture_column(table: Any, where: object) -> str:
     import datasets
 
     columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
@@ -183,14 +207,18 @@ def _label_column(features: Mapping[str, Any]) -> str | None:
     return next(iter(plain), None)
 
 
-def _labels(splits: Mapping[str, Any], table: Any, target: str, where: str) -> tuple[list[int] | None, tuple[str, ...]]:
+def _labels(
+    splits: Mapping[str, Any], table: Any, target: str, where: _Where
+) -> tuple[list[int] | None, tuple[str, ...]]:
     """The class of every row and the classes' names; None and () for a split whose rows have none."""
     values, names = list(table[target]), getattr(table.features[target], "names", None)
     unlabelled = (None, -1)  # how the hub marks it
     if all(value in unlabelled for value in values):
         return None, ()
-    if any(value in unlabelled for value in values):
-        raise bad(where, f"rows without {target}", "a label in every row", "remove these rows")
+    first = next((k for k, value in enumerate(values) if value in unlabelled), None)
+    if first is not None:
+        do = "remove the rows without one"
+        raise bad(where.row(first), f"rows without {target}, this the first", "a label in every row", do)
     if names is not None:
         if not 0 <= min(values) <= max(values) < len(names):
             raise bad(where, f"{target} {min(values)} to {max(values)}", f"0 to {len(names) - 1}", "mend its labels")
@@ -210,7 +238,7 @@ class _Rows:
 
     table: Any
     column: str
-    where: str
+    where: _Where
     roots: list[str]
 
     def __len__(self) -> int:
@@ -220,7 +248,7 @@ class _Rows:
         found = self.table[k][self.column]
         value = found if isinstance(found, Mapping) else {"bytes": found}
         path = value.get("path") or ""
-        name = f"{self.where}: row {k} {path}".strip()
+        name = f"{self.where.row(k)} {path}".strip()
         if not value.get("bytes") and not path:
             raise bad(name, "no image", "an image in every row", "remove this row")
         if not value.get("bytes") and not any(Path(os.path.abspath(path)).is_relative_to(root) for root in self.roots):
