@@ -24,14 +24,17 @@ from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import save_arrays
 from halfstep.data.pictures import to_uint8
 from halfstep.engine.bank import Bank
+from halfstep.engine.calibration import calibrated
 from halfstep.engine.device import default_device, side_by_side
-from halfstep.engine.entry import Half, Reuse
+from halfstep.engine.entry import Backend, Reuse, Rounded
 from halfstep.engine.pricing import PriceBook, timed_prices
 from halfstep.engine.profiling import reused_macs
+from halfstep.engine.runtime import PACKAGES, installed
 from halfstep.engine.sampling import sample_images
 from halfstep.engine.subject import Subject
 from halfstep.measure.fidelity import Converged, converged_plan
 from halfstep.nets.denoiser import class_count
+from halfstep.nets.int8 import Span
 from halfstep.nets.precision import precisions_for
 from halfstep.nets.reuse import OUT, Place, cut_count, require_cut
 from halfstep.search.arms import COUNTS, ROUNDS, Arm, Free, Stock, Track, best_free, raced_families
@@ -356,9 +359,11 @@ def require_reachable(goal: Goal, today: StepPlan, bank: Bank, batch: int) -> No
 
 def needed(bank: Bank, plan: StepPlan) -> Bank:
     """A bank without the entries that a plan does not run and that cost nothing to add again: those that reuse
-    features, those in half precision."""
+    features, those in fewer bits."""
     entries = bank.entries.items()
-    return bank.only([name for name, one in entries if name in plan.nets or not isinstance(one.weights, Reuse | Half)])
+    return bank.only(
+        [name for name, one in entries if name in plan.nets or not isinstance(one.weights, Reuse | Rounded)]
+    )
 
 
 def with_precisions(bank: Bank, recipe: Recipe, goal: Goal, watch: Watch = SILENT) -> Bank:
@@ -366,7 +371,8 @@ def with_precisions(bank: Bank, recipe: Recipe, goal: Goal, watch: Watch = SILEN
     that the device does not compute in."""
     device = default_device()
     able = precisions_for(device)
-    for one in recipe.search.precisions:
+    halves = [one for one in recipe.search.precisions if one != "int8"]
+    for one in halves:
         if one not in able:
             raise RecipeError(
                 got=one,
@@ -375,8 +381,40 @@ def with_precisions(bank: Bank, recipe: Recipe, goal: Goal, watch: Watch = SILEN
                 do="leave it out",
             )
     if recipe.search.precisions and goal.budget is not None and goal.budget.priced_in == "macs":
-        watch.say("half precision saves time and no MACs: a budget in MACs will hardly choose it; give one in time")
-    return bank.with_casts(recipe.search.precisions)
+        watch.say("fewer bits save time and no MACs: a budget in MACs will hardly choose them; give one in time")
+    return bank.with_casts(halves)
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """state/int8.json: by entry, the spans of its layers."""
+
+    entries: dict[str, dict[str, Span]]
+
+
+def with_int8(subject: Subject, bank: Bank, out: Path, watch: Watch = SILENT) -> Bank:
+    """A bank whose entries are there in eight bits too, where the recipe asks for it: calibrated along their own
+    trajectories, once for a run folder. Where nothing that runs here would be faster by it, `watch` is told why it is
+    left out: PyTorch only simulates it."""
+    recipe = subject.recipe
+    if "int8" not in recipe.search.precisions:
+        return bank
+    runtime, ways = recipe.sample.runtime, [one for one in PACKAGES if installed(one)]
+    able: list[Backend] = [one for one in ways if runtime in ("auto", one) and default_device().type == "cpu"]
+    if not able:
+        here = f"sample.runtime={runtime} on {default_device().type}" if ways else "none of its runtimes is installed"
+        do = "sample.runtime=auto, onnx or openvino on a CPU" if ways else f"halfstep[{next(iter(PACKAGES))}]"
+        watch.say(f"int8 is left out: {here} is not faster by it; take {do}")
+        return bank
+    file = out / "state" / "int8.json"
+    if file.is_file():
+        found = disk.read_record(file, _Calibration, what="ranges of int8", do="delete it to calibrate anew").entries
+    else:
+        seed = stage_seed(recipe.seed, Stage.TABLE)
+        spans = calibrated(bank, subject.reference(bank), seed=seed, conditions=subject.conditions, watch=watch)
+        found = {name: dict(one) for name, one in spans.items()}
+        disk.write_json(file, {"entries": found})
+    return bank.with_int8(found)
 
 
 def with_reuse(bank: Bank, asked: Sequence[str], watch: Watch) -> Bank:

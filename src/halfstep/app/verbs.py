@@ -41,6 +41,7 @@ from halfstep.app.searching import (
     require_reachable,
     searched,
     with_free,
+    with_int8,
     with_precisions,
     with_reuse,
 )
@@ -313,7 +314,7 @@ def optimize(
     if not go_on_alone():
         return out / "report.html"
     bank = with_precisions(pipe.bank, recipe, goal, watch)
-    return _planned(subject, bank, goal, out, begun, watch)
+    return _planned(subject, with_int8(subject, bank, out, watch), goal, out, begun, watch)
 
 
 @releasing
@@ -349,7 +350,7 @@ def tune(
         subject = open_subject(model, converged_data(subject, out, watch), recipe, watch=watch)
         require_measurable(subject.images, subject.recipe)
     recipe = subject.recipe
-    bank = with_precisions(subject.stand_ins, recipe, goal)
+    bank = with_int8(subject, with_precisions(subject.stand_ins, recipe, goal), out, watch)
     return _planned(subject, with_reuse(bank, recipe.search.reuse, watch), goal, out, begun, watch)
 
 
@@ -391,6 +392,7 @@ def search(
     require_reachable(goal, subject.reference(bank), bank, recipe.sample.timed)
     inputs = {"verb": "search", "model": subject.source, "data": data, "goal": str(goal)}
     open_run(out, recipe, inputs, subject.content, watch, subject.read())
+    bank = with_int8(subject, bank, out, watch)
     if recipe.search.reuse:
         bank = with_reuse(bank, recipe.search.reuse, watch)
     plan = searched(subject, bank, goal, out, watch).answer.plan

@@ -33,7 +33,7 @@ SamplerName = Literal["own", "ddim", "ddpm", "dpmsolver++", "unipc", "deis", "he
 Order = Literal[0, 1, 2, 3]
 Spacing = Literal["own", "leading", "trailing", "linspace", "karras", "lambdas"]
 RuntimeName = Literal["eager", "auto", "compile", "onnx", "openvino"]
-HalfName = Literal["bf16", "fp16"]
+PrecisionName = Literal["bf16", "fp16", "int8"]
 FEW, SOME = Bounds(0, MOST_IN_A_LIST), Bounds(1, MOST_IN_A_LIST)
 
 
@@ -265,7 +265,9 @@ class SearchSpec:
     converged: Annotated[Images, "converged pictures that are the data where a user brings none"] = 2048
     reuse: Annotated[tuple[Text, ...], FEW, "cuts at which features may be reused, by number, or out"] = ()
     precisions: Annotated[
-        tuple[HalfName, ...], FEW, "half precisions in which every entry is there too, as full@bf16"
+        tuple[PrecisionName, ...],
+        FEW,
+        "precisions in which every entry is there too, as full@bf16; int8 by ONNX Runtime or OpenVINO",
     ] = ()
     final_images: Annotated[Images, "fresh images of a finalist"] = 4096
 

@@ -22,7 +22,18 @@ from halfstep.core.sums import require_whole
 from halfstep.core.typed import Bounds, shown
 from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.cluster import Held
-from halfstep.engine.entry import LAYOUTS, Backend, Entry, Half, Reuse, read_entry, require_sources, sources_first
+from halfstep.engine.entry import (
+    LAYOUTS,
+    Backend,
+    Entry,
+    Half,
+    Int8,
+    Reuse,
+    Rounded,
+    read_entry,
+    require_sources,
+    sources_first,
+)
 from halfstep.engine.format1 import read_entry_of_before
 from halfstep.engine.profiling import (
     Layout,
@@ -38,6 +49,7 @@ from halfstep.engine.runtime import ready
 from halfstep.nets.architectures import net_of
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import Cond, Memo, class_count, eager, flattened, nested
+from halfstep.nets.int8 import Spans, quantised
 from halfstep.nets.precision import Cast, Precision
 from halfstep.nets.reuse import Forwards, Order, Place, Reused, require_cut, taking, tapped
 from halfstep.nets.weights import open_weights, require_finite, require_safetensors
@@ -90,7 +102,7 @@ class Bank(Held, torch.nn.Module):
     ):
         super().__init__()
         check_names(entries, "bank")
-        able = [name for name, given in entries.items() if not isinstance(Entry.of(given).weights, Reuse | Half)]
+        able = [name for name, given in entries.items() if not isinstance(Entry.of(given).weights, Reuse | Rounded)]
         if reference not in able:
             raise ModelError(
                 got=f"reference {reference!r}",
@@ -148,8 +160,8 @@ class Bank(Held, torch.nn.Module):
 
     @property
     def uncast(self) -> tuple[str, ...]:
-        """Those of the computed ones that are no copies in half precision."""
-        return tuple(name for name in self.computed if not isinstance(self._entries[name].weights, Half))
+        """Those of the computed ones that are no copies in fewer bits."""
+        return tuple(name for name in self.computed if not isinstance(self._entries[name].weights, Rounded))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._entries:
@@ -278,7 +290,7 @@ class Bank(Held, torch.nn.Module):
 
     def prices(self) -> dict[str, Price]:
         """What one call of every entry costs per image; masked weights count by their pattern, and what reuses features
-        by what is left to compute."""
+        by what is left to compute. A MAC in fewer bits is a MAC: what that saves is time."""
         for name in self:
             if name not in self._prices:  # a tenth of a second each, and no weight or layout changes them
                 self._prices[name] = Price(self._macs(name))
@@ -286,7 +298,7 @@ class Bank(Held, torch.nn.Module):
 
     def _macs(self, name: str) -> int:
         entry = self._entries[name]
-        if isinstance(entry.weights, Half):
+        if isinstance(entry.weights, Rounded):
             return self._macs(entry.weights.of)
         if not isinstance(entry.weights, Reuse):
             inputs = example_inputs(entry.model, tokens=self.tokens)
@@ -296,7 +308,7 @@ class Bank(Held, torch.nn.Module):
             if isinstance(link, Reuse) and (link.of, link.cut) == (entry.weights.of, entry.weights.cut):
                 return self._prices[other].macs
         source = self._entries[entry.weights.of]
-        masking = (self._entries[source.weights.of] if isinstance(source.weights, Half) else source).masking
+        masking = (self._entries[source.weights.of] if isinstance(source.weights, Rounded) else source).masking
         return reused_macs(net_of(entry.model), entry.weights.cut, masking.layers() if masking else None, self.tokens)
 
     def fixed(self) -> Price:
@@ -310,7 +322,7 @@ class Bank(Held, torch.nn.Module):
             told: dict[str, Any] = {"prediction_type": self.prediction_type}
             if self.null is not None:
                 told["null"] = fingerprint(self.null)
-            if entry is not None and isinstance(entry.weights, Reuse | Half):
+            if entry is not None and isinstance(entry.weights, Reuse | Rounded):
                 source = self.fingerprint(entry.weights.of)
                 self._fingerprints[key] = fingerprint(source, {**told, **entry.weights.to_json()})
             else:
@@ -402,11 +414,18 @@ class Bank(Held, torch.nn.Module):
     def with_casts(self, precisions: Iterable[Precision], names: Iterable[str] | None = None) -> Bank:
         """A bank in which computed entries (all, where no `names` are given) are there in half precision too, as
         full@bf16; their weights are copied, and never stored twice."""
-        entries = [one for one in names or self.computed if not isinstance(self.entries[one].weights, Half)]
+        entries = [one for one in names or self.uncast if one in self.uncast]
         links = [Half(name, precision) for name in entries for precision in dict.fromkeys(precisions)]
         more = {one.name: one for one in links if one.name not in self}
         casts = {name: Entry.of(Cast(self[one.of], one.precision)) for name, one in more.items()}
         return self._with({name: replace(entry, weights=more[name]) for name, entry in casts.items()})
+
+    def with_int8(self, spans: Mapping[str, Spans]) -> Bank:
+        """A bank in which these computed entries are there in eight bits too, as full@int8, each by its spans (see
+        `calibration.calibrated`); their weights are copied, and never stored twice."""
+        links = {link.name: link for link in (Int8(name, one) for name, one in spans.items())}
+        more = {name: quantised(self[link.of], link.spans, f"bank entry {name!r}") for name, link in links.items()}
+        return self._with({name: replace(Entry.of(model), weights=links[name]) for name, model in more.items()})
 
     def _check_stands_in(self, name: str) -> None:
         mine, theirs = self._entries[name].model.config, self.config

@@ -22,6 +22,7 @@ from halfstep.core.typed import Bounds, build, shown
 from halfstep.engine.profiling import Layout, layout_of
 from halfstep.nets.denoiser import eager
 from halfstep.nets.files import WEIGHTS
+from halfstep.nets.int8 import Span, quantised, spans_of
 from halfstep.nets.masks import Masking, Pattern, mask_all, pack_all, packed_shapes, unpack_all
 from halfstep.nets.models import empty_model, filled_model, load_model, read_config
 from halfstep.nets.precision import Cast, Precision
@@ -45,6 +46,8 @@ _DO = "save the bank again"
 Tensors = Mapping[str, torch.Tensor]
 StoredSlices = Mapping[str, tuple[Annotated[Pieces, Bounds(1, 4096)], ...]]
 """`Slices` with what a file may hold of them."""
+StoredSpans = Annotated[Mapping[str, Span], Bounds(1, 65_536)]
+"""`Spans` with what a file may hold of them."""
 
 
 Backend = Literal["eager", "compile", "cudagraph", "onnx", "openvino"]
@@ -216,7 +219,7 @@ class Half:
         return f"{self.of}@{self.precision}"
 
     def may_follow(self, source: Weights) -> bool:
-        return not isinstance(source, Reuse | Half)
+        return not isinstance(source, Reuse | Rounded)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "of": self.of, "precision": self.precision}
@@ -236,9 +239,46 @@ class Half:
         return Cast(source, self.precision)
 
 
-Weights = Own | Cut | Twin | Reuse | Half
-_KINDS: dict[str, type[Weights]] = {kind.kind: kind for kind in (Own, Cut, Twin, Reuse, Half)}
-_RANKS: dict[type, int] = {Own: 0, Twin: 1, Cut: 1, Half: 2, Reuse: 3}
+@dataclass(frozen=True)
+class Int8:
+    """The weights of entry `of`, which computes itself, in eight bits, with the activations of the same layers: another
+    net as far as numbers go. Stored are the spans of these alone, which calibration saw; in memory it is a copy."""
+
+    of: str
+    spans: StoredSpans
+    kind = "int8"
+
+    @property
+    def name(self) -> str:
+        """What such an entry is called: full@int8."""
+        return f"{self.of}@int8"
+
+    def may_follow(self, source: Weights) -> bool:
+        return not isinstance(source, Reuse | Rounded)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "of": self.of, "spans": {name: list(span) for name, span in self.spans.items()}}
+
+    def require_fits(self, model: Any, source: Any, where: object) -> None:
+        """Raise ModelError unless the model is one of the source's shapes, with just these layers in eight bits."""
+        if spans_of(model) != dict(self.spans):
+            got, expected = f"a {type(model).__name__} of other ranges", f"the model of {self.of!r} in int8, by these"
+            raise ModelError(got=got, expected=expected, where=where, do="make the entry with bank.with_int8")
+        kind = type(eager(model)).__name__
+        require_same_shapes(shapes_of(eager(source).state_dict()), shapes_of(eager(model).state_dict()), where, kind)
+
+    def tensors(self, weights: Tensors, masking: Masking | None) -> tuple[str, Tensors]:
+        return WEIGHTS, {}
+
+    def restore(self, stored: Stored, source: Any) -> Any:
+        return quantised(source, self.spans, stored.weights_file)
+
+
+Rounded = Half | Int8
+"""What computes with another entry's weights in fewer bits."""
+Weights = Own | Cut | Twin | Reuse | Half | Int8
+_KINDS: dict[str, type[Weights]] = {kind.kind: kind for kind in (Own, Cut, Twin, Reuse, Half, Int8)}
+_RANKS: dict[type, int] = {Own: 0, Twin: 1, Cut: 1, Half: 2, Int8: 2, Reuse: 3}
 """Whatever follows from another is of a higher rank."""
 
 
@@ -330,7 +370,7 @@ class Entry:
         """Raise ModelError for a mask that fits no weights, for weights that do not follow from the `source`'s, and for
         a model with a LoRA or an IP-Adapter in it."""
         require_plain(eager(self.model).state_dict(), where)
-        if self.masking and isinstance(self.weights, Reuse | Half):
+        if self.masking and isinstance(self.weights, Reuse | Rounded):
             got, expected = "a mask", f"none beside that of {self.weights.of!r}, from which it follows"
             raise ModelError(got=got, expected=expected, where=where, do="take it of a masked entry")
         if self.masking:
@@ -345,14 +385,14 @@ class Entry:
 
     def write(self, folder: Path) -> None:
         """Write config.json, entry.json and the tensors of its own, if it has any, into a new folder; what reuses
-        features or is cast has an entry.json alone."""
+        features or is in fewer bits has an entry.json alone."""
         model = eager(self.model)
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         record: dict[str, Any] = {"format": 1, "weights": self.weights.to_json()}
         if self.masking:
             record["masking"] = {"pattern": str(self.masking.pattern), "names": list(self.masking.names)}
         folder.mkdir()
-        if not isinstance(self.weights, Reuse | Half):
+        if not isinstance(self.weights, Reuse | Rounded):
             told = {"_class_name": type(model).__name__, **config}
             (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
         (folder / "entry.json").write_text(json.dumps(record) + "\n")

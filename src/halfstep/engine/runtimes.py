@@ -13,7 +13,7 @@ from halfstep.core.errors import HalfstepError, ModelError
 from halfstep.core.recipe import RuntimeName
 from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank, calls_of
-from halfstep.engine.entry import Backend, Reuse, Runtime
+from halfstep.engine.entry import Backend, Half, Int8, Reuse, Runtime
 from halfstep.engine.pricing import Setting
 from halfstep.engine.profiling import example_inputs
 from halfstep.engine.runtime import PACKAGES, Tried, backends_for, fastest, held, installed, ready
@@ -64,9 +64,12 @@ def settle_runtimes(
         found = _known(bank, file, batch, watch) or _measured(bank, file, batch, sizes, watch, clock)
         bank.set_runtimes({name: found.entries[name] for name in bank.computed}, sizes)
         return
-    halves = [name for name in bank.computed if name not in bank.uncast] if asked in PACKAGES else []
+    halves = [name for name in bank.computed if isinstance(bank.entries[name].weights, Half) and asked in PACKAGES]
     if halves:
         watch.say(f"{', '.join(halves)} run by PyTorch: graphs for {asked} are of float32")
+    simulated = [name for name in bank.computed if isinstance(bank.entries[name].weights, Int8)]
+    if simulated and asked not in PACKAGES:
+        watch.say(f"{', '.join(simulated)}: PyTorch only simulates eight bits; {' or '.join(PACKAGES)} compute in them")
     names = [name for name in bank.computed if name not in halves]
     by: dict[str, Backend] = {name: "eager" if name in halves else asked for name in bank.computed}
     bank.set_runtimes(by, sizes)

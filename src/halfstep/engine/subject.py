@@ -18,7 +18,7 @@ from halfstep.data.prompts import Prompter
 from halfstep.engine.bank import Bank
 from halfstep.engine.conditions import Conditions
 from halfstep.engine.device import default_device
-from halfstep.engine.entry import Entry
+from halfstep.engine.entry import Entry, Int8, Reuse
 from halfstep.engine.reading import about_bank, about_images, about_model
 from halfstep.engine.samplers import about_own, own_class, settled
 from halfstep.engine.sampling import reference_plan
@@ -125,7 +125,8 @@ class Subject:
             found["data_content"] = fingerprint(found.get("data_content", ""), self.conditions.content)
         if self.plan is not None:
             bank = self.stand_ins
-            reused = [entry.weights.to_json() for name, entry in bank.entries.items() if name not in bank.computed]
+            links = [entry.weights for entry in bank.entries.values()]
+            reused = [link.to_json() for link in links if isinstance(link, Reuse | Int8)]  # what no weight tells of
             models = [bank[name] for name in bank.computed]
             found["model_content"] = fingerprint(*models, self.vae, self.plan.to_content(), *reused)
         elif self.bank is not None:
