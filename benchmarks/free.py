@@ -213,7 +213,7 @@ def measured(
     fresh = dict(sorted(fresh.items(), key=lambda one: one[1].macs))  # what is cut off late is the dearest
     extractor = judge.extractor
     pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=get_context("spawn"))
-    side = side_by_side(judge.bank.device, os.cpu_count())
+    side = side_by_side(judge.bank.device, os.cpu_count() if judge.bank.eager else 1)
     with ground.watch.stage("quality", len(fresh)) as told, pool, side as executor:
         waiting: list = []
 
