@@ -22,9 +22,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/train_overhead.py
 	$(BIN)/python benchmarks/fashion.py
 
-# Damaged files and hostile commands from fresh seeds, for HALFSTEP_DRILLS seconds and on from HALFSTEP_SEED
+# Damaged files, hostile commands and commands that are killed, from fresh seeds, each for HALFSTEP_DRILLS seconds and on
+# from HALFSTEP_SEED
 drills: $(READY)
 	HALFSTEP_DRILLS=$${HALFSTEP_DRILLS:-600} $(BIN)/python -m pytest -m "" -s tests/app/test_mutations.py -k for_a_while
+	HALFSTEP_DRILLS=$${HALFSTEP_DRILLS:-600} $(BIN)/python -m pytest -m "" -s tests/app/test_kills.py -k for_a_while
 	$(BIN)/python -m pytest -m "" tests/app/test_hostile.py
 	HALFSTEP_DRILLS=1 $(BIN)/python -m pytest -m hypothesis
 

@@ -12,11 +12,12 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Tally:
     def take(self, code: int, out: Path, wanted: dict[str, object]) -> None:
         """A run that came to an end."""
         self.ended += 1
-        told = Path(f"{out}.said").read_text()[-300:]
+        told = said_by(["--out", str(out)]).read_text()[-300:]
         self.wrong += [f"it ended with {code}: {told}"] if code else unlike(found_in(out), wanted)
 
 
@@ -79,7 +80,7 @@ def prepared(base: Path) -> Path:
     so that children begin with everything imported."""
     for name, command in (("dense", "train"), ("slim", "compress slimmable"), ("tuned", "tune")):
         code = said_of([*COMMANDS[command](base), "--out", str(base / name)])
-        assert code == 0, (base / f"{name}.said").read_text()
+        assert code == 0, said_by(["--out", str(base / name)]).read_text()
     return base
 
 
@@ -130,8 +131,9 @@ def said_of(command: list[str]) -> int:
 
 
 def said_by(command: list[str]) -> Path:
-    """Where what a command says goes, beside its run folder."""
-    return Path(f"{command[command.index('--out') + 1]}.said")
+    """Where what a command says goes: beside its run folder, but not on its disk."""
+    out = Path(command[command.index("--out") + 1])
+    return out.parent.parent / f"{out.parent.name}-{out.name}.said"
 
 
 # -------------------------------------------------------------------------------------------------------- what is there
@@ -181,9 +183,10 @@ def unlike(found: dict[str, object], wanted: dict[str, object]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- drills
 
 
-def killed_until(name: str, base: Path, seed: int, kills: int, deadline: float) -> Tally:
+def killed_until(name: str, base: Path, seed: int, kills: int, deadline: float, also: Sequence[str] = ()) -> Tally:
     """A command killed at random moments of what it has left to do, again and again, until so many kills are done (or
-    the deadline is past); every time that it ends, what it left is compared, and it begins anew."""
+    the deadline is past); every time that it ends, what it left is compared, and it begins anew. `also`: words of the
+    killed command alone, which are to make no difference."""
     draw, tally, place = random.Random(f"{name}-{seed}"), Tally(), base / f"{name.replace(' ', '-')}-{seed}"
     alone, out = place / "alone", place / "killed"
     command = COMMANDS[name](base)
@@ -195,14 +198,14 @@ def killed_until(name: str, base: Path, seed: int, kills: int, deadline: float) 
         return tally
     wanted = found_in(alone)
     while tally.hurt < kills and time.monotonic() < deadline:
-        code = ran([*command, "--out", str(out)], kill_after=draw.uniform(0, 1.15 * whole))
+        code = ran([*command, *also, "--out", str(out)], kill_after=draw.uniform(0, 1.15 * whole))
         if code == -signal.SIGKILL:
             tally.hurt += 1
             continue
         tally.take(code, out, wanted)
         shutil.rmtree(out)
     if out.exists():
-        tally.take(ran([*command, "--out", str(out)]), out, wanted)
+        tally.take(ran([*command, *also, "--out", str(out)]), out, wanted)
     shutil.rmtree(place)
     return tally
 
@@ -215,3 +218,33 @@ def clock_turned(jump: float) -> Callable[[], None]:
         time.time = lambda: real() + draw.uniform(-jump, jump)
 
     return turn
+
+
+def starved(name: str, base: Path, seed: int, times: int) -> Tally:
+    """A command on disks that are too small, by a different measure each time: it ends in one line that says so, or
+    whole; given room it goes on to what it leaves where there is enough. Raises OSError where nothing can be
+    mounted."""
+    draw, tally, disk = random.Random(f"{name}-{seed}"), Tally(), base / f"disk-{name.replace(' ', '-')}-{seed}"
+    command, alone = COMMANDS[name](base), base / f"room-{name.replace(' ', '-')}-{seed}"
+    assert ran([*command, "--out", str(alone)]) == 0
+    wanted = found_in(alone)
+    whole = sum(file.stat().st_size for file in alone.rglob("*") if file.is_file())
+    disk.mkdir()
+    for _ in range(times):
+        mounted(disk, f"size={4096 * (2 + int(draw.uniform(0, 1.2 * whole) / 4096))}")
+        try:
+            code, out = ran([*command, "--out", str(disk / "run")]), disk / "run"
+            if code not in (0, 2):
+                tally.wrong.append(f"it ended with {code}: {said_by(['--out', str(out)]).read_text()[-500:]}")
+            tally.hurt += code == 2
+            mounted(disk, f"remount,size={16 * whole}")
+            tally.take(ran([*command, "--out", str(out)]), out, wanted)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+    return tally
+
+
+def mounted(place: Path, how: str) -> None:
+    """A disk in memory. Raises OSError where that is not allowed."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(place)], capture_output=True).returncode:
+        raise OSError("no disk in memory can be mounted here")

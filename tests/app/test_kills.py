@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from drills import COMMANDS, clock_turned, found_in, killed_until, prepared, ran, unlike
+from drills import COMMANDS, clock_turned, found_in, killed_until, prepared, ran, starved, unlike
 
 if sys.platform != "linux":
     pytest.skip("forks", allow_module_level=True)
@@ -22,8 +22,15 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_is_killed_ends_as_if_it_had_been_left_alone(name, base):
-    tally = killed_until(name, base, seed=0, kills=4, deadline=time.monotonic() + 60)
+    tally = killed_until(name, base, seed=0, kills=3, deadline=time.monotonic() + 60)
     assert not tally.wrong and tally.ended
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_whose_driver_is_killed_ends_as_one_here_that_was_left_alone(base):
+    pytest.importorskip("ray")
+    tally = killed_until("tune", base, seed=1, kills=2, deadline=time.monotonic() + 120, also=("--ray", "local"))
+    assert not tally.wrong and tally.ended and tally.hurt
 
 
 @pytest.mark.slow
@@ -33,6 +40,16 @@ def test_a_clock_that_jumps_changes_nothing(base):
         assert ran([*COMMANDS[name](base), "--out", str(alone)]) == 0
         assert ran([*COMMANDS[name](base), "--out", str(turned)], hurt=clock_turned(4e7)) == 0
         assert not unlike(found_in(turned), found_in(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "tune", "sample", "export"])
+def test_a_command_that_meets_a_full_disk_says_so_and_goes_on_with_room(name, base):
+    try:
+        tally = starved(name, base, seed=0, times=3)
+    except OSError as error:
+        pytest.skip(str(error))
+    assert not tally.wrong and tally.hurt
 
 
 @pytest.mark.skipif("HALFSTEP_DRILLS" not in os.environ, reason="make drills")
