@@ -137,7 +137,7 @@ def write(cells: list[tuple[str, ...]]) -> None:
         f"`python benchmarks/ingest.py measure`: PNGs of {SIDE}x{SIDE} with their classes. {about['cpu']}, "
         f"{about['cores']} cores, torch {about['torch']}, load {os.getloadavg()[2]:.1f} over the last 15 minutes.",
         "",
-        markdown(Table("", heads, tuple(cells))),
+        markdown(Table(title="", columns=heads, rows=tuple(cells))),
         "",
         "MiB more: memory of no file that the first process took beyond its imports. MiB peak: its largest resident",
         "set, libraries and mapped files with it. Processor seconds are those of all processes.",

@@ -20,6 +20,8 @@ from halfstep.data.arrays import Growing, cached
 from halfstep.data.encoded import Encoded
 from halfstep.data.images import load_images
 from halfstep.data.pictures import decode
+from halfstep.measure.features import feature_net_for, raw_pixels, train_features
+from halfstep.measure.quality import reference_stats
 from painted import class_folder, pictures, png
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -196,6 +198,19 @@ def test_what_comes_is_what_was_asked_for_in_that_order(tmp_path: Path, workers:
         for index, (at, seen) in zip(asked, images.coming(iter(asked)), strict=True):
             assert torch.equal(seen.batch(at), wanted.batch(index))
             assert torch.equal(seen.batch_labels(at), wanted.batch_labels(index))
+
+
+def test_a_reference_and_a_feature_network_are_those_of_the_decoded_pictures(tmp_path: Path) -> None:
+    _, members = samples(60, 20)
+    source = written(tmp_path / "in", members)
+    both = [load_images(source, size=8, stream=stream) for stream in (0, 16)]
+    found = [reference_stats(raw_pixels(images), images, cache=None) for images in both]
+    assert np.array_equal(found[0].mu, found[1].mu) and np.array_equal(found[0].features, found[1].features)
+    nets = [feature_net_for(images, width=4, n_features=4) for images in both]
+    for net, images in zip(nets, both, strict=True):
+        assert list(train_features(net, images, steps=2, batch=8))
+    weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in nets]
+    assert torch.equal(*weights)
 
 
 def test_a_folder_is_streamed_too(tmp_path: Path) -> None:
