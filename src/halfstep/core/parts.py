@@ -44,7 +44,8 @@ class Parts:
             before, known = mine, len(self.names) - len(left)
             for name in left:
                 mine += alive() and self._claimed(name)
-                told(known + mine - before)  # what others did meanwhile is seen at the next look
+                known += self.done(name)  # by whomever
+                told(known)
             if mine == before:  # others are at all of them
                 time.sleep(POLL)
         told(len(self.names) - len(left))
