@@ -109,9 +109,9 @@ class Quality:
     def fd(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
-    def is_one(self, verdicts: Sequence[str]) -> bool:
-        """Whether the verdict beside the best free is one of these."""
-        return self.best.split(", ")[-1] in verdicts
+    def is_one(self, base: str, verdicts: Sequence[str]) -> bool:
+        """Whether the verdict beside `today` or the `best` free is one of these."""
+        return getattr(self, base).split(", ")[-1] in verdicts
 
 
 def bank_of(size: int) -> Bank:
@@ -275,18 +275,25 @@ def table_of(size: int, rows: Sequence[Row], known: dict[str, Quality], ms: dict
 
 
 def at_equal_quality(rows: Sequence[Row], known: dict[str, Quality], ms: Sequence[float]) -> str:
-    """Ours and the others' fastest row whose quality holds beside the best free, and that is not shown to be worse."""
+    """Ours and the others' fastest row whose quality holds beside DDIM-50 and beside the best free, and that is not
+    shown to be worse."""
     told = []
-    for words, verdicts in (("held", ("held",)), ("held or not decided", ("held", "not decided"))):
-        able = [k for k, row in enumerate(rows) if (one := known.get(row.plan.digest)) and one.is_one(verdicts)]
-        mine, theirs = ([k for k in able if (rows[k].group == "ours") is own] for own in (True, False))
-        if mine and theirs:
-            fastest = [min(ones, key=lambda k: ms[k]) for ones in (theirs, mine)]
-            said = [f"{rows[k].told} (1/{ms[0] / ms[k]:.1f}, FD {known[rows[k].plan.digest].fd})" for k in fastest]
-            told.append(
-                f"- Beside the best free {words}: the fastest of the others is {said[0]}, ours {said[1]}: "
-                f"{ms[fastest[0]] / ms[fastest[1]]:.2f} times as fast."
-            )
+    for base in ("today", "best"):
+        for words, verdicts in (("held", ("held",)), ("held or not decided", ("held", "not decided"))):
+            able = [
+                k for k, row in enumerate(rows) if (one := known.get(row.plan.digest)) and one.is_one(base, verdicts)
+            ]
+            mine, theirs = ([k for k in able if (rows[k].group == "ours") is own] for own in (True, False))
+            line = f"- {words.capitalize()} beside {'DDIM-50' if base == 'today' else 'the best free'}: "
+            fastest = [min(ones, key=lambda k: ms[k], default=None) for ones in (theirs, mine)]
+            said = [
+                "none" if k is None else f"{rows[k].told} (1/{ms[0] / ms[k]:.1f}, FD {known[rows[k].plan.digest].fd})"
+                for k in fastest
+            ]
+            line += f"the fastest of the others is {said[0]}, of ours {said[1]}"
+            if None not in fastest:
+                line += f": {ms[fastest[0]] / ms[fastest[1]]:.2f} times as fast"
+            told.append(f"{line}.")
     return "\n".join(told)
 
 
@@ -346,7 +353,7 @@ def pareto(size: int, rows: Sequence[Row], known: dict[str, Quality], ms: dict[i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, choices=(16, 32), default=32)
-    parser.add_argument("--only", choices=("quality", "table"))
+    parser.add_argument("--only", choices=("quality", "table", "page"), help="page: of the times of before")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=BATCH, help="images of a timed batch")
@@ -358,13 +365,19 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     bank = bank_of(args.size)
     rows = rows_of(args.size, bank, pipe.process)
-    if args.only != "table":
+    if args.only in (None, "quality"):
         draw_quality(args.size, rows, bank, args.images, args.seconds)
     if args.only == "quality":
         return
-    rows, known = [row for row in rows if row.backend not in args.without], known_quality(args.size)
-    ms = {batch: times_of(args.size, rows, batch, args.repeats) for batch in (1, args.batch)}
-    disk.write_json(work / "times.json", {row.told: [found[k] for found in ms.values()] for k, row in enumerate(rows)})
+    known, file = known_quality(args.size), work / "times.json"
+    if args.only == "page":
+        kept = json.loads(file.read_text())
+        rows = [row for row in rows if row.told in kept]
+        ms = {batch: [kept[row.told][k] for row in rows] for k, batch in enumerate((1, args.batch))}
+    else:
+        rows = [row for row in rows if row.backend not in args.without]
+        ms = {batch: times_of(args.size, rows, batch, args.repeats) for batch in (1, args.batch)}
+        disk.write_json(file, {row.told: [found[k] for found in ms.values()] for k, row in enumerate(rows)})
     table = table_of(args.size, rows, known, ms)
     told = [one(rows, known, ms[args.batch]) for one in (at_equal_quality, frontier)]
     put(HEADINGS[args.size], section(args.size, table, told, args.repeats))
