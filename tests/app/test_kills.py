@@ -54,12 +54,14 @@ def test_a_command_that_meets_a_full_disk_says_so_and_goes_on_with_room(name, ba
 
 @pytest.mark.skipif("HALFSTEP_DRILLS" not in os.environ, reason="make drills")
 def test_commands_are_killed_for_a_while(base):
-    """Every command in turns, HALFSTEP_KILLS kills each time, from HALFSTEP_SEED on, for HALFSTEP_DRILLS seconds."""
+    """Every command in turns (or those of HALFSTEP_COMMANDS, parted by ";"), HALFSTEP_KILLS kills each time, from
+    HALFSTEP_SEED on, for HALFSTEP_DRILLS seconds."""
     end, seed = time.monotonic() + float(os.environ["HALFSTEP_DRILLS"]), int(os.environ.get("HALFSTEP_SEED", "1000"))
-    kills, every = int(os.environ.get("HALFSTEP_KILLS", "20")), {name: [0, 0] for name in COMMANDS}
+    names = list(filter(None, os.environ.get("HALFSTEP_COMMANDS", "").split(";"))) or list(COMMANDS)
+    kills, every = int(os.environ.get("HALFSTEP_KILLS", "20")), {name: [0, 0] for name in names}
     wrong = []
     while time.monotonic() < end:
-        for name in COMMANDS:
+        for name in names:
             tally = killed_until(name, base, seed, kills, end)
             every[name][0] += tally.hurt
             every[name][1] += tally.ended

@@ -234,7 +234,7 @@ def connected(address: str) -> Any:
         return ray
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from error
     return ray
 
