@@ -139,7 +139,8 @@ def in_bf16(plan: StepPlan) -> StepPlan:
         guide = row.guide and row.guide._replace(entry=f"{row.guide.entry}@bf16")
         return replace(row, entry=f"{row.entry}@bf16", guide=guide)
 
-    return replace(plan, rows=tuple(half(row) for row in plan.rows))
+    prices = {f"{name}@bf16": price for name, price in plan.prices.items() if "@" not in name}
+    return replace(plan, rows=tuple(half(row) for row in plan.rows), prices={**prices, **plan.prices})
 
 
 def best_of_runtimes(row: Row, many: bool = False) -> list[Row]:
