@@ -33,7 +33,7 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from tiny import unet
 
 VERBS = ("demo", "train", "optimize", "search", "tune", "sample", "export", "push", "evaluate", "profile",
-         "report", "features", "recipe")  # fmt: skip
+         "report", "features", "recipe", "compare")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

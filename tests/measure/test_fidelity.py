@@ -30,6 +30,7 @@ from halfstep.measure.fidelity import (
     Fidelities,
     converged_plan,
     difference,
+    fidelities_of,
     mean_of,
     similarities,
     squared_errors,
@@ -332,3 +333,14 @@ def test_intervals_stay_within_what_a_measure_can_be():
     assert wide.mse.low == 0 and wide.ssim.high == 1 and wide.psnr_db.high == math.inf
     with pytest.raises(DataError):
         mean_of(np.array([]))
+
+
+def test_pictures_beside_their_twins_whoever_drew_them_are_off_as_much_as_a_plan_s():
+    bank = bank_of()
+    known, plan = converged(bank, extractor=PLAIN), plan_of(bank)
+    drawn = np.concatenate([x.numpy() for x in sample_images(bank, plan, 5, seed=3)])
+    found, own = fidelities_of(drawn, known.pictures, PLAIN, target="", seed=3), known.fidelities(plan)
+    for metric in ("mse", "ssim", "features"):
+        np.testing.assert_allclose(found.of(metric), own.of(metric), rtol=1e-4)
+    with pytest.raises(DataError, match="pairs of one noise"):
+        fidelities_of(drawn[:4], known.pictures, PLAIN, target="", seed=3)

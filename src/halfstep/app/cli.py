@@ -26,7 +26,7 @@ from halfstep.core.recipes import RECIPES, named
 
 TOGETHER = ("train", "compress", "optimize", "sample", "evaluate")
 """The verbs that a launcher of several processes may run."""
-RESUMED = ("demo", "train", "compress", "optimize", "search", "tune", "shrink")
+RESUMED = ("demo", "train", "compress", "optimize", "search", "tune", "shrink", "compare")
 """The verbs that go on from where they were when the command is repeated; the others begin anew."""
 
 
@@ -455,6 +455,40 @@ def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
 
 
 @app.command()
+@common("recipe", "edits", "seed", "batch", "prompts", "guidance", "runtime", "device", "dtype", "as_json")
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Runs, pipelines, models as `--model` takes them. `RUN@SAMPLER:STEPS` runs the dense network under "
+            "that sampler in place of its plan, `NAME=RUN` says what it is called.",
+        ),
+    ],
+    data: Data,
+    out: Out,
+    common: Common,
+) -> None:
+    """Pipelines side by side, ours or stock, on the same noise, in turns on this machine, held against the first.
+
+    Parameters, bytes, MACs, milliseconds at batch 1 and at `--batch`, memory; quality with intervals and the verdict
+    beside the first; how true pictures are to the first one's, and the nearest image of your data to some of them, to
+    see what was memorised. OUT has report.html with the frontier and the pictures, compare.csv and compare.json.
+    All must draw pictures of one size under the same conditions. `--set eval.images=N` says how many are drawn.
+
+    Example: `halfstep compare dense@ddim:50 dense@unipc:6 ours=runs/half --data folder:photos --out runs/side`
+    """
+    from halfstep.app.compared import quality_table
+    from halfstep.app.comparison import compare as measure
+    from halfstep.app.page import rich_table
+
+    record = measure(runs, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
+    show(record.to_json(), common.as_json, lambda: rich_table(quality_table(record, brief=True)))
+    if not common.as_json:
+        line(f"report: {out / 'report.html'}\ntable:  {out / 'compare.csv'}")
+
+
+@app.command()
 @common("batch", "runtime", "device", "dtype", "as_json")
 def profile(
     model: Model,
@@ -569,7 +603,7 @@ def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]) -> None:
     """Write the report of a finished run again (after an update of Halfstep, say).
 
-    A run of optimize, compress, shrink or spectrum.
+    A run of optimize, tune, compress, shrink, spectrum or compare.
 
     Example: `halfstep report runs/half`
     """

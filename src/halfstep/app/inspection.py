@@ -14,7 +14,7 @@ import torch
 
 from halfstep.app.estimate import Drawing, announce
 from halfstep.app.story import tell_restored, tell_spectra
-from halfstep.app.subject import open_model, open_subject
+from halfstep.app.subject import contents_of, open_model, open_subject
 from halfstep.core import disk
 from halfstep.core.errors import DataError, ModelError, PlanError
 from halfstep.core.folder import open_run
@@ -76,7 +76,7 @@ def spectrum(
     inputs = {"verb": "spectrum", "model": ", ".join(map(str, models)), "data": data, "images": str(images)}
     inputs["timesteps"] = ", ".join(map(str, timesteps))
     read = dict.fromkeys(line for subject in subjects for line in subject.read())
-    out = open_run(out, None, inputs, _content_of(subjects), watch, list(read))
+    out = open_run(out, None, inputs, contents_of(subjects), watch, list(read))
     lines: dict[str, dict[str, Any]] = {}
     for subject in subjects:
         for entry, timestep, record in _spectra_of(subject, timesteps, images, watch):
@@ -85,12 +85,6 @@ def spectrum(
                 drawn[subject.source if len(subject.stand_ins) == 1 else f"{subject.source} {entry}"] = record
     disk.write_json(out / "spectrum.json", {"data": data, "images": images, "timesteps": lines})
     return tell_spectra(out)
-
-
-def _content_of(subjects: Sequence[Subject]) -> dict[str, str]:
-    """The fingerprints of several subjects as one."""
-    names = dict.fromkeys(name for subject in subjects for name in subject.content)
-    return {name: fingerprint(*(subject.content[name] for subject in subjects)) for name in names}
 
 
 def _require_timesteps(subject: Subject, timesteps: Sequence[int]) -> None:
@@ -187,7 +181,7 @@ def denoise(
     inputs["classes"] = ", ".join(map(str, classes))
     pixels = fingerprint(*(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in clean))
     read = [_about_pictures(pictures, clean), *(line for subject in subjects for line in subject.read())]
-    out = open_run(out, None, inputs, _content_of(subjects) | {"data_content": pixels}, watch, read)
+    out = open_run(out, None, inputs, contents_of(subjects) | {"data_content": pixels}, watch, read)
     total = len(pictures) * (len(methods) + (0 if noise.there else len(CLASSICAL) + 1))
     with watch.stage("denoise", total) as told:
         kept = _Kept(out, names, told)

@@ -109,15 +109,18 @@ def require_measurable(images: Images, recipe: Recipe) -> None:
             )
 
 
-def judge_for(bank: Bank, subject: Subject, out: Path, watch: Watch, *, helping: bool = False) -> Judge:
+def judge_for(
+    bank: Bank, subject: Subject, out: Path, watch: Watch, *, helping: bool = False, settled: Path | None = None
+) -> Judge:
     """A judge of a bank on a subject's images; trains the data's own feature network where the recipe wants one, unless
-    it is `helping` a process that has it."""
-    recipe = subject.recipe
+    it is `helping` a process that has it. `settled`: where layouts and runtimes are kept, of a run of several banks;
+    default: out/state."""
+    recipe, settled = subject.recipe, settled or out / "state"
     if recipe.eval.features == "own" and not helping:
         features_of(subject, out / "features", watch)
     bank.to(default_device())
-    settle_layouts(bank, out / "state" / "layouts.json", recipe.sample.layout)
-    sizes, kept = (1, recipe.sample.batch, recipe.eval.images % recipe.sample.batch), out / "state" / "runtimes.json"
+    settle_layouts(bank, settled / "layouts.json", recipe.sample.layout)
+    sizes, kept = (1, recipe.sample.batch, recipe.eval.images % recipe.sample.batch), settled / "runtimes.json"
     settle_runtimes(bank, kept, recipe.sample.runtime, recipe.sample.timed, filter(None, sizes), watch=watch)
     extractor = extractor_for(recipe.eval.features, subject.images, out / "features", str(bank.device))
     return Judge(

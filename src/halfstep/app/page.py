@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -44,6 +44,24 @@ class Grid:
     note: str = ""
 
 
+class Cell(NamedTuple):
+    """One place of a plate: `images` uint8 [N, C, H, W] side by side, a text below; `marked`: it stands out."""
+
+    images: np.ndarray
+    text: str = ""
+    marked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plate:
+    """Pictures in rows under named columns, as many cells in each row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole page; `files`: name in the report's folder -> what it is."""
@@ -55,6 +73,7 @@ class Report:
     figures: tuple[Figure, ...]
     grids: tuple[Grid, ...]
     files: Mapping[str, str] = field(default_factory=dict)
+    plates: tuple[Plate, ...] = ()
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -126,6 +145,7 @@ def _page(report: Report, pictures: Sequence[bytes]) -> str:
         *map(_table, report.tables),
         f"<div class=grids>{shown}</div>" * bool(shown),
         *plots,
+        *map(_plate, report.plates),
         f"<h2>Files</h2><dl>{''.join(files)}</dl>" * bool(report.files),
         f"<details><summary>How this was made</summary><dl>{facts}</dl></details>" * bool(facts),
     )
@@ -140,6 +160,34 @@ def _table(table: Table) -> str:
     note = f"<p class=note>{escape(table.note)}</p>" * bool(table.note)
     inner = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<section><h2>{escape(table.title)}</h2><div class=wide>{inner}</div>{note}</section>"
+
+
+MOST_SIDE = 160
+"""Pixels of a picture on a plate; larger ones are shrunk, so that a page stays light."""
+
+
+def _plate(plate: Plate) -> str:
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in plate.columns)
+    rows = []
+    for k, row in enumerate(plate.rows):
+        cells = (_cell(cell, f"{name}, picture {k}") for name, cell in zip(plate.columns, row, strict=True))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    note = f"<p class=note>{escape(plate.note)}</p>" * bool(plate.note)
+    inner = f"<table class=plate><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<section><h2>{escape(plate.title)}</h2><div class=wide>{inner}</div>{note}</section>"
+
+
+def _cell(cell: Cell, alt: str) -> str:
+    side = max(cell.images.shape[2:])
+    picture = picture_grid(cell.images, columns=len(cell.images))
+    if side > MOST_SIDE:
+        picture.thumbnail((MOST_SIDE * len(cell.images), MOST_SIDE))
+    picture.save(file := io.BytesIO(), "PNG")
+    data, (width, height) = base64.b64encode(file.getvalue()).decode(), picture.size
+    hard = " class=hard" * (side <= MOST_SIDE)
+    image = f'<img{hard} src="data:image/png;base64,{data}" width={width} height={height} alt="{escape(alt)}">'
+    text = f"<span>{escape(cell.text)}</span>" * bool(cell.text)
+    return f"<td{' class=marked' * cell.marked}>{image}{text}</td>"
 
 
 def _figure(title: str, note: str, png: bytes) -> str:
@@ -175,5 +223,10 @@ img{display:block;max-width:100%;height:auto;background:#fff;border-radius:10px;
 @media(min-width:1000px){.grids{grid-template-columns:1fr 1fr}}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 24px;margin:12px 0;font-size:.94rem}dt{font-weight:600}
 dd{margin:0;overflow-wrap:anywhere}a{color:var(--go)}details{margin-top:44px}summary{cursor:pointer;font-weight:600}
+.plate{width:auto}.plate th,.plate td,.plate td:first-child{padding:4px 10px 4px 0;border:0;font-weight:400}
+.plate th{font-weight:600;white-space:normal;max-width:150px;vertical-align:bottom}
+.plate img{max-width:none;padding:0;background:none}
+.plate span{display:block;font-size:.8rem;color:var(--soft);font-variant-numeric:tabular-nums}
+.plate .marked span{color:var(--go);font-weight:600}.plate .marked img{outline:3px solid var(--go)}
 @media(max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:10px}}
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,25 +21,34 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.engine.text import conditions_of, takes_text, with_text
 from halfstep.nets.architectures import architecture_of
+from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import require_same_shape, sample_shape
 from halfstep.nets.fit import Fitted, fit
 from halfstep.nets.models import load_classes, load_denoiser, load_vae, pipeline_folder
 from halfstep.nets.prompting import load_prompter
 
 
-def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, watch: Watch = SILENT) -> Subject:
+def open_subject(
+    model: str | Path | None,
+    data: str | None,
+    recipe: Recipe,
+    *,
+    opened: Opened | None = None,
+    watch: Watch = SILENT,
+) -> Subject:
     """What a verb works on.
 
     `model`: "fashion" or "digits" (bundled), a stock diffusers pipeline folder, a model folder, a run folder of any
     verb that wrote a pipeline, or a step-aware pipeline; None: images alone, from which the recipe's model is yet to be
     trained.
     `data`: as `load_images` takes it; None for a verb without images.
+    `opened`: the model, where it was opened already.
     Raises ModelError, RunError or PlanError for a model that is not whole or whose process cannot be carried, DataError
     for images that cannot be read or do not fit it.
     """
     if not model:
         return _without_model(data, recipe, watch)
-    opened = open_model(model)
+    opened = opened or open_model(model)
     bank, process = opened.bank, process_of(opened, model)
     prompter = conditions = None
     if takes_text(bank):
@@ -66,6 +76,12 @@ def open_subject(model: str | Path | None, data: str | None, recipe: Recipe, *, 
         conditions=conditions,
         prompter=prompter,
     )
+
+
+def contents_of(subjects: Sequence[Subject]) -> dict[str, str]:
+    """The fingerprints of several subjects as one, by the names of `folder.CONTENT`."""
+    names = dict.fromkeys(name for subject in subjects for name in subject.content)
+    return {name: fingerprint(*(subject.content[name] for subject in subjects)) for name in names}
 
 
 def _without_text(bank: Bank, recipe: Recipe) -> Bank:

@@ -2,7 +2,7 @@
 
 Each takes plain values, writes a run folder and can be called again to resume. What is going on is told to a `Watch`.
 All of them take the same models and data (see `open_subject`). `denoise` and `spectrum` stand in `inspection.py`,
-`features` in `measurement.py`.
+`features` in `measurement.py`, `compare` in `comparison.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, LDMPipeline
 
+from halfstep.app.compared import tell_compared
 from halfstep.app.drawing import Pictures
 from halfstep.app.estimate import Drawing, Training, announce
 from halfstep.app.measurement import (
@@ -578,6 +579,7 @@ TOLD: dict[str, Callable[[Path], Path]] = {
     "compress": tell,
     "shrink": tell,
     "spectrum": tell_spectra,
+    "compare": tell_compared,
 }
 """The verbs whose report can be written again from what lies in the folder, and what writes it."""
 

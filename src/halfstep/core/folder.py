@@ -27,14 +27,15 @@ IGNORED = {
     "compress spectral": _PLANS,
     "compress continuous": _PLANS,
     "compress regularized": (*_LATER, "regular.grid"),  # one r of the grid
-    "search": ("noise.",),  # these three take the process of the model, whose content the record knows
+    "search": ("noise.",),  # these take the process of the model, whose content the record knows
     "evaluate": ("noise.",),
+    "compare": ("noise.",),
     "shrink": ("noise.",),
 }
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 ALWAYS_IGNORED = tuple(f"train.{name}" for name in SAME_STEP)
 
-_RESULTS = ("quality.json", "pictures.npz", "report.html", "figures")
+_RESULTS = ("quality.json", "compare.json", "compare.csv", "pictures.npz", "report.html", "figures")
 SCORES_BEFORE = ("search.jsonl", "finals.json*", "shrink*.jsonl")
 """Where scores stood before there was scores.jsonl."""
 _SEARCHED = ("errors.json", "scores.jsonl", *SCORES_BEFORE, "grid.json", "steps-*", "features")

@@ -81,6 +81,18 @@ def is_free(folder: Path) -> bool:
     return True
 
 
+def require_free(folder: Path) -> None:
+    """Raise HeldError, with who it is, for a folder that another process works in. One without a lock, or that cannot
+    be written and so not be held from here, is nobody's."""
+    if (folder / ".lock").is_file() and os.access(folder, os.W_OK) and not is_free(folder):
+        raise HeldError(
+            got=f"a folder that {_holder(folder)} works in",
+            expected="one that is finished",
+            where=folder,
+            do="wait until it ends",
+        )
+
+
 def _holder(folder: Path) -> str:
     try:
         return str(disk.read_record(folder / ".holder.json", Holder, what="the holder of a lock", do="wait"))

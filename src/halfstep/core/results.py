@@ -300,6 +300,76 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """One pipeline of compare.json beside what `PlanRow` tells of it.
+
+    `source`: the folder; `what`: its plan, in words. `params`: of the networks that the plan calls, each once.
+    `stored_mib`: what their weights take on disk; `held_mib`: in memory, with a VAE's; `peak_mib`: the most that one
+    call at the timed batch holds beyond them, None where it cannot be measured. `fidelity`: of its pictures to
+    `target`, None where there is none. `near`, `near_to`: of its first pictures the distance in features to the nearest
+    image of the data, and the number of that; `copies`: those that are nearer than any real image that was held out.
+    """
+
+    source: str
+    what: str
+    params: int
+    stored_mib: float
+    held_mib: float
+    peak_mib: float | None
+    fidelity: Fidelity | None
+    target: str
+    near: tuple[float, ...]
+    near_to: tuple[int, ...]
+    copies: tuple[int, ...]
+
+    @property
+    def memory_mib(self) -> float | None:
+        """Weights as held, and the peak of a call beyond them."""
+        return None if self.peak_mib is None else self.held_mib + self.peak_mib
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """How near real images that no picture was drawn from lie to the data: what `Pipeline.near` is held against.
+
+    `what`: which ones, `n` of them; `least`, `median`: of their distances to the nearest image of the data.
+    """
+
+    what: str
+    n: int
+    least: float
+    median: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """compare.json: pipelines side by side, all held against the first; `images`: of the data, that pictures may be
+    near to."""
+
+    comparison: Comparison
+    pipelines: dict[str, Pipeline]
+    held_out: HeldOut
+    images: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"comparison": self.comparison.to_json()}
+
+
+def read_compared(file: Path, do: str = "run halfstep compare again") -> Compared:
+    """compare.json. Raises RunError."""
+    record = disk.read_json(file, what="compared pipelines", do=do)
+    found: Compared = build(Compared, record, "", file, error=RunError, do=do)
+    _require_rows(found.comparison, (), file, do)
+    if list(found.pipelines) != list(found.comparison.plans):
+        got, expected = (
+            f"pipelines {shown(list(found.pipelines))}",
+            f"{shown(list(found.comparison.plans))}, as measured",
+        )
+        raise RunError(got=got, expected=expected, where=file, do=do)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class FreeArm:
     """A stock sampler of the dense net: `what` it is, its network calls, `ms` per image by the prices measured here,
     None without, and its Fréchet distance `fd`, corrected for bias."""
@@ -366,6 +436,12 @@ def read_comparison(file: Path, do: str = "run again", *, rows: Sequence[str] = 
     """quality.json; `rows`: the plans that must be there beside the reference. Raises RunError."""
     record = disk.read_json(file, what="measured qualities", do=do)
     found: Comparison = build(Comparison, record, "", file, error=RunError, do=do)
+    _require_rows(found, rows, file, do)
+    return found
+
+
+def _require_rows(found: Comparison, rows: Sequence[str], file: Path, do: str) -> None:
+    """Raise RunError where a plan is not there, or one of its qualities is not."""
     for name in (found.about.reference, *rows):
         if name not in found.plans:
             raise RunError(got=f"no plan {shown(name)}", expected="it among the plans", where=file, do=do)
@@ -377,4 +453,3 @@ def read_comparison(file: Path, do: str = "run again", *, rows: Sequence[str] = 
                 where=file,
                 do=do,
             )
-    return found

@@ -83,6 +83,13 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def held_mib(*models: nn.Module) -> float:
+    """MiB that the models' parameters and buffers hold in memory, what several share counted once."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(held.values()) / 2**20
+
+
 def count_macs(
     model: nn.Module,
     *,

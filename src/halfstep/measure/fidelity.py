@@ -46,6 +46,8 @@ from halfstep.nets.content import fingerprint
 
 FINE = 100
 """Steps of DPM-Solver++ (order 2) that are converged: see `benchmarks/guides16.md`."""
+BATCH = 256
+"""Pictures that a feature network sees at once."""
 SPAN = 2.0
 """From black to white, of pictures in [-1, 1]."""
 WINDOW, SIGMA = 11, 1.5
@@ -209,6 +211,29 @@ def student(freedom: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return sum(term / freedom**i for i, term in enumerate(terms))
+
+
+def fidelities_of(
+    pictures: np.ndarray, twins: np.ndarray, extractor: Extractor, *, target: str, seed: int, draws: int = 0
+) -> Fidelities:
+    """What pictures in [-1, 1], [N, C, H, W], are off their twins of the same noise, whoever drew either: `target` says
+    what the twins are. Raises DataError for pictures that are no pairs."""
+    if pictures.shape != twins.shape:
+        got, expected = f"{list(pictures.shape)} beside {list(twins.shape)}", "pairs of one noise"
+        raise DataError(got=got, expected=expected, where="fidelity", do="draw as many of one shape")
+    found, other = torch.from_numpy(pictures), torch.from_numpy(twins)
+    mse, ssim = _pixels(found, other)
+    a, b = (extract(extractor, one.split(BATCH)) for one in (found, other))
+    features = np.square(a - b).sum(axis=1)
+    return Fidelities(
+        mse=mse,
+        ssim=ssim,
+        features=features,
+        features_name=extractor.name,
+        target=target,
+        seed=seed,
+        draws=draws,
+    )
 
 
 class Converged(Held):

@@ -203,10 +203,10 @@ class Judge:
         self, plans: Mapping[str, StepPlan], *, batch: int = TIMED_BATCH, repeats: int = 5
     ) -> dict[str, list[float]]:
         """Milliseconds of whole trajectories at `batch`, several times in turns."""
-        calls = {name: self._trajectory(plan, batch) for name, plan in plans.items()}
-        return interleave(calls, repeats=repeats, warmup=1)
+        return wall_ms({name: (self, plan) for name, plan in plans.items()}, batch=batch, repeats=repeats)
 
-    def _trajectory(self, plan: StepPlan, batch: int) -> Callable[[], torch.Tensor]:
+    def trajectory(self, plan: StepPlan, batch: int) -> Callable[[], torch.Tensor]:
+        """What draws `batch` pictures of a plan from one noise each time that it is called."""
         cond = cond_for(self.bank, 0, batch, self.conditions)
 
         def call() -> torch.Tensor:
@@ -214,6 +214,16 @@ class Judge:
             return to_images(self.bank, denoise(self.bank, plan, start_noise(self.bank, generators), generators, cond))
 
         return call
+
+
+Judged = tuple[Judge, StepPlan]
+"""A plan, and the judge of its bank."""
+
+
+def wall_ms(judged: Mapping[str, Judged], *, batch: int = TIMED_BATCH, repeats: int = 5) -> dict[str, list[float]]:
+    """Milliseconds of whole trajectories at `batch`, each as its own judge draws it, several times in turns."""
+    calls = {name: judge.trajectory(plan, batch) for name, (judge, plan) in judged.items()}
+    return interleave(calls, repeats=repeats, warmup=1)
 
 
 def extractor_for(source: str, images: Images, own: Path, device: str) -> Extractor:
@@ -245,6 +255,19 @@ def _runtimes_told(runtimes: Mapping[str, str]) -> str:
     return "".join(f"; by {one}: {', '.join(run)}" for one, run in names.items())
 
 
+def _run_as(judged: Mapping[str, Judged], asked: str) -> str:
+    """How entries lie in memory and what runs them; of several banks each entry with the pipeline before its name."""
+    layouts: dict[str, str] = {}
+    runtimes: dict[str, str] = {}
+    banks = dict.fromkeys(judge.bank for judge, _ in judged.values())
+    for bank in banks:
+        first = next(name for name, (judge, _) in judged.items() if judge.bank is bank)
+        prefix = f"{first}: " if len(banks) > 1 else ""
+        layouts |= {prefix + entry: layout for entry, layout in bank.layouts().items()}
+        runtimes |= {prefix + entry: runtime for entry, runtime in bank.runtimes().items()}
+    return _layouts_told(layouts, asked) + _runtimes_told(runtimes)
+
+
 def measure_plans(
     judge: Judge,
     plans: Mapping[str, StepPlan],
@@ -260,28 +283,46 @@ def measure_plans(
     same seeds; `free`: the one that all are held against besides. `batch`: images of a timed trajectory, and how often
     each is timed (`repeats`): the recipe's `sample.timed` and `eval.repeats` by default. Beside a broken first plan the
     verdict on all others is "broken reference"; what is wrong is said, and stands in the record as `warnings`."""
+    judged = {name: (judge, plan) for name, plan in plans.items()}
+    return measure_judged(judged, recipe, free=free, keep=keep, repeats=repeats, batch=batch, watch=watch)
+
+
+def measure_judged(
+    judged: Mapping[str, Judged],
+    recipe: Recipe,
+    *,
+    free: str | None = None,
+    keep: int = KEEP,
+    repeats: int | None = None,
+    batch: int | None = None,
+    watch: Watch = SILENT,
+) -> Measured:
+    """`measure_plans` of plans that may be of several banks, each with its judge. The judges have the same images and
+    features, and their banks' samples one shape: then the same number is the same noise in all of them."""
     seed, count, batch = stage_seed(recipe.seed, Stage.REPORT), recipe.eval.images, batch or recipe.sample.timed
     features, pictures, repeats = {}, {}, repeats or recipe.eval.repeats
-    first = next(iter(plans))
-    with watch.stage("evaluate", len(plans) + 1) as told:
-        with side_by_side(judge.bank.device, None if judge.bank.eager else 1) as executor:
-            for i, (name, plan) in enumerate(plans.items()):
-                features[name], pictures[name] = judge.features(plan, count, seed, keep, executor)
-                told(i + 1, name)
-        broken = judge.broken(plans[first], features[first], pictures[first], seed)
-        times = judge.wall_ms(plans, batch=batch, repeats=repeats)
-        alone = judge.wall_ms(plans, batch=1, repeats=repeats) if batch > 1 else {}
-        told(len(plans) + 1, "")
+    first = next(iter(judged))
+    judge, reference = judged[first]
+    with watch.stage("evaluate", len(judged) + 1) as told:
+        for i, (name, (own, plan)) in enumerate(judged.items()):
+            with side_by_side(own.bank.device, None if own.bank.eager else 1) as executor:
+                features[name], pictures[name] = own.features(plan, count, seed, keep, executor)
+            told(i + 1, name)
+        broken = judge.broken(reference, features[first], pictures[first], seed)
+        times = wall_ms(judged, batch=batch, repeats=repeats)
+        alone = wall_ms(judged, batch=1, repeats=repeats) if batch > 1 else {}
+        told(len(judged) + 1, "")
     warnings = [one for one in (broken, judge.too_few(count, "eval.images")) if one]
     for one in warnings:
         watch.say(f"warning: {one}")
     found = {name: judge.distances(one, seed, recipe.eval.bootstrap) for name, one in features.items()}
+    qualities = {name: own.quality(features[name], found[name]) for name, (own, _) in judged.items()}
     beside = _Beside(judge, found, times, alone, recipe.eval.tolerance, broken=bool(broken))
     rows = {
-        name: beside.row(name, plan, plans[first].macs, first, free, judge.quality(features[name], found[name]), batch)
-        for name, plan in plans.items()
+        name: beside.row(name, plan, reference.macs, first, free, qualities[name], batch)
+        for name, (_, plan) in judged.items()
     }
-    about = _about(judge, recipe, first, free=free, batch=batch, repeats=repeats, warnings=warnings)
+    about = _about(judged, recipe, free=free, batch=batch, repeats=repeats, warnings=warnings)
     return Measured(Comparison(about=about, plans=rows), pictures)
 
 
@@ -344,9 +385,17 @@ def _middle(ordered: Sequence[float]) -> float:
 
 
 def _about(
-    judge: Judge, recipe: Recipe, first: str, *, free: str | None, batch: int, repeats: int, warnings: Sequence[str]
+    judged: Mapping[str, Judged],
+    recipe: Recipe,
+    *,
+    free: str | None,
+    batch: int,
+    repeats: int,
+    warnings: Sequence[str],
 ) -> About:
-    """How the plans were measured, `first` being what the others are held against."""
+    """How the plans were measured, the first being what the others are held against."""
+    first = next(iter(judged))
+    judge = judged[first][0]
     return About(
         reference=first,
         free=free,
@@ -363,5 +412,5 @@ def _about(
         device=str(judge.bank.device),
         dtype=str(judge.bank.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        layout=_layouts_told(judge.bank.layouts(), recipe.sample.layout) + _runtimes_told(judge.bank.runtimes()),
+        layout=_run_as(judged, recipe.sample.layout),
     )
