@@ -74,7 +74,14 @@ def _pictures(file: Path, record: Compared) -> tuple[dict[str, np.ndarray], dict
     wanted = {f"{kind}-{k}" for kind in ("pictures", "nearest") for k in range(len(record.pipelines))}
     (shape, *others) = shapes or {()}
     counts = {len(one.near) for one in record.pipelines.values()}
-    if others or len(shape) != 4 or shape[1] not in (1, 3) or counts != {shape[0]} or set(found) != wanted:
+    if (
+        others
+        or len(shape) != 4
+        or not shape[0]
+        or shape[1] not in (1, 3)
+        or counts != {shape[0]}
+        or set(found) != wanted
+    ):
         told = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items())
         raise RunError(got=told or "none", expected=what, where=file, do=do)
     drawn, beside = (
@@ -111,11 +118,11 @@ def cost_table(record: Compared) -> Table:
     rows = tuple(_cost_cells(name, one, plans[name]) for name, one in record.pipelines.items())
     about = record.comparison.about
     note = (
-        f"Parameters, bytes and memory of the networks that the plan calls. Memory: weights as held, and the most that "
-        f"one call at batch {about.batch} holds beyond them ({about.device}; on a CPU by torch's own allocator). "
-        "MMACs per image and trajectory."
+        "Parameters, bytes and memory of the networks that the plan calls. MiB of memory: weights as held (a VAE's "
+        f"too), and the most that one call at batch {about.batch} holds beyond them ({about.device}; on a CPU by "
+        "torch's own allocator). MMACs per image and trajectory."
     )
-    columns = ("", "runs", "calls", "params", "MiB stored", "MMACs", "held", "of a call", "MiB of memory")
+    columns = ("", "calls", "params", "MiB stored", "MMACs", "held", "of a call", "MiB of memory", "runs")
     return Table(title="What each costs", columns=columns, rows=rows, note=note)
 
 
@@ -123,7 +130,6 @@ def _cost_cells(name: str, one: Pipeline, row: PlanRow) -> tuple[str, ...]:
     peak, memory = one.peak_mib, one.memory_mib
     return (
         name,
-        one.what,
         f"{row.calls:,}",
         f"{one.params / 1e6:.2f} M",
         f"{one.stored_mib:,.2f}",
@@ -131,12 +137,13 @@ def _cost_cells(name: str, one: Pipeline, row: PlanRow) -> tuple[str, ...]:
         f"{one.held_mib:,.1f}",
         "–" if peak is None else f"{peak:,.1f}",
         "–" if memory is None else f"{memory:,.1f}",
+        one.what,
     )
 
 
 def fidelity_table(record: Compared) -> Table:
     """How far each one's pictures are from their target."""
-    rows = tuple((name, one.target, *_fidelity_cells(one.fidelity)) for name, one in record.pipelines.items())
+    rows = tuple((name, *_fidelity_cells(one.fidelity), one.target) for name, one in record.pipelines.items())
     known = [one.fidelity for one in record.pipelines.values() if one.fidelity is not None]
     note = (
         "Of the same noise, picture by picture. Converged pictures: where a fine solver leads the first one's network. "
@@ -146,7 +153,7 @@ def fidelity_table(record: Compared) -> Table:
     )
     if known:
         note = f"{known[0].n} pictures, features {known[0].features_name}, means with 95 % intervals. {note}"
-    columns = ("", "beside", "mean squared error", "PSNR dB", "SSIM", "in features")
+    columns = ("", "mean squared error", "PSNR dB", "SSIM", "in features", "beside")
     return Table(title="Fidelity", columns=columns, rows=rows, note=note)
 
 
@@ -168,8 +175,8 @@ def near_table(record: Compared) -> Table:
     rows.append(("real images, held out", f"{held.n:,}", f"{held.least:.3g}", f"{held.median:.3g}", "—"))
     note = (
         f"Distance in features to the nearest of the {record.images:,} images of the data. Held out: {held.what}. A "
-        f"picture that is nearer than all of these is marked as one that may repeat an image; a fair one is so nearer "
-        f"once in {held.n + 1:,} times."
+        f"picture that is nearer than all of these is marked as one that may repeat an image; a fair one is that once "
+        f"in {held.n + 1:,} times."
     )
     columns = ("", "pictures", "least", "median", "nearer than any held out")
     return Table(title="Nearest images of the data", columns=columns, rows=tuple(rows), note=note)
