@@ -31,6 +31,7 @@ _HOMES = {
     "open_subject": "app.subject",
     "train": "app.verbs",
     "compress": "app.verbs",
+    "tune": "app.verbs",
     "optimize": "app.verbs",
     "shrink": "app.verbs",
     "sample": "app.verbs",
