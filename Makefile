@@ -14,8 +14,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),-m "")
 
 check: $(READY)
-	$(BIN)/ruff check src tests benchmarks runner
-	$(BIN)/ruff format --check src tests benchmarks runner
+	$(BIN)/ruff check src tests benchmarks runner examples
+	$(BIN)/ruff format --check src tests benchmarks runner examples examples
 	$(BIN)/mypy
 
 bench: $(READY)

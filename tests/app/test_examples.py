@@ -90,7 +90,8 @@ def test_search_on_ray(dense, tmp_path):
     finally:
         cluster._CHOSEN.clear()
         ray.shutdown()
-    assert StepPlan.load(tmp_path / "o" / "plan.json").share <= 0.5
+    plan = StepPlan.load(tmp_path / "o" / "plan.json")
+    assert plan.macs <= 0.5 * plan.baseline.price.macs
 
 
 def test_serve_with_fastapi():
