@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/runtimes.py [--batch 1 --batch 64] [--repeats 15] [--cpu] [--out FILE.md]
 
 The bundled bank of 16x16 and the supernet of 32x32; every entry that computes itself, in float32 by every runtime that
-is installed and in bfloat16 by PyTorch and torch.compile, all of one bank and batch in turns. With `--cpu` the seconds
+is installed, in bfloat16 by PyTorch and torch.compile and in int8 by all (PyTorch simulates it: its errors are those of
+two ways to round), all of one bank and batch in turns. With `--cpu` the seconds
 that this process had of a processor are counted in place of those that passed: with one thread they are what passes on
 an idle machine, but for what a busy neighbour takes of its caches.
 """
@@ -25,6 +26,7 @@ import torch
 from halfstep.core.errors import HalfstepError
 from halfstep.core.machine import machine
 from halfstep.engine.bank import Bank
+from halfstep.engine.calibration import calibrated
 from halfstep.engine.entry import Backend
 from halfstep.engine.layouts import fastest_layouts
 from halfstep.engine.profiling import example_inputs, interleave
@@ -51,9 +53,11 @@ class Timed:
 
 
 def bank_of(folder: str) -> Bank:
-    """Of computed entries alone, in the faster layouts, each in the half precisions of this machine too."""
-    bank = StepAwarePipeline.from_pretrained(folder).bank
-    bank = bank.only(bank.computed).with_casts(precisions_for(bank.device))
+    """Of computed entries alone, in the faster layouts, each in the half precisions of this machine and in int8 too."""
+    pipe = StepAwarePipeline.from_pretrained(folder)
+    bank = pipe.bank.only(pipe.bank.computed)
+    spans = calibrated(bank, replace(pipe.plan, prices=bank.prices()).uniform(), seed=0)
+    bank = bank.with_casts(precisions_for(bank.device)).with_int8(spans)
     bank.set_layouts(fastest_layouts(bank, 64))
     return bank
 
