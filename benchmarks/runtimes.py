@@ -1,12 +1,13 @@
 """What runs each entry of a bank fastest here, and how much of the MACs that narrow entries save is saved in time.
 
-    OMP_NUM_THREADS=1 python benchmarks/runtimes.py [--batch 1 --batch 64] [--repeats 15] [--cpu] [--out FILE.md]
+    OMP_NUM_THREADS=1 python benchmarks/runtimes.py [--batch 1 --batch 64] [--repeats 15] [--cpu] [--model 32x32]
+        [--entry full --entry w0.50] [--without compile] [--out FILE.md]
 
 The bundled bank of 16x16 and the supernet of 32x32; every entry that computes itself, in float32 by every runtime that
 is installed, in bfloat16 by PyTorch and torch.compile and in int8 by all (PyTorch simulates it: its errors are those of
-two ways to round), all of one bank and batch in turns. With `--cpu` the seconds
-that this process had of a processor are counted in place of those that passed: with one thread they are what passes on
-an idle machine, but for what a busy neighbour takes of its caches.
+two ways to round), all of one bank and batch in turns. With `--cpu` the seconds that this process had of a processor
+are counted in place of those that passed: with one thread they are what passes on an idle machine, but for what a busy
+neighbour takes of its caches.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import torch
 
 from halfstep.core.errors import HalfstepError
 from halfstep.core.machine import machine
+from halfstep.core.recipe import SampleSpec
 from halfstep.engine.bank import Bank
 from halfstep.engine.calibration import calibrated
 from halfstep.engine.entry import Backend
 from halfstep.engine.layouts import fastest_layouts
 from halfstep.engine.profiling import example_inputs, interleave
 from halfstep.engine.runtime import backends_for, ready, strayed
+from halfstep.engine.sampling import reference_plan
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.nets.denoiser import Memo
 from halfstep.nets.precision import precisions_for
@@ -52,27 +55,29 @@ class Timed:
     error: float
 
 
-def bank_of(folder: str) -> Bank:
-    """Of computed entries alone, in the faster layouts, each in the half precisions of this machine and in int8 too."""
+def bank_of(folder: str, names: Sequence[str] = ()) -> Bank:
+    """Of computed entries alone (the reference and `names`, where given), in the faster layouts, each in the half
+    precisions of this machine and in int8 too."""
     pipe = StepAwarePipeline.from_pretrained(folder)
-    bank = pipe.bank.only(pipe.bank.computed)
-    spans = calibrated(bank, replace(pipe.plan, prices=bank.prices()).uniform(), seed=0)
+    bank = pipe.bank.only({pipe.bank.reference, *(names or pipe.bank.computed)})
+    spans = calibrated(bank, reference_plan(bank, pipe.scheduler.config, SampleSpec(scheduler="ddim")), seed=0)
     bank = bank.with_casts(precisions_for(bank.device)).with_int8(spans)
     bank.set_layouts(fastest_layouts(bank, 64))
     return bank
 
 
 def timed(
-    bank: Bank, batch: int, repeats: int, clock: Callable[[], float], without: Sequence[str] = ()
+    bank: Bank, batch: int, batches: tuple[int, ...], repeats: int, clock: Callable[[], float], without: Sequence[str]
 ) -> tuple[list[Timed], list[str]]:
-    """Every entry by every runtime but these, in turns, and what could not be run."""
+    """Every entry by every runtime but those `without`, in turns, and what could not be run. `batches`: all that the
+    bank is timed at, so that its graphs are made once."""
     calls: dict[tuple[str, Backend], tuple[Callable[[], torch.Tensor], float]] = {}
     failed = []
     for name in bank.computed:
         entry, inputs = bank.entries[name], example_inputs(bank[name], batch, dtype=bank.dtype)
         for backend in (one for one in backends_for(entry) if one not in without):
             try:
-                run = ready(entry, replace(entry.runtime, backend=backend, batches=(batch,)))
+                run = ready(entry, replace(entry.runtime, backend=backend, batches=batches))
                 error = strayed(run, Forwards.of(entry.model), inputs)
             except HalfstepError as refused:
                 failed.append(f"{name} by {backend} at batch {batch}: {refused}")
@@ -122,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", action="append", choices=list(MODELS))
+    parser.add_argument("--entry", action="append", default=[], help="one to be timed beside the reference")
     parser.add_argument(
         "--without", action="append", default=[], help="a runtime to leave out: compiling takes minutes"
     )
@@ -136,9 +142,9 @@ def main() -> None:
     ]
     lines[-1] += f"load {os.getloadavg()[0]:.1f}.\n"
     for title in args.model or MODELS:
-        for batch in args.batch or (1, 64):
-            bank = bank_of(MODELS[title])
-            found, failed = timed(bank, batch, args.repeats, clock, args.without)
+        bank, batches = bank_of(MODELS[title], args.entry), tuple(args.batch or (1, 64))
+        for batch in batches:
+            found, failed = timed(bank, batch, batches, args.repeats, clock, args.without)
             lines += [*lines_of(title, bank, batch, found), *(f"Not run: {one}\n" for one in failed)]
             args.out.write_text("\n".join(lines))
     print(args.out.read_text())

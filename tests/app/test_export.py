@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ from halfstep.core.plan import Correction, Guide
 from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.engine.bank import Bank
+from halfstep.engine.calibration import calibrated
 from halfstep.engine.entry import Entry, Reuse
 from halfstep.engine.sampling import denoise, image_generators, reference_plan, start_noise, to_images
 from halfstep.engine.stepaware import StepAwarePipeline
@@ -179,6 +181,27 @@ def test_openvino_and_guidance_by_a_null_condition(tmp_path):
     require_same(pipe, halfstep_run.Program.open(folder))
     with pytest.raises(halfstep_run.RunnerError, match="graphs of OpenVINO"):
         halfstep_run.Program.open(folder, "onnxruntime")
+
+
+@pytest.mark.slow
+def test_rows_in_eight_bits(tmp_path):
+    plain = Bank({"full": uvit(0, num_class_embeds=3)}, "full", "epsilon")
+    plan = reference_plan(plain, Process(), SampleSpec(scheduler="ddim", steps=4))
+    bank = plain.with_int8(calibrated(plain, plan, seed=0))
+    plan = replace(plan, prices=bank.prices()).with_entries(["full", "full@int8", "full@int8", "full"])
+    pipe = StepAwarePipeline(bank, plan)
+    pipe.save_pretrained(tmp_path / "pipe")
+    folder = export(str(tmp_path / "pipe"), "onnx", tmp_path / "onnx", Recipe())
+    program = halfstep_run.Program.open(folder)
+    assert sorted(program.graphs) == ["full", "full@int8"]
+    nodes = onnx.load(folder / "full@int8.onnx").graph.node
+    assert sum(node.op_type == "QuantizeLinear" for node in nodes) > 4
+    found = np.concatenate(list(program.images(5, 3, batch=2)))
+    simulated = pipe(batch_size=5, seed=3, output_type="np").images
+    pipe.plan = pipe.plan.uniform("full")
+    whole = pipe(batch_size=5, seed=3, output_type="np").images
+    assert 0 < np.linalg.norm(found - simulated) < 0.02 * np.linalg.norm(simulated), "but for what lies on an edge"
+    assert np.linalg.norm(found - whole) > np.linalg.norm(found - simulated), "in eight bits, not in float"
 
 
 @pytest.mark.slow

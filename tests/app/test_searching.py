@@ -17,17 +17,20 @@ from halfstep.app.searching import (
     place_of,
     require_reachable,
     reuse_of,
+    with_int8,
     with_reuse,
     work_of,
 )
-from halfstep.core.errors import ModelError, PlanError, RecipeError
+from halfstep.app.subject import open_subject
+from halfstep.core.errors import ModelError, PlanError, RecipeError, RunError
 from halfstep.core.plan import Price
 from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.results import Difference
-from halfstep.core.watch import SILENT
+from halfstep.core.watch import SILENT, Watch
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import reference_plan
+from halfstep.engine.subject import Subject
 from tiny import ode_unet, unet
 
 BANK = Bank({"full": unet(0, channels=(16, 16)), "w0.50": unet(1)}, "full", "epsilon")
@@ -141,3 +144,38 @@ def test_the_work_that_is_announced_holds_the_references_and_the_finals():
     assert sum(one.images for one in asked if one.plan == TODAY) == 100 + 200 + 300
     without = work_of(Goal.of("0.1t", None).question(TODAY, 64), TODAY, recipe.edit(["eval.free=false"]))
     assert sum(one.images for one in without) < sum(one.images for one in work)
+
+
+class Listening(Watch):
+    def __init__(self):
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def opened(*edits: str) -> Subject:
+    return open_subject("digits", None, Recipe().edit(["sample.steps=2", "search.precisions=int8", *edits]))
+
+
+def test_eight_bits_are_left_out_where_nothing_is_faster_by_them(tmp_path):
+    for runtime in ("eager", "compile"):
+        subject, watch = opened(f"sample.runtime={runtime}"), Listening()
+        assert with_int8(subject, subject.bank, tmp_path, watch) is subject.bank
+        [said] = watch.said
+        assert said.startswith(f"int8 is left out: sample.runtime={runtime} on cpu") and "\n" not in said
+    assert not list(tmp_path.iterdir()), "nothing is calibrated"
+
+
+def test_ranges_are_calibrated_once_for_a_run(tmp_path):
+    pytest.importorskip("onnxruntime")
+    subject = opened("sample.runtime=onnx")
+    bank = with_int8(subject, subject.bank, tmp_path)
+    file = tmp_path / "state" / "int8.json"
+    before = file.read_bytes()
+    again = with_int8(subject, subject.bank, tmp_path)
+    assert file.read_bytes() == before and set(again.entries) == {*subject.bank.entries, "full@int8"}
+    assert again.fingerprint("full@int8") == bank.fingerprint("full@int8")
+    file.write_text(before.decode().replace("entries", "others"))
+    with pytest.raises(RunError, match="delete it to calibrate anew"):
+        with_int8(subject, subject.bank, tmp_path)
