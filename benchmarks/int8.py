@@ -4,7 +4,8 @@
 
 The best free sampler and a joint plan in float32, everywhere in int8, and in int8 but for the first and the last row:
 drawn by one runtime on the noise of `benchmarks/free.py`, each change paired with the same plan in float32. Times are
-the processor's seconds of a batch of 64 in turns. Calibrated ranges, distances and times are kept in runs/int8.
+the processor's seconds of a batch of 64 in turns. Calibrated ranges and distances are kept in runs/int8, the table in
+runs/int8/RUNTIME.md; benchmarks/int8.md has it with that of `int8_ranges.py`.
 """
 
 from __future__ import annotations
