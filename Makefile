@@ -15,7 +15,7 @@ test: $(READY)
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks runner examples
-	$(BIN)/ruff format --check src tests benchmarks runner examples examples
+	$(BIN)/ruff format --check src tests benchmarks runner examples
 	$(BIN)/mypy
 
 bench: $(READY)
