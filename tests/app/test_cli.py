@@ -302,11 +302,22 @@ def test_a_verbs_own_option_and_another_edit_of_its_field_are_refused(dense, tmp
     assert "--pattern 2:4 and --set" in refused(monkeypatch, capsys, *words, "--set", "sparse.pattern=1:4")
 
 
+def test_every_result_can_be_had_as_json_and_without_progress(bank, tmp_path, monkeypatch, capsys):
+    with_json = [verb for verb, one in commands().items() if any("--json" in option.opts for option in one.params)]
+    assert set(commands()) - set(with_json) <= {"push", "report", "studio"}  # a word, a page
+    words = ("sample", "--model", bank, "--count", 2, "--out", tmp_path / "o", "--json", "--quiet")
+    code, out, err = run(monkeypatch, capsys, *words)
+    assert json.loads(out) == {"images": str(tmp_path / "o"), "grid": str(tmp_path / "o" / "grid.png")}
+    assert (code, err) == (0, "")
+    assert run(monkeypatch, capsys, *words[:-2], "--device", "cpu")[2]  # and with it where it is not asked for
+
+
 def test_a_device_that_is_not_there_is_refused_by_name_wherever_it_is_taken(bank, tmp_path, monkeypatch, capsys):
-    needed = {"--model": bank, "--data": "digits", "--out": tmp_path / "o", "--image": tmp_path / "x.png"}
+    needed = {"--model": bank, "--data": "digits", "--out": tmp_path / "o", "--image": tmp_path / "x.png", "runs": bank}
     for verb, command in commands().items():
         if any("--device" in one.opts for one in command.params):
-            given = [w for one in command.params if one.required for w in (one.opts[0], needed[one.opts[0]])]
+            asked = [one.opts[0] for one in command.params if one.required]
+            given = [word for name in asked for word in (name, needed[name]) if word != "runs"]
             for device in ("cuda:63", "meta", "gpu please"):
                 line = refused(monkeypatch, capsys, *verb.split(), *given, "--device", device)
                 assert line.startswith("error: --device: got") and device in line

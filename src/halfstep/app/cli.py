@@ -70,7 +70,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Make a diffusion model cheap to run, and prove that its pictures held.\n\n"
-    "Start with `halfstep demo`, then `halfstep optimize --model DIR --data folder:DIR --budget 0.5 --out RUN`.",
+    "Start with `halfstep demo`, then `halfstep optimize --model DIR --data folder:DIR --budget 0.5 --out RUN`.\n\n"
+    "Exit codes: 0, done; 2, refused, with what to do in one line; 130, stopped by Ctrl-C. Completion of your shell: "
+    "`halfstep --install-completion`.",
 )
 compress_app = typer.Typer(
     no_args_is_help=True, help="Make cheaper denoisers that can stand in for yours: one METHOD each."
@@ -150,8 +152,17 @@ def show(result: Any, as_json: bool, table: Callable[[], Any]) -> None:
         console.print(table())
 
 
-def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
-    """The table of a finished run, its plan where that is the result, and the place of its report."""
+def places(as_json: bool, **found: Path) -> None:
+    """Print where results are, each on a line after what it is; or the same as JSON."""
+    if as_json:
+        show({name: str(place) for name, place in found.items()}, True, str)
+        return
+    for name, place in found.items():
+        line(f"{name + ':':<{1 + max(map(len, found))}} {place}")
+
+
+def show_run(out: Path, page: Path, as_json: bool, *, plan: bool = False) -> None:
+    """The table of a finished run, its plan where that is the result, and the place of its report; or all as JSON."""
     from halfstep.app import story
     from halfstep.app.page import rich_table
     from halfstep.core.plan import StepPlan
@@ -160,15 +171,19 @@ def show_run(out: Path, page: Path, *, plan: bool = False) -> None:
     if is_done():  # the first process shows it
         return
     record = read_comparison(out / "quality.json")
+    chosen = StepPlan.load(out / "plan.json") if plan else None
+    if as_json:
+        told = {"report": str(page), "quality": record.to_json()}
+        show(told | ({"plan": chosen.to_json()} if chosen else {}), True, str)
+        return
     console.print(rich_table(story.plans_table(record, brief=True)))
-    if plan:
-        chosen = StepPlan.load(out / "plan.json")
+    if chosen:
         line(f"{chosen}\n{story.summary(record, chosen)}")
     line(f"report: {page}")
 
 
 @app.command()
-@common("edits", "seed", "device")
+@common("edits", "seed", "device", "as_json")
 def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = "0.1t") -> None:
     """The joint search on the bundled Fashion-MNIST model and its bank, at most 5 minutes on 2 CPU cores.
 
@@ -180,11 +195,11 @@ def demo(common: Common, out: Out = Path("runs/demo"), budget: Budget = "0.1t") 
 
     recipe = common.recipe_for("fashion")
     page = verbs.tune("fashion", "fashion", out, recipe, budget=budget, watch=RichWatch())
-    show_run(out, page, plan=True)
+    show_run(out, page, common.as_json, plan=True)
 
 
 @app.command()
-@common(*TRAINED, trains=True)
+@common(*TRAINED, "as_json", trains=True)
 def train(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
     """Train a dense denoiser; writes a stock diffusers DDPMPipeline to OUT/pipeline.
 
@@ -196,18 +211,18 @@ def train(data: Data, out: Out, common: Common, model: MaybeModel = None) -> Non
 
     done = verbs.train(data, out, common.recipe_for(data, dense=True), model=model, watch=RichWatch())
     if not is_done():
-        line(f"pipeline: {done}\nsamples:  {out / 'samples.png'}")
+        places(common.as_json, pipeline=done, samples=out / "samples.png")
 
 
-def compress(method: str, model: str | None, data: str, out: Path, recipe: Recipe) -> None:
+def compress(method: str, model: str | None, data: str, out: Path, recipe: Recipe, as_json: bool) -> None:
     """Compress by a method, and show what was measured."""
     from halfstep.app import verbs
 
-    show_run(out, verbs.compress(method, model, data, out, recipe, watch=RichWatch()))
+    show_run(out, verbs.compress(method, model, data, out, recipe, watch=RichWatch()), as_json)
 
 
 @compress_app.command()
-@common(*SAMPLED, "processes", trains=True)
+@common(*SAMPLED, "processes", "as_json", trains=True)
 def slimmable(model: Model, data: Data, out: Out, common: Common) -> None:
     """DDSM: a supernet whose narrower widths share its weights; evaluates every width and writes a report too.
 
@@ -215,11 +230,11 @@ def slimmable(model: Model, data: Data, out: Out, common: Common) -> None:
 
     Example: `halfstep compress slimmable --model runs/dense --data folder:photos --out runs/slim`
     """
-    compress("slimmable", model, data, out, common.recipe_for(data))
+    compress("slimmable", model, data, out, common.recipe_for(data), common.as_json)
 
 
 @compress_app.command()
-@common(*SAMPLED, "processes", trains=True)
+@common(*SAMPLED, "processes", "as_json", trains=True)
 def sparse(
     model: Model,
     data: Data,
@@ -236,11 +251,11 @@ def sparse(
     Example: `halfstep compress sparse --model runs/dense --data folder:photos --pattern 2:4 --out runs/sparse`
     """
     recipe = common.recipe_for(data, sparse_pattern=pattern)
-    compress("sparse", model, data, out, recipe)
+    compress("sparse", model, data, out, recipe, common.as_json)
 
 
 @compress_app.command()
-@common(*SAMPLED, "processes", trains=True)
+@common(*SAMPLED, "processes", "as_json", trains=True)
 def spectral(
     model: Model,
     data: Data,
@@ -257,11 +272,11 @@ def spectral(
     Example: `halfstep compress spectral --model runs/dense --data folder:photos --reduction 8 --out runs/slim`
     """
     recipe = common.recipe_for(data, spectral_reduction=reduction)
-    compress("spectral", model, data, out, recipe)
+    compress("spectral", model, data, out, recipe, common.as_json)
 
 
 @compress_app.command()
-@common(*SAMPLED, "processes", trains=True)
+@common(*SAMPLED, "processes", "as_json", trains=True)
 def continuous(
     data: Data,
     out: Out,
@@ -277,11 +292,11 @@ def continuous(
     Example: `halfstep compress continuous --data folder:photos --out runs/ode --set continuous.base=16`
     """
     recipe = common.recipe_for(data, dense=model is None)
-    compress("continuous", model, data, out, recipe)
+    compress("continuous", model, data, out, recipe, common.as_json)
 
 
 @compress_app.command()
-@common(*SAMPLED, "processes", trains=True)
+@common(*SAMPLED, "processes", "as_json", trains=True)
 def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) -> None:
     """Regularised score matching: trains a grid of penalty weights and keeps the best, beside its two controls.
 
@@ -292,11 +307,11 @@ def regularized(data: Data, out: Out, common: Common, model: MaybeModel = None) 
     Example: `halfstep compress regularized --data folder:photos --steps 50 --scheduler ddpm --out runs/reg`
     """
     recipe = common.recipe_for(data, dense=model is None)
-    compress("regularized", model, data, out, recipe)
+    compress("regularized", model, data, out, recipe, common.as_json)
 
 
 @app.command()
-@common(*SEARCHED, "processes", trains=True)
+@common(*SEARCHED, "processes", "as_json", trains=True)
 def optimize(
     model: Model, data: Data, out: Out, common: Common, budget: Budget = None, max_loss: MaxLoss = None
 ) -> None:
@@ -311,7 +326,7 @@ def optimize(
 
     recipe = common.recipe_for(data)
     page = verbs.optimize(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
-    show_run(out, page, plan=True)
+    show_run(out, page, common.as_json, plan=True)
 
 
 @app.command()
@@ -332,7 +347,7 @@ def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = 
 
 
 @app.command()
-@common(*SEARCHED)
+@common(*SEARCHED, "as_json")
 def tune(
     model: Annotated[
         str, typer.Option("--model", "--pipeline", help="A diffusers model or pipeline, `hub:NAME`, `fashion`.")
@@ -360,11 +375,11 @@ def tune(
 
     recipe = common.recipe_for(data or "")
     page = verbs.tune(model, data, out, recipe, budget=budget, max_loss=max_loss, watch=RichWatch())
-    show_run(out, page, plan=True)
+    show_run(out, page, common.as_json, plan=True)
 
 
 @app.command()
-@common(*SAMPLED, "dtype", "processes")
+@common(*SAMPLED, "dtype", "processes", "as_json")
 def sample(
     model: Model,
     out: Out,
@@ -392,11 +407,11 @@ def sample(
         dtype=common.dtype,
         watch=RichWatch(),
     )
-    line(f"images: {out}\ngrid:   {grid}")
+    places(common.as_json, images=out, grid=grid)
 
 
 @app.command()
-@common(*(name for name in SAMPLED if name not in ("seed", "batch", "device")))
+@common(*(name for name in SAMPLED if name not in ("seed", "batch", "device")), "as_json")
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a pipeline or a model, as `--model` takes it.")],
     common: Common,
@@ -417,7 +432,7 @@ def export(
 
     own = not common.says_sampler
     write(run, to, out, common.recipe_for(""), own_plan=own, watch=RichWatch())
-    line(f"exported: {out}")
+    places(common.as_json, exported=out)
 
 
 @app.command()
@@ -517,7 +532,7 @@ def profile(
 
 
 @app.command()
-@common("device")
+@common("device", "as_json")
 def spectrum(
     models: Annotated[list[str], typer.Option("--model", help="A denoiser or pipeline; repeat it to compare several.")],
     data: Data,
@@ -538,7 +553,7 @@ def spectrum(
 
     asked = timesteps or (20, 100, 300, 600)
     page = inspection.spectrum(models, data, out, timesteps=asked, images=images, watch=RichWatch())
-    line(f"report: {page}")
+    places(common.as_json, report=page)
 
 
 @app.command()
@@ -582,7 +597,7 @@ def denoise(
 
 
 @app.command()
-@common(*SAMPLED)
+@common(*SAMPLED, "as_json")
 def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
     """Better pictures in few steps without training: scale and threshold the predicted noise, row by row.
 
@@ -596,7 +611,8 @@ def shrink(model: Model, data: Data, out: Out, common: Common) -> None:
 
     recipe = common.recipe_for(data)
     steps = recipe.sample.steps if common.says_sampler else None
-    show_run(out, verbs.shrink(model, data, out, recipe, steps=steps, watch=RichWatch()), plan=True)
+    page = verbs.shrink(model, data, out, recipe, steps=steps, watch=RichWatch())
+    show_run(out, page, common.as_json, plan=True)
 
 
 @app.command()
@@ -613,7 +629,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folde
 
 
 @app.command()
-@common(*TRAINED[:-1])
+@common(*TRAINED[:-1], "as_json")
 def features(data: Data, out: Out, common: Common) -> None:
     """Train the feature classifier that Fréchet distances on your data rest on.
 
@@ -621,7 +637,8 @@ def features(data: Data, out: Out, common: Common) -> None:
     """
     from halfstep.app import measurement
 
-    line(f"features: {measurement.features(data, out, common.recipe_for(data), watch=RichWatch())}")
+    done = measurement.features(data, out, common.recipe_for(data), watch=RichWatch())
+    places(common.as_json, features=done)
 
 
 @app.command("recipe")

@@ -181,6 +181,10 @@ class Common:
             rich_help_panel=_COMMON,
         ),
     ] = None
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="No progress: results, warnings and errors alone.", rich_help_panel=_COMMON),
+    ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False
 
     @property
@@ -234,11 +238,12 @@ def _in_processes(asked: Common) -> None:
 def common(*names: str, trains: bool = False) -> Callable[[Verb], Verb]:
     """Give a verb with a parameter `common` these of `Common`'s options, on the command line and in its help.
 
-    With `--device` everything that the verb does runs there; with `--ray` what can be done side by side does; one that
-    `trains` runs with `--processes` in several.
+    `--quiet` every verb has. With `--device` everything that the verb does runs there; with `--ray` what can be done
+    side by side does; one that `trains` runs with `--processes` in several.
     """
     known = inspect.signature(Common, eval_str=True).parameters
     assert set(names) <= {item.name for item in fields(Common)}
+    names = (*names, "quiet")
 
     def with_options(verb: Verb) -> Verb:
         own = inspect.signature(verb, eval_str=True)
@@ -246,6 +251,7 @@ def common(*names: str, trains: bool = False) -> Callable[[Verb], Verb]:
         @functools.wraps(verb)
         def command(**given: Any) -> None:
             asked = Common(**{name: given.pop(name) for name in names})
+            RichWatch.quiet = asked.quiet
             if trains and (asked.processes or 1) > 1:  # the launcher says where they run
                 _in_processes(asked)
             elif asked.device:

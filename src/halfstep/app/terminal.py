@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -110,13 +111,21 @@ def as_typed(value: object) -> str:
 
 
 class RichWatch(Watch):
-    """Progress on standard error: a bar on a terminal, else a line every ten seconds and one at the end."""
+    """Progress on standard error: a bar on a terminal, else a line every ten seconds and one at the end. Under
+    `--quiet` warnings alone."""
+
+    quiet: ClassVar[bool] = False
 
     def say(self, text: str) -> None:
-        line(text, to=notes, style="dim")
+        if not self.quiet or text.startswith("warning"):
+            line(text, to=notes, style="dim")
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Told]:
+        if self.quiet:
+            with super().stage(name, total) as told:
+                yield told
+            return
         pace = Pace(total)
         on_terminal = notes.file.isatty() and not notes.is_dumb_terminal
         with self._bar(name, pace) if on_terminal else self._lines(name, pace) as told:
