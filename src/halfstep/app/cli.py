@@ -436,6 +436,36 @@ def export(
 
 
 @app.command()
+@common("prompts", "device")
+def studio(
+    common: Common,
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN…", help="Runs, pipelines or models; default: `fashion`.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Where it listens, on this machine alone.", min=1, max=65535)] = 7860,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where pipelines are saved; default: RUN/studio, or runs/studio.")
+    ] = None,
+) -> None:
+    """Look at plans in a browser: by price, beside the reference, edited row by row, as a film.
+
+    A run that is still being written shows what is there. Needs `pip install 'halfstep[studio]'`.
+
+    Example: `halfstep studio runs/half`
+    """
+    from halfstep.app.serving import require_free, require_studio, served
+
+    require_studio()
+    require_free(port)
+    from halfstep.app.exploring import explore
+
+    recipe, names = common.recipe_for(""), list(dict.fromkeys(runs or ["fashion"]))
+    with served({name: explore(name, recipe, out, RichWatch()) for name in names}, port) as (address, wait):
+        line(f"studio: {address} (Ctrl-C ends it)")
+        wait()
+
+
+@app.command()
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="What it is called on the hub.")],

@@ -20,6 +20,7 @@ from halfstep.core.plan import NONE, Correction, Guide, StepPlan
 from halfstep.core.typed import shown, typed
 from halfstep.core.watch import SILENT, Told, Watch
 from halfstep.data.arrays import open_cached, write_cached
+from halfstep.engine.bank import Bank
 from halfstep.measure.judge import Judge
 from halfstep.nets.content import fingerprint
 
@@ -100,6 +101,11 @@ def counted(told: Told, most: float = math.inf) -> Seen:
     return lambda one: told(min(next(done), most), str(one))
 
 
+def digest_in(bank: Bank, plan: StepPlan) -> str:
+    """16 hex digits of what a plan draws by a bank's networks: its rows, its sampler, the weights that it names."""
+    return fingerprint(plan.digest, [bank.fingerprint(name) for name in sorted(plan.nets)])
+
+
 class ScoreBook:
     """All scores of a run folder, those of earlier calls too. `executor`: where many plans are measured at once."""
 
@@ -113,8 +119,7 @@ class ScoreBook:
 
     def digest(self, plan: StepPlan) -> str:
         """16 hex digits of what a plan draws: its rows, its sampler, and the weights of the entries that it names."""
-        weights = [self.judge.bank.fingerprint(name) for name in sorted(plan.nets)]
-        return fingerprint(plan.digest, weights)
+        return digest_in(self.judge.bank, plan)
 
     def features(self, plan: StepPlan, images: int, seed: int) -> np.ndarray:
         """Features [images, F] of a plan's pictures of a seed, kept in the run folder: drawn once."""
