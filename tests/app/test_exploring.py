@@ -214,7 +214,7 @@ def test_a_run_that_is_still_being_written_is_read_as_far_as_it_is(tmp_path):
     explored = explore(str(folder), RECIPE)
     assert [one.score for one in explored.plans] == [9.0, 4.0, 1.0] and explored.folder == folder
     found = progress(folder)
-    assert not found.done and found.stages == (("reference", 1, 1.0), ("fit", 3, 4.0), ("final", 1, 0.1))
+    assert not found.done and found.stages == (("reference", 16, 1, 1.0), ("fit", 16, 3, 4.0), ("final", 64, 1, 0.1))
     assert "not finished; 5 plans measured; trained to step 40, loss 0.125; last record" in found.told
     listing = {path.name for path in folder.iterdir()}
     assert listing == {"model", "recipe.json", "log.jsonl", "scores.jsonl"}  # looking leaves nothing
@@ -254,3 +254,8 @@ def test_an_exploration_keeps_a_bounded_number_of_grids(run):
     for seed in range(40):
         explored.drawn(explored.plans[0].plan, Asked(count=1, seed=seed))
     assert isinstance(explored, Exploration) and len(explored._drawn) <= 24
+
+
+def test_the_bundled_scores_are_of_the_bundled_bank():
+    explored = explore("fashion", Recipe())
+    assert explored.unknown == 0 and explored.plans[-1].score is not None and explored.folder is None

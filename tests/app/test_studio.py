@@ -55,7 +55,7 @@ def served(tmp_path_factory):
     command = [sys.executable, "-m", "halfstep", "studio", str(run), "--port", str(port)]
     with (run.parent / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=run.parent)
-    until = time.monotonic() + 180
+    until = time.monotonic() + 400
     while "studio: " not in (said := (run.parent / "log").read_text()):
         assert process.poll() is None and time.monotonic() < until, said
         time.sleep(0.3)
@@ -129,7 +129,7 @@ def test_nonsense_from_a_browser_is_an_error_and_the_server_lives(served):
 def settled(page) -> None:
     """Wait until no event is on its way."""
     page.wait_for_timeout(300)
-    page.wait_for_function("() => !document.querySelector('.generating, .pending')", timeout=90_000)
+    page.wait_for_function("() => !document.querySelector('.generating, .pending')", timeout=120_000)
 
 
 @pytest.mark.slow
@@ -145,41 +145,41 @@ def test_as_a_person_would(served):
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(address)
-        page.wait_for_selector("#strip button", timeout=90_000)
+        page.wait_for_selector("#strip button", timeout=120_000)
         slider = page.locator("#ms input[type=range]")
         slider.focus()
         page.keyboard.press("End")
-        page.wait_for_function("() => document.querySelectorAll('#strip button').length == 8", timeout=60_000)
+        page.wait_for_function("() => document.querySelectorAll('#strip button').length == 8", timeout=120_000)
         page.keyboard.press("Home")
-        page.wait_for_function("() => document.querySelectorAll('#strip button').length == 2", timeout=60_000)
+        page.wait_for_function("() => document.querySelectorAll('#strip button').length == 2", timeout=120_000)
         before = page.inner_text("#price")
         page.click("#strip button[data-row='1']")
         page.wait_for_selector("#strip button[data-row='1'][aria-pressed=true]")
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector("#strip button[data-row='0'][aria-pressed=true]")
         page.get_by_label("w0.50").check()
-        page.wait_for_function("(b) => document.querySelector('#price').innerText != b", arg=before, timeout=60_000)
+        page.wait_for_function("(b) => document.querySelector('#price').innerText != b", arg=before, timeout=120_000)
         assert "w0.50: 1 rows" in page.inner_text("#strip") and "not measured" in page.inner_text("#price")
         page.click("#draw")
-        page.wait_for_selector("#beside img >> nth=1", timeout=90_000)
+        page.wait_for_selector("#beside img >> nth=1", timeout=120_000)
         assert all(page.locator("#beside img").nth(k).get_attribute("alt") for k in (0, 1))
         page.click("#film")
-        page.wait_for_selector("#frame img", timeout=90_000)
+        page.wait_for_selector("#frame img", timeout=120_000)
         assert page.evaluate("document.documentElement.scrollWidth") <= 420
         page.fill("#name input, #name textarea", "by-hand")
         page.click("#save")
-        page.wait_for_function("() => document.querySelector('#saved').innerText.includes('by-hand')", timeout=60_000)
+        page.wait_for_function("() => document.querySelector('#saved').innerText.includes('by-hand')", timeout=120_000)
         assert StepAwarePipeline.from_pretrained(run / "studio" / "by-hand").plan.entries == ("w0.50", "full")
         page.fill("#name input, #name textarea", "../no")
         page.click("#save")
-        page.wait_for_selector("text=expected 1 to 40 letters", timeout=60_000)
+        page.wait_for_selector("text=expected 1 to 40 letters", timeout=120_000)
         page.reload()
-        page.wait_for_selector("#strip button", timeout=90_000)
+        page.wait_for_selector("#strip button", timeout=120_000)
         settled(page)
         page.click("#kept input")
         page.get_by_role("option", name="by-hand").click()
         page.click("#open")
-        page.wait_for_function("() => document.querySelector('#strip').innerText.includes('w0.50')", timeout=60_000)
+        page.wait_for_function("() => document.querySelector('#strip').innerText.includes('w0.50')", timeout=120_000)
         foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
         assert foreign == [] and wrong == []
         browser.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -433,10 +433,11 @@ def _with_named(bank: Bank, scored: Sequence[Scored], recipe: Recipe, watch: Wat
 
 
 class Progress(NamedTuple):
-    """How a run stands: in words; what was measured at each stage: (stage, plans, best score); whether it is done."""
+    """How a run stands: in words; what was measured at each stage, of how many pictures: (stage, pictures, plans, best
+    score); whether it is done."""
 
     told: str
-    stages: tuple[tuple[str, int, float], ...]
+    stages: tuple[tuple[str, int, int, float], ...]
     done: bool
 
 
@@ -445,8 +446,10 @@ def progress(folder: Path) -> Progress:
     folder = Path(folder)
     scored = read_scores(folder)
     log = disk.read_records(folder / "log.jsonl")[-1:]
-    stages = Counter(one.stage for one in scored)
-    best = tuple((name, count, min(o.score for o in scored if o.stage == name)) for name, count in stages.items())
+    stages: dict[tuple[str, int], list[float]] = {}
+    for one in scored:
+        stages.setdefault((one.stage, one.images), []).append(one.score)
+    best = tuple((*key, len(scores), min(scores)) for key, scores in stages.items())
     done = (folder / "quality.json").is_file()
     parts = ["finished" if done else "not finished", f"{len(scored)} plans measured"]
     if log and (step := log[0].get("step")) is not None:

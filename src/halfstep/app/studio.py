@@ -46,7 +46,7 @@ CSS = """
 .gradio-container {max-width: 1100px !important; margin: auto}
 .strip {display: flex; flex-wrap: wrap; gap: 3px; padding: 4px}
 .strip button {min-width: 30px; min-height: 44px; margin: 0 !important}
-.strip button {border: 0; border-radius: 4px; font-weight: 600; cursor: pointer}
+.strip button {border: 1px solid var(--border-color-primary); border-radius: 4px; font-weight: 600; cursor: pointer}
 .strip button[aria-pressed=true] {box-shadow: inset 0 0 0 2px white, 0 0 0 3px #c2410c}
 .strip button:focus-visible, .swipe input:focus-visible {outline: 3px solid #2563eb; outline-offset: 3px}
 .legend {display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 0.95em}
@@ -406,12 +406,16 @@ class Page:
             return "<p>This is a model, not a run: nothing is searched here.</p>"
         found = progress(explored.folder)
         rows = "".join(
-            f"<tr><th scope='row'>{escape(name)}</th><td>{count}</td><td>{best:.4g}</td></tr>"
-            for name, count, best in found.stages
+            f"<tr><th scope='row'>{escape(name)}</th><td>{count}</td><td>{images}</td><td>{best:.4g}</td></tr>"
+            for name, images, count, best in found.stages
         )
-        head = "<tr><th scope='col'>Stage</th><th scope='col'>Plans</th><th scope='col'>Best score</th></tr>"
+        titles = ("Stage", "Plans", "Pictures of each", "Best score")
+        cells = "".join(f"<th scope='col'>{title}</th>" for title in titles)
+        head = f"<tr>{cells}</tr>"
+        note = "Scores compare within one number of pictures; those of fidelity are of another measure."
         more = f" {explored.unknown} measured plans are of entries that are not here." if explored.unknown else ""
-        return f"<p>{escape(found.told)}.{more}</p><table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+        table = f"<table><thead>{head}</thead><tbody>{rows}</tbody></table><p>{note}</p>" if rows else ""
+        return f"<p>{escape(found.told)}.{more}</p>{table}"
 
 
 def _down(ms: float) -> float:
