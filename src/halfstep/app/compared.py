@@ -109,7 +109,8 @@ def summary(record: Compared) -> str:
 
 def quality_table(record: Compared, *, brief: bool = False) -> Table:
     """Time, distance and verdict of each beside the first. `brief`: what fits a terminal of 80 columns."""
-    return plans_table(record.comparison, "Quality and time, beside the first", brief=brief)
+    table = plans_table(record.comparison, "Quality and time, beside the first", brief=brief)
+    return replace(table, best=None)  # none is the run's own, whatever its name
 
 
 def cost_table(record: Compared) -> Table:

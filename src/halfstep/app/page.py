@@ -115,7 +115,7 @@ def rich_table(table: Table) -> rich.table.Table:
     out = RichTable(title=Text(table.title), title_justify="left", caption=caption, caption_justify="left")
     out.box, out.pad_edge = box.SIMPLE_HEAD, False
     for column, number in zip(table.columns, _are_numbers(table), strict=True):
-        out.add_column(Text(column), justify="right" if number else "left")
+        out.add_column(Text(column), justify="right" if number else "left", overflow="fold")
     for k, row in enumerate(table.rows):
         out.add_row(*map(Text, row), style="bold green" if k == table.best else None)
     return out
