@@ -54,6 +54,8 @@ CSS = """
 .pictures {display: flex; flex-wrap: wrap; gap: 16px}
 .pictures figure {flex: 1 1 280px; margin: 0; max-width: 540px}
 .pictures img, .swipe img {width: 100%; image-rendering: pixelated; background: white; border-radius: 4px}
+#progress table {display: block; overflow-x: auto; max-width: 100%}
+#progress th, #progress td {padding: 4px 8px}
 .swipe {max-width: 640px}
 .swipe div {position: relative}
 .swipe .over {position: absolute; inset: 0; clip-path: inset(0 0 0 50%)}
@@ -409,7 +411,7 @@ class Page:
             f"<tr><th scope='row'>{escape(name)}</th><td>{count}</td><td>{images}</td><td>{best:.4g}</td></tr>"
             for name, images, count, best in found.stages
         )
-        titles = ("Stage", "Plans", "Pictures of each", "Best score")
+        titles = ("Stage", "Plans", "Pictures", "Best score")
         cells = "".join(f"<th scope='col'>{title}</th>" for title in titles)
         head = f"<tr>{cells}</tr>"
         note = "Scores compare within one number of pictures; those of fidelity are of another measure."
