@@ -21,9 +21,9 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workers():
-    """Ray's on this machine, as an executor."""
+    """Ray's on this machine, as an executor; gone with the file's last test, for others fork."""
     ray = pytest.importorskip("ray")
     import torch
 

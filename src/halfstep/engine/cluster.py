@@ -230,7 +230,8 @@ def connected(address: str) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ray.init(num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        # "local": without it Ray would join a cluster that happens to run here
+        ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
         return ray
     try:
         ray.init(address=address, **quiet)
