@@ -243,6 +243,15 @@ def test_locks_nest_and_are_given_back_in_their_order(tmp_path: Path):
     assert not list(tmp_path.rglob(".holder.json"))
 
 
+def test_what_a_kill_in_the_first_write_of_all_left_is_gone_after_the_next_call(tmp_path: Path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / f".recipe.json.{dead.pid}.halfstep-tmp"
+    left.write_text("{")
+    open_run(tmp_path, tiny(), INPUTS, {})
+    assert not left.exists()
+
+
 def test_a_home_of_hidden_files_is_no_empty_folder_and_what_systems_leave_is(tmp_path: Path):
     home, empty = tmp_path / "home", tmp_path / "empty"
     for folder, names in ((home, (".bashrc", ".ssh")), (empty, (".DS_Store", ".lock", ".log.jsonl.1.halfstep-tmp"))):

@@ -139,6 +139,7 @@ def _open(out: Path, asked: RunRecord, watch: Watch) -> None:
     known = None if fresh else _resumed(out, asked, watch)
     if known is None:
         disk.write_json(out / "recipe.json", asked.to_json())
+        disk.recover(out)  # of a call that was killed in that very write
         return
     disk.require_writable(out)
     disk.recover(out)
