@@ -121,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 _OPENED: dict[str, Held] = {}
-"""What this worker holds, of the cluster whose token is its value under ""."""
+"""What this worker holds, by name, of the cluster whose token stands in `_TOKEN`: another one's is let go."""
 _TOKEN: list[str] = []
 
 
@@ -222,7 +222,7 @@ def connected(address: str) -> Any:
     if address != LOCAL:
         _require_answer(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its own later default, of which it warns
     import ray
 
     if ray.is_initialized():
