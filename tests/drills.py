@@ -197,6 +197,11 @@ def killed_until(name: str, base: Path, seed: int, kills: int, deadline: float, 
         tally.wrong.append(f"left alone it ended with {code}: {said_by([*command, '--out', str(alone)]).read_text()}")
         return tally
     wanted = found_in(alone)
+    if also:  # these words have a time of their own
+        begun = time.monotonic()
+        ran([*command, *also, "--out", str(out)])
+        whole = time.monotonic() - begun
+        shutil.rmtree(out)
     while tally.hurt < kills and time.monotonic() < deadline:
         code = ran([*command, *also, "--out", str(out)], kill_after=draw.uniform(0, 1.15 * whole))
         if code == -signal.SIGKILL:
@@ -204,7 +209,7 @@ def killed_until(name: str, base: Path, seed: int, kills: int, deadline: float, 
             continue
         tally.take(code, out, wanted)
         shutil.rmtree(out)
-    if out.exists():
+    if out.exists() or not tally.ended:  # a kill before the first write leaves nothing, and is to be gone on from too
         tally.take(ran([*command, *also, "--out", str(out)]), out, wanted)
     shutil.rmtree(place)
     return tally
