@@ -34,12 +34,13 @@ from PIL import Image
 from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
-from halfstep.app import story, verbs
+from halfstep.app import verbs
 from halfstep.app.figures import Curve
 from halfstep.app.measurement import judge_for
 from halfstep.app.page import Report, Table, rich_table, write_report
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
+from halfstep.app.words import change_cell, quality_cell
 from halfstep.core import disk
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import ContinuousSpec, ModelSpec, Recipe
@@ -172,8 +173,8 @@ def quality_table(judge: Judge, plan: StepPlan, recipe: Recipe, work: Path, watc
         disk.write_png(work / f"pictures-{steps}.png", Image.fromarray(np.concatenate(rows)))
         for name in judge.bank:
             row = rows_of[plan_of[name]]
-            change = "" if name == "U-Net" else f", {story.change_cell(row.difference)}"
-            cells[name].append(story.quality_cell(row.quality["fd"]) + change)
+            change = "" if name == "U-Net" else f", {change_cell(row.difference)}"
+            cells[name].append(quality_cell(row.quality["fd"]) + change)
     note = f"Fréchet distance with 95 % interval, change to the U-Net of as many steps, n = {recipe.eval.images}, DDIM."
     columns = ("net", *(f"{steps} steps" for steps in STEPS))
     return Table(title="Quality by sampling steps", columns=columns, rows=tuple(map(tuple, cells.values())), note=note)
@@ -214,7 +215,7 @@ def perturbed_table(judge: Judge, plan: StepPlan, names: Sequence[str], count: i
                 drawn.append(to_images(judge.bank, denoise(judge.bank, plan.uniform(name), noise, generators)))
             features[factor] = extract(judge.extractor, iter(drawn))
         changes = (compare(features[1.0], features[f], judge.reference, n_boot=bootstrap) for f in (0.95, 1.05))
-        rows.append((name, f"{judge.fd(features[1.0]):.2f}", *map(story.change_cell, changes)))
+        rows.append((name, f"{judge.fd(features[1.0]):.2f}", *map(change_cell, changes)))
     columns = ("net", "as it is", "noise x 0.95", "noise x 1.05")
     note = f"Fréchet distance, n = {count}, 20 DDIM steps; the changes are paired, 95 % intervals."
     return Table(title="Perturbed start noise", columns=columns, rows=tuple(rows), note=note)

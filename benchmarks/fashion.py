@@ -24,12 +24,15 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
 from halfstep.app import page as pages
-from halfstep.app import story, verbs
+from halfstep.app import verbs
+from halfstep.app.charts import pareto, plan_chart
 from halfstep.app.figures import Curve
 from halfstep.app.measurement import judge_for
 from halfstep.app.page import Grid, Report, Table, rich_table, write_report
 from halfstep.app.subject import open_subject
+from halfstep.app.tables import plans_table
 from halfstep.app.terminal import RichWatch
+from halfstep.app.words import summary
 from halfstep.core import disk
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
@@ -170,16 +173,16 @@ def main() -> None:
     plans["dense, 50 steps"] = fewer_steps(plan, 50)
     verdict = measure_plans(judge, plans, recipe, repeats=args.repeats, batch=64, watch=watch)
     (work / "quality.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
-    table = story.plans_table(verdict.record, f"Fashion-MNIST {args.size}x{args.size}, budget {args.budget:.0%}")
+    table = plans_table(verdict.record, f"Fashion-MNIST {args.size}x{args.size}, budget {args.budget:.0%}")
     spent = searches_table(found, recipe, args.budget)
     report = Report(
         title=table.title,
-        summary=story.summary(verdict.record, plans["plan"]),
+        summary=summary(verdict.record, plans["plan"]),
         facts={key: str(value) for key, value in verdict.record.about.machine.items()},
         tables=(table, spent),
         figures=(
-            story.pareto(verdict.record, []),
-            story.plan_chart(plans["plan"]),
+            pareto(verdict.record, []),
+            plan_chart(plans["plan"]),
             progress_curve(found, recipe.search.images),
         ),
         grids=tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items()),
@@ -211,7 +214,7 @@ def confirm(size: int, budget: float, count: int, work: Path, recipe: Recipe, wa
     plans |= {f"uniform {name}": plan.uniform(name) for name in ("w0.75", "w0.50")}
     verdict = measure_plans(judge, plans, recipe, repeats=5, batch=64, watch=watch)
     (work / "confirmed.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
-    table = story.plans_table(verdict.record, f"The same plan on {count:,} images of other seeds")
+    table = plans_table(verdict.record, f"The same plan on {count:,} images of other seeds")
     page = page_of(size, budget)
     kept = page.read_text().split("**The same plan on")[0].rstrip()
     page.write_text(f"{kept}\n\n{markdown(table)}\n")

@@ -39,11 +39,11 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, markdown
-from halfstep.app import story
 from halfstep.app.page import Table, rich_table
 from halfstep.app.searching import LADDER, Ground, place_of
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
+from halfstep.app.words import change_cell
 from halfstep.core import disk
 from halfstep.core.plan import NONE, StepPlan
 from halfstep.core.recipe import Recipe, SampleSpec
@@ -311,8 +311,8 @@ def table_of(size: int, ground: Ground, plans, found, times, rows) -> Table:
                 f"1/{base / ms:.1f}",
                 f"1/{best / ms:.2f}",
                 f"{max(0, found[name].value):.2f} [{max(0, low):.2f}, {max(0, high):.2f}]",
-                f"{story.change_cell(today[name])}, {today[name].verdict(0.05)}",
-                f"{story.change_cell(beside[name])}, {beside[name].verdict(0.05)}",
+                f"{change_cell(today[name])}, {today[name].verdict(0.05)}",
+                f"{change_cell(beside[name])}, {beside[name].verdict(0.05)}",
                 why,
             )
         )

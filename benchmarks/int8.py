@@ -23,12 +23,12 @@ import torch
 
 import free
 from fashion import markdown
-from halfstep.app import story
 from halfstep.app.measurement import judge_for
 from halfstep.app.page import Table
 from halfstep.app.searching import with_int8
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
+from halfstep.app.words import change_cell
 from halfstep.core import disk
 from halfstep.core.machine import cpu_name
 from halfstep.core.plan import StepPlan
@@ -96,7 +96,7 @@ def main() -> None:
         change, ms = difference(found[base], found[name], judge.reference, least), {n: median(took[n]) for n in rows}
         low, high = found[name].interval
         fd = f"{max(0, found[name].value):.2f} [{max(0, low):.2f}, {max(0, high):.2f}]"
-        told = f"{story.change_cell(change)}, {change.verdict(0.05)}" if name != base else ""
+        told = f"{change_cell(change)}, {change.verdict(0.05)}" if name != base else ""
         cells.append((name, f"{ms[name]:,.0f}", f"{ms[name] / ms[base]:.0%}", fd, told))
     note = (
         f"{cpu_name()}, one thread, by {args.runtime}: processor ms of {BATCH} images, median of {args.repeats} in "

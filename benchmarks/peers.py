@@ -27,12 +27,12 @@ from statistics import median
 import torch
 
 import free
-from halfstep.app import story
 from halfstep.app.figures import Pareto, Series, draw_all
 from halfstep.app.page import Table
 from halfstep.app.searching import Ground
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
+from halfstep.app.words import change_cell
 from halfstep.core import disk
 from halfstep.core.machine import cpu_name
 from halfstep.core.plan import Row as PlanRow
@@ -209,9 +209,7 @@ def draw_quality(size: int, rows: Sequence[Row], bank: Bank, images: int, second
     for digest, one in found.items():
         if digest in known and known[digest].n >= images:
             continue
-        words = {
-            base: f"{story.change_cell(all_[digest])}, {all_[digest].verdict(0.05)}" for base, all_ in beside.items()
-        }
+        words = {base: f"{change_cell(all_[digest])}, {all_[digest].verdict(0.05)}" for base, all_ in beside.items()}
         low, high = one.interval
         known[digest] = Quality(
             name=names[digest],

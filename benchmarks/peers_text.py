@@ -28,7 +28,7 @@ import torch
 from free import markdown
 from halfstep.app.figures import Pareto, Series, draw_all
 from halfstep.app.page import Table
-from halfstep.app.story import change_cell
+from halfstep.app.words import change_cell
 from halfstep.core.machine import cpu_name
 from halfstep.core.recipe import SampleSpec
 from halfstep.engine.bank import Bank

@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 
 from fashion import DATA, MODELS, file_name, loss_table, show_table
-from halfstep.app import story, verbs
+from halfstep.app import verbs
+from halfstep.app.charts import pareto
 from halfstep.app.measurement import judge_for
 from halfstep.app.page import Grid, Report, Table, write_report
 from halfstep.app.subject import open_model, open_subject
+from halfstep.app.tables import plans_table
 from halfstep.app.terminal import RichWatch
 from halfstep.core.recipe import Recipe, SparseSpec
 from halfstep.core.recipes import named
@@ -197,14 +199,14 @@ def main() -> None:
     verdict = measure_plans(judge, plans, recipe, repeats=2, watch=watch)
     suffix = "".join(f"-{file_name(text)}" for text in args.only)
     (work / f"quality{suffix}.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
-    table = story.plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
+    table = plans_table(verdict.record, f"SparseDM, {args.net}, Fashion-MNIST 32x32")
     grids = tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items())
     report = Report(
         title=table.title,
         summary=f"Fine-tuned for {recipe.train.steps} steps of {recipe.train.batch} from one dense model.",
         facts={key: str(value) for key, value in verdict.record.about.machine.items()},
         tables=(table,),
-        figures=(story.pareto(verdict.record, []),),
+        figures=(pareto(verdict.record, []),),
         grids=grids,
     )
     if not args.only:

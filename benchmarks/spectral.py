@@ -22,10 +22,12 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
-from halfstep.app import story, verbs
+from halfstep.app import verbs
+from halfstep.app.charts import pareto, plan_chart
 from halfstep.app.measurement import judge_for
 from halfstep.app.page import Grid, Report, Table, rich_table, write_report
 from halfstep.app.subject import open_model, open_subject
+from halfstep.app.tables import plans_table
 from halfstep.app.terminal import RichWatch
 from halfstep.core.recipe import SpectralSpec
 from halfstep.core.recipes import named
@@ -104,7 +106,7 @@ def main() -> None:
         plans[f"teacher, {steps} steps"] = fewer_steps(plan, steps)
     verdict = measure_plans(judge, plans, recipe, keep=512, repeats=3, watch=watch)
     (work / "quality.json").write_text(json.dumps(verdict.record.to_json(), indent=2))
-    table = story.plans_table(verdict.record, "Spectral Diffusion, Fashion-MNIST 32x32")
+    table = plans_table(verdict.record, "Spectral Diffusion, Fashion-MNIST 32x32")
     real = judge.images.subset(2048)
     spectra = spectrum_table(verdict.pictures, real.batch(slice(0, len(real))))
     report = Report(
@@ -112,7 +114,7 @@ def main() -> None:
         summary=f"Students: {recipe.train.steps} steps of {recipe.train.batch}, {args.reduction:g} times fewer MACs.",
         facts={key: str(value) for key, value in verdict.record.about.machine.items()},
         tables=(table, spectra),
-        figures=(story.pareto(verdict.record, []), story.plan_chart(plans["teacher and student mixed"])),
+        figures=(pareto(verdict.record, []), plan_chart(plans["teacher and student mixed"])),
         grids=tuple(Grid(title=n, images=x[:32], columns=8) for n, x in verdict.pictures.items()),
     )
     write_report(report, work)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from halfstep.app.figures import Pareto, Series, draw_all
 from halfstep.app.page import markdown_row
-from halfstep.app.story import change_cell
+from halfstep.app.words import change_cell
 from halfstep.core.results import Difference, Interval
 from halfstep.measure.agreement import Agreement
 from halfstep.measure.quality import Distances

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from halfstep.app.charts import plan_chart, spectra_curve, time_pareto, told_strip
 from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series, draw_all, draw_plan
 from halfstep.app.page import Grid, Report, Table, rich_table, write_report
-from halfstep.app.story import _spectra_curve, _told_strip, costs_table, plan_chart, plans_table, summary, time_pareto
+from halfstep.app.tables import costs_table, plans_table
+from halfstep.app.words import summary
 from halfstep.core.errors import PlanError, RunError
 from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
 from halfstep.core.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality, Rings
@@ -310,14 +312,14 @@ def test_a_finished_run_s_strip_stands_beside_its_reference_s_in_milliseconds_wh
     beside = lambda macs, **more: Comparison(  # noqa: E731
         about=replace(ABOUT, **more), plans={"reference": replace(ROW, macs=macs), "free": replace(ROW, macs=8 * 50)}
     )
-    found = _told_strip(plan, beside(8 * 50), costs)
+    found = told_strip(plan, beside(8 * 50), costs)
     assert found.unit == "ms" and found.costs == {"full": 1.5}
     assert found.against == {"the reference: 50 calls of 'full'": ("full",) * 50}
     searched = plan.replacing(replace(plan, rows=plan.rows * 50))
-    assert list(_told_strip(searched, beside(8 * 50), costs).against) == ["the reference: 50 DDIM calls of 'full'"]
-    assert list(_told_strip(plan, beside(8 * 50, free="free"), costs).against)[1] == "the best free: 50 calls of 'full'"
-    assert _told_strip(plan, beside(9), costs).against == {}  # no uniform one, of which rows are known
-    assert _told_strip(plan, beside(8 * 50), {"full": Cost(macs=8, params=1)}).unit == "MMACs"
+    assert list(told_strip(searched, beside(8 * 50), costs).against) == ["the reference: 50 DDIM calls of 'full'"]
+    assert list(told_strip(plan, beside(8 * 50, free="free"), costs).against)[1] == "the best free: 50 calls of 'full'"
+    assert told_strip(plan, beside(9), costs).against == {}  # no uniform one, of which rows are known
+    assert told_strip(plan, beside(8 * 50), {"full": Cost(macs=8, params=1)}).unit == "MMACs"
 
 
 def test_the_sentence_and_the_table_of_a_plan_tell_both_references():
@@ -344,6 +346,6 @@ def test_data_that_models_see_in_two_sizes_have_a_line_each():
         return Rings(frequency=tuple(k / n for k in range(n)), data=line, wiener=line, model=line, error=line)
 
     models = {"small": rings(4, 1.0), "its twin": rings(4, 1.0), "large": rings(8, 2.0)}
-    curve = _spectra_curve("20", models)
+    curve = spectra_curve("20", models)
     assert set(curve.lines) == {"data", "wiener", *models, "data of large", "wiener of large"}
     assert [len(curve.lines[name]) for name in ("data", "data of large")] == [4, 8]

@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from halfstep.app.charts import strip
 from halfstep.app.figures import Pareto, Series, _draw_pareto, draw_all, frontier
 from halfstep.app.palette import amount, entry_colours
-from halfstep.app.story import strip
 from halfstep.app.strips import MARGIN, PlanChart, calls_of, draw_strips, height_of
 from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halfstep.app.story import MAX_PICTURES, _pictures, plans_table, tell_spectra
+from halfstep.app.story import MAX_PICTURES, _pictures, tell_spectra
+from halfstep.app.tables import plans_table
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.results import Cost, read_comparison, read_costs

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.app.page import markdown
-from halfstep.app.story import plans_table, summary
+from halfstep.app.tables import plans_table
+from halfstep.app.words import summary
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.plan import StepPlan

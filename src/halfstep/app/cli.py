@@ -163,7 +163,7 @@ def places(as_json: bool, **found: Path) -> None:
 
 def show_run(out: Path, page: Path, as_json: bool, *, plan: bool = False) -> None:
     """The table of a finished run, its plan where that is the result, and the place of its report; or all as JSON."""
-    from halfstep.app import story
+    from halfstep.app import tables, words
     from halfstep.app.page import rich_table
     from halfstep.core.plan import StepPlan
     from halfstep.core.results import read_comparison
@@ -176,9 +176,9 @@ def show_run(out: Path, page: Path, as_json: bool, *, plan: bool = False) -> Non
         told = {"report": str(page), "quality": record.to_json()}
         show(told | ({"plan": chosen.to_json()} if chosen else {}), True, str)
         return
-    console.print(rich_table(story.plans_table(record, brief=True)))
+    console.print(rich_table(tables.plans_table(record, brief=True)))
     if chosen:
-        line(f"{chosen}\n{story.summary(record, chosen)}")
+        line(f"{chosen}\n{words.summary(record, chosen)}")
     line(f"report: {page}")
 
 
@@ -492,11 +492,11 @@ def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
 
     Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
     """
-    from halfstep.app import story, verbs
+    from halfstep.app import tables, verbs
     from halfstep.app.page import rich_table
 
     record = verbs.evaluate(model, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
-    show(record.to_json(), common.as_json, lambda: rich_table(story.plans_table(record, brief=True)))
+    show(record.to_json(), common.as_json, lambda: rich_table(tables.plans_table(record, brief=True)))
 
 
 @app.command()
@@ -549,7 +549,7 @@ def profile(
     """
     from halfstep.app import inspection, verbs
     from halfstep.app.page import rich_table
-    from halfstep.app.story import costs_table, runtimes_table
+    from halfstep.app.tables import costs_table, runtimes_table
 
     batch, watch, asked = common.batch or 1, RichWatch(), cast(RuntimeName, common.runtime or "eager")
     if asked == "auto":
@@ -609,7 +609,7 @@ def denoise(
     """
     from halfstep.app import inspection
     from halfstep.app.page import rich_table
-    from halfstep.app.story import restored_table
+    from halfstep.app.tables import restored_table
 
     found = inspection.denoise(
         models,

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from halfstep.app.charts import pareto, time_pareto
 from halfstep.app.figures import Pareto, Series, frontier
 from halfstep.app.page import Cell, Plate, Report, Table, write_report
 from halfstep.app.palette import percent
-from halfstep.app.story import MAX_PICTURES, pareto, plans_table, time_pareto, verdict_of
+from halfstep.app.story import MAX_PICTURES
+from halfstep.app.tables import plans_table
+from halfstep.app.words import verdict_of
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.recipe import RunRecord
