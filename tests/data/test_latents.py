@@ -30,8 +30,8 @@ from halfstep.engine.sampling import (
     start_noise,
 )
 from halfstep.engine.stepaware import StepAwarePipeline
-from halfstep.measure.features import load_features
 from halfstep.measure.judge import Judge
+from halfstep.measure.pretrained import load_features
 from halfstep.nets.fresh import new_model
 from halfstep.nets.models import load_denoiser, load_vae
 from halfstep.search.damage import error_table

@@ -91,6 +91,7 @@ def test_one_layer_is_computed_to_the_last_step(name, made):
     assert sum(node.op_type == "QuantizeLinear" for node in stored.node) == 2, "what goes in, and what comes out"
 
 
+@pytest.mark.slow  # a graph of the whole net is exported
 @pytest.mark.parametrize(("name", "made"), SESSIONS)
 def test_a_session_strays_no_further_than_eight_bits_do(bank, name, made):
     entry = bank.entries["full@int8"]
@@ -115,6 +116,7 @@ def test_a_plan_of_both_is_drawn_row_by_row(bank):
     assert torch.equal(drawn(bank, plan_over(bank, "full", "slim")), drawn(alone, plan_over(alone, "full", "slim")))
 
 
+@pytest.mark.slow
 def test_it_costs_its_sources_macs_and_a_time_of_its_own(bank):
     prices = bank.with_reuse([0]).prices()
     assert prices["full@int8"].macs == prices["full"].macs == count_macs(unet(0, (8, 16)))

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
-from halfstep.core.bundled import features_of
 from halfstep.core.errors import DataError, HalfstepError, ModelError
 from halfstep.data.images import load_images
 from halfstep.measure.features import (
@@ -25,10 +24,10 @@ from halfstep.measure.features import (
     extract,
     extractor_of,
     feature_net_for,
-    load_features,
     raw_pixels,
     train_features,
 )
+from halfstep.measure.pretrained import load_features
 from halfstep.measure.quality import (
     METRICS,
     Reference,
@@ -517,26 +516,6 @@ def test_changed_or_foreign_files_are_refused_by_name(trained, tmp_path):
     record.write_text(text)
     with pytest.raises(ModelError, match=r"features\.safetensors: got no such file"):
         FeatureNet.load(tmp_path)
-
-
-@pytest.mark.parametrize(("word", "least"), [("digits", 0.9), ("fashion", 0.8)])
-def test_bundled_features_tell_pictures_apart_that_they_have_not_seen(word, least):
-    net, images = FeatureNet.load(features_of(word)), load_images(word, split="test")
-    assert load_features(word).name == net.name and accuracy(net, images) > least
-
-
-@pytest.mark.parametrize("source", ["nothing-here", "file:/nothing/here", "inception", "file:", ""])
-def test_unknown_features_are_refused(source):
-    with pytest.raises(ModelError):
-        load_features(source)
-
-
-@pytest.mark.parametrize(("source", "package"), [("inception:x", "torchvision"), ("dinov2", "transformers")])
-def test_a_missing_package_is_named(source, package, monkeypatch):
-    for name in (package, f"{package}.models"):
-        monkeypatch.setitem(__import__("sys").modules, name, None)  # importing it now raises ImportError
-    with pytest.raises(ModelError, match=f"pip install {package} "):
-        load_features(source)
 
 
 def test_images_that_do_not_fit_the_net_are_refused(trained, digits):

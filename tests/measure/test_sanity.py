@@ -15,8 +15,8 @@ from halfstep.data.images import load_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import reference_plan
 from halfstep.measure import sanity
-from halfstep.measure.features import load_features
 from halfstep.measure.judge import Judge, measure_plans
+from halfstep.measure.pretrained import load_features
 from halfstep.nets.models import load_denoiser
 
 

@@ -20,9 +20,9 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.networks import require_fed
 from halfstep.engine.samplers import at_calls, families
 from halfstep.engine.sampling import reference_plan
-from halfstep.measure.features import load_features
 from halfstep.measure.fidelity import Converged, converged_plan
 from halfstep.measure.judge import Judge
+from halfstep.measure.pretrained import load_features
 from halfstep.measure.quality import Distances
 from halfstep.search.arms import Arm, Stock, Track, Twins, best_free, raced_families
 from halfstep.search.joint import (

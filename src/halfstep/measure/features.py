@@ -1,37 +1,28 @@
-"""Feature networks: a small classifier of our own trained on the data at hand, and the well-known ones as extras."""
+"""Features of pictures: a small classifier of our own trained on the data at hand, raw pixels, extraction."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from halfstep.core.bundled import BUNDLED
-from halfstep.core.bundled import features_of as bundled_features
 from halfstep.core.disk import read_json, write_atomic, write_json
 from halfstep.core.errors import DataError, DivergedError, ModelError
 from halfstep.core.seeds import seeded
-from halfstep.core.typed import nearest, shown
 from halfstep.nets.weights import open_weights
 
 if TYPE_CHECKING:
     from halfstep.data.images import Images
-
-KINDS = ("own", "pixels", *BUNDLED, "file:", "inception:", "dinov2")
-"""How features are named in a recipe; the first two rest on the data at hand."""
 
 SMALLEST = 8  # the side of the smallest images that a feature network takes
 
@@ -87,7 +78,7 @@ class FeatureNet(nn.Module):
         """Names the network in results: its data and 8 hex digits of its weights, so that a retrained one differs."""
         data = str(self.record["data"])
         last = Path(data.partition(":")[2] or data).name[:80]
-        return f"own:{''.join(c if c.isprintable() else '?' for c in last)}-{_digest(self)[:8]}"
+        return f"own:{''.join(c if c.isprintable() else '?' for c in last)}-{weights_digest(self)[:8]}"
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +89,8 @@ class FeatureNet(nn.Module):
         folder = Path(folder)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         write_atomic(folder / "features.safetensors", lambda temporary: save_file(state, temporary))
-        write_json(folder / "features.json", {"config": self.config, "weights_sha256": _digest(self), **self.record})
+        record = {"config": self.config, "weights_sha256": weights_digest(self), **self.record}
+        write_json(folder / "features.json", record)
 
     @classmethod
     def load(cls, folder: Path) -> FeatureNet:
@@ -114,13 +106,13 @@ class FeatureNet(nn.Module):
         except ModelError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise _bad_file(path, error, "the record of a feature network") from error
+            raise bad_file(path, error, "the record of a feature network") from error
         try:
-            net.load_state_dict({name: value.float() for name, value in _stored(weights).items()}, assign=True)
+            net.load_state_dict({name: value.float() for name, value in stored_tensors(weights).items()}, assign=True)
         except RuntimeError as error:
-            raise _bad_file(weights, error, "the weights of a feature network") from error
-        if _digest(net) != digest:
-            raise _bad_file(weights, f"weights that {path.name} does not describe", "the two files of one network")
+            raise bad_file(weights, error, "the weights of a feature network") from error
+        if weights_digest(net) != digest:
+            raise bad_file(weights, f"weights that {path.name} does not describe", "the two files of one network")
         return net.eval()
 
 
@@ -260,7 +252,7 @@ def _shift(x: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tens
     return padded[image, channel, offset[0][:, None, :, None], offset[1][:, None, None, :]]
 
 
-def _digest(net: nn.Module) -> str:
+def weights_digest(net: nn.Module) -> str:
     """SHA-256 of the weights, whatever file they came in."""
     digest = hashlib.sha256()
     for key, value in sorted(net.state_dict().items()):
@@ -268,14 +260,14 @@ def _digest(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stored(file: Path) -> dict[str, torch.Tensor]:
+def stored_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. Raises ModelError."""
     do = "run `halfstep features` or name another folder"
     with open_weights(file, what="the weights of a feature network", do=do) as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
 
 
-def _bad_file(path: Path, error: object, expected: str) -> ModelError:
+def bad_file(path: Path, error: object, expected: str) -> ModelError:
     got = "no such file" if isinstance(error, FileNotFoundError) else f"an unusable one ({error})"
     return ModelError(got=got, expected=expected, where=path, do="run `halfstep features` or name another folder")
 
@@ -294,7 +286,7 @@ def _require_fit(net: FeatureNet, images: Images) -> None:
         raise ModelError(got=f"{n_classes} outputs", expected=f"{expected}", where="feature network", do=do)
 
 
-# ---- feature networks by name --------------------------------------------------------------------------------------
+# ---- extractors --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -306,29 +298,6 @@ class Extractor:
     n_features: int
     fn: Callable[[torch.Tensor], torch.Tensor]
     classifier: FeatureNet | None = None
-
-
-def load_features(source: str, *, bundled: Path | None = None, device: str = "cpu") -> Extractor:
-    """A feature network by name.
-
-    source: "digits" or "fashion" (bundled; `bundled` is another folder for it), "file:DIR" or a folder that
-        FeatureNet.save wrote, "inception:FILE" (safetensors of torchvision's inception_v3; needs torchvision), "dinov2"
-        or "dinov2:DIR" (needs transformers; without DIR it may be fetched from the hub).
-    Raises: ModelError.
-    """
-    kind, _, place = str(source).partition(":")
-    if kind == "inception":
-        return _inception(place, device)
-    if kind == "dinov2":
-        return _dinov2(place or "facebook/dinov2-base", device)
-    if kind in BUNDLED and not place:
-        return extractor_of(FeatureNet.load(bundled or bundled_features(kind)).to(device))
-    folder = Path(place if kind == "file" and place else str(source)).expanduser()
-    if not folder.is_dir():
-        expected = f"own, pixels, {', '.join(BUNDLED)}, file:DIR, inception:FILE or dinov2"
-        do = f"give the folder that `halfstep features` wrote, or did you mean {nearest(kind, KINDS)}?"
-        raise ModelError(got=shown(str(source)), expected=expected, where="eval.features", do=do)
-    return extractor_of(FeatureNet.load(folder).to(device))
 
 
 def extractor_of(net: FeatureNet) -> Extractor:
@@ -349,58 +318,6 @@ def raw_pixels(images: Images) -> Extractor:
     return Extractor(
         f"pixels:{images.channels}x{images.size}x{images.size}", count, partial(torch.flatten, start_dim=1)
     )
-
-
-def _extra(module: str, purpose: str) -> ModuleType:
-    package = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        got = f"no usable {package} ({error})"
-        do = f"pip install {package} to match torch, or train features of your own (`halfstep features`)"
-        raise ModelError(got=got, expected=f"{package}, which {purpose} needs", where="features", do=do) from error
-
-
-def _resized(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Grey becomes three equal channels; bilinear with antialias, as aliasing distorts the distance (2104.11222)."""
-    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-
-
-def _resized_through(net: nn.Module, size: int, x: torch.Tensor) -> torch.Tensor:
-    return net(_resized(x.to(next(net.parameters()).device), size))
-
-
-def _inception(place: str, device: str) -> Extractor:
-    if not place:
-        do = "convert torchvision's inception_v3 weights to safetensors and name the file"
-        raise ModelError(got="'inception'", expected="inception:FILE", where="features", do=do)
-    models = _extra("torchvision.models", "inception")
-    with torch.device("meta"):
-        net = models.inception_v3(weights=None, transform_input=False, aux_logits=False, init_weights=False)
-    net.fc = nn.Identity()  # what is left ends in pool3
-    try:
-        state = {key: v for key, v in _stored(Path(place)).items() if not key.startswith(("fc.", "AuxLogits."))}
-        net.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise _bad_file(Path(place), error, "safetensors of torchvision's inception_v3") from error
-    net = net.float().eval().to(device)  # these weights take pixels in [-1, 1] as they are
-    return Extractor(f"inception-{_digest(net)[:8]}", 2048, partial(_resized_through, net, 299))
-
-
-def _dinov2(place: str, device: str) -> Extractor:
-    transformers = _extra("transformers", "dinov2")
-    try:
-        net = transformers.AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _bad_file(Path(place), error, "a DINOv2 model in safetensors") from error
-    net = net.float().eval().to(device)
-    return Extractor(f"dinov2-{_digest(net)[:8]}", net.config.hidden_size, partial(_class_token, net))
-
-
-def _class_token(net: Any, x: torch.Tensor) -> torch.Tensor:
-    mean, std = (x.new_tensor(v).to(net.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return net((_resized(x.to(net.device), 224) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ from halfstep.engine.sampling import denoise, image_generators, start_noise, to_
 from halfstep.measure import sanity
 from halfstep.measure.agreement import agreement, matching
 from halfstep.measure.drawer import Drawer, Part, joined
-from halfstep.measure.features import Extractor, load_features, raw_pixels
+from halfstep.measure.features import Extractor, raw_pixels
+from halfstep.measure.pretrained import load_features
 from halfstep.measure.quality import (
     Distances,
     Reference,
