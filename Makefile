@@ -1,11 +1,12 @@
-# Two commands: `make demo` and `make test` set everything up in .venv first. `make check` lints, `make bench` measures.
+# Two commands: `make demo` and `make test` set everything up in .venv first. `make check` lints, `make docs` builds the
+# site, `make bench` measures.
 # `make test` leaves out the tests marked slow; `make test SLOW=1` runs all of them, as CI does.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench drills clean
+.PHONY: demo test check docs bench drills clean
 
 demo: $(READY)
 	$(BIN)/halfstep demo --out runs/demo
@@ -14,9 +15,15 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),-m "")
 
 check: $(READY)
-	$(BIN)/ruff check src tests benchmarks runner examples
-	$(BIN)/ruff format --check src tests benchmarks runner examples
+	$(BIN)/ruff check src tests benchmarks runner examples docs
+	$(BIN)/ruff format --check src tests benchmarks runner examples docs
 	$(BIN)/mypy
+
+# The site, into site/: the second command needs no network, and what it builds asks nothing of it (docs/outside.py)
+docs: $(READY)
+	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python benchmarks/train_overhead.py
