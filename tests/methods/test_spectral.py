@@ -11,7 +11,9 @@ from scipy.stats import spearmanr
 from halfstep.core.errors import ModelError
 from halfstep.core.process import Process
 from halfstep.core.recipe import SpectralSpec
+from halfstep.engine.profiling import count_macs
 from halfstep.measure.spectrum import radial_mean, wiener_noise
+from halfstep.methods.slimmable import Supernet, sort_channels
 from halfstep.methods.spectral import (
     Levels,
     Pupil,
@@ -20,10 +22,11 @@ from halfstep.methods.spectral import (
     spectral_objective,
     spectral_weights,
     student_configs,
+    student_of,
 )
 from halfstep.nets.wavelet import SpectralUNet2DModel
 from halfstep.training.train import Batch, Diffusion
-from tiny import pink, wavelet_unet
+from tiny import pink, unet, wavelet_unet
 
 
 def test_without_weights_it_is_the_mean_squared_error():
@@ -185,3 +188,38 @@ def test_samples_of_a_small_filter_come_nearer_the_high_band_with_the_frequency_
     (plain, low), (small, _), (large, low_large) = off
     assert large < small < plain
     assert low_large > low  # what the low band pays
+
+
+# ---- a student that begins as a width of the teacher ---------------------------------------------------------------
+
+
+def student_from(teacher, **spec):
+    return student_of(teacher, SpectralSpec(start="teacher", reduction=2.5, **spec))
+
+
+def test_a_plain_student_that_begins_as_the_teachers_is_its_narrower_width():
+    teacher = unet(0, (16, 32), size=16)
+    student = student_from(teacher, wavelet=False)
+    half = Supernet(sort_channels(teacher), (1.0, 0.5)).subnet(0.5)
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([3, 700])
+    assert torch.equal(student(x, t).sample, half(x, t).sample)
+    assert count_macs(teacher) / count_macs(student) >= 2.5
+
+
+@pytest.mark.parametrize("gate", ["channel", "scalar"])
+def test_a_gated_student_has_the_teachers_width_but_for_its_resampling(gate):
+    teacher = unet(0, (16, 32), size=16, attend=True, num_class_embeds=3, num_train_timesteps=1000)
+    student = student_from(teacher, gate=gate)
+    half = Supernet(sort_channels(teacher), (1.0, 0.5)).subnet(0.5).state_dict()
+    own = student.net.state_dict()
+    assert {name for name in own if name not in half} == {n for n in own if ".gate." in n or ".project." in n}
+    assert {name for name in half if name not in own} == {n for n in half if "samplers.0.conv" in n}
+    assert all(torch.equal(own[name], value) for name, value in half.items() if name in own)
+    assert count_macs(teacher) / count_macs(student) >= 2.5
+
+
+def test_a_teacher_with_what_the_gated_net_has_not_is_refused_by_name():
+    odd = unet(0, (16, 32), size=16, resnet_time_scale_shift="scale_shift")
+    with pytest.raises(ModelError, match=r"resnet_time_scale_shift 'scale_shift'.*spectral\.wavelet=false"):
+        student_from(odd)
+    assert student_from(odd, wavelet=False).config.resnet_time_scale_shift == "scale_shift"

@@ -157,6 +157,9 @@ class SpectralSpec:
 
     reduction: Annotated[Positive, "how many times fewer MACs than the teacher"] = 8.0
     wavelet: Annotated[bool, "gated wavelet resampling; false: plain convolutions (the control)"] = True
+    start: Annotated[
+        Literal["fresh", "teacher"], "weights of a student: fresh, or the teacher's most important channels"
+    ] = "fresh"
     gate: Annotated[Literal["channel", "scalar"], "one gate for each band and channel, or for each band"] = "channel"
     spatial: Annotated[Weight, "weight of the distillation term of pixels"] = 0.1
     freq: Annotated[Weight, "weight of the distillation term of the spectrum"] = 0.1

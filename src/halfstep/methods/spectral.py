@@ -7,12 +7,15 @@ Implemented: the distillation loss: noise + 0.1 spatial + 0.1 frequency, where a
 |clean spectrum at f|^alpha with alpha = -1.
 
 What differs, and why:
+- Optional, not in the paper: a student that begins as a width of the teacher (`methods/slimmable.py`: its channels
+  sorted by importance, the leading ones kept), with fresh gates where the resampling convolutions were (`start`).
 - What the sources leave open in the loss is chosen so that its weights have a size-free meaning: orthonormal transform,
   means instead of sums, weights of mean 1 clamped at 50, a floor under the clean magnitude.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,7 +29,8 @@ from halfstep.core.seeds import seeded
 from halfstep.engine.bank import Bank
 from halfstep.engine.profiling import count_macs
 from halfstep.engine.subject import Subject
-from halfstep.nets.architectures import architecture_of, require
+from halfstep.methods.slimmable import Supernet, sort_channels
+from halfstep.nets.architectures import architecture_of, narrowed, require
 from halfstep.nets.denoiser import Draw, Memo, cond_of, predictor
 from halfstep.training.draft import Draft, teacher_of
 from halfstep.training.train import Batch, Diffusion, Objective, TrainState
@@ -207,15 +211,49 @@ def student_of(dense: Any, spec: SpectralSpec) -> Any:
     family = architecture_of(dense)
     gated = require(family, "gated")
     kind, more = (gated, {"gate": spec.gate}) if spec.wavelet else (family.kind, {})
-    target, macs = count_macs(dense) / spec.reduction, 0
-    for config in student_configs(dense.config):
+    begun = spec.start == "teacher"
+    configs = _narrowed_configs(dense, kind) if begun else student_configs(dense.config)
+    target, macs = count_macs(dense) / spec.reduction, count_macs(dense)
+    for config in configs:
         with torch.device("meta"):
             macs = count_macs(kind(**config, **more))
         if macs <= target:
-            return kind(**config, **more)
+            student = kind(**config, **more)
+            return _begun(student, dense, config) if begun else student
     raise ModelError(
         got=f"a reduction of {spec.reduction:g}",
         expected=f"at most {count_macs(dense) / macs:.1f} for this teacher",
         where="spectral.reduction",
         do="ask for less, or bring a wider teacher",
     )
+
+
+def _narrowed_configs(teacher: Any, kind: type) -> Iterator[dict[str, Any]]:
+    """Configs of the teacher's own widths, widest first, as far as `kind` takes them. Raises ModelError for a teacher
+    with a setting that `kind` has not, which its channels would be wrong under."""
+    family, known = architecture_of(teacher), set(inspect.signature(kind).parameters)
+    full = teacher.config["block_out_channels"]
+    usual = {name: one.default for name, one in inspect.signature(family.kind).parameters.items()}
+    named = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    idle = {"num_train_timesteps"} if named.get("time_embedding_type") != "learned" else set()
+    foreign = [name for name in named if name not in known | idle and named[name] != usual.get(name)]
+    if foreign:
+        got = f"a teacher with {foreign[0]} {named[foreign[0]]!r}"
+        do = "write --set spectral.start=fresh, or spectral.wavelet=false"
+        raise ModelError(got=got, expected=f"{usual.get(foreign[0])!r}", where="spectral.start=teacher", do=do)
+    for channels in range(max(full) - 1, 0, -1):
+        try:
+            config = narrowed(family, teacher.config, channels / max(full))
+        except ModelError:  # no whole groups of channels
+            continue
+        yield {name: value for name, value in config.items() if name in known}
+
+
+def _begun(student: Any, teacher: Any, config: Mapping[str, Any]) -> Any:
+    """The student with the teacher's most important channels; what the teacher has not (gates) stays fresh."""
+    width = max(config["block_out_channels"]) / max(teacher.config["block_out_channels"])
+    kept = Supernet(sort_channels(teacher), (1.0, width)).subnet(width).state_dict()
+    net = student.net if hasattr(student, "net") else student
+    own = net.state_dict()
+    net.load_state_dict({name: kept.get(name, value) for name, value in own.items()})
+    return student
