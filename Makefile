@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs bench drills clean
+.PHONY: demo test check docs bench results drills clean
 
 demo: $(READY)
 	$(BIN)/halfstep demo --out runs/demo
@@ -28,6 +28,10 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/train_overhead.py
 	$(BIN)/python benchmarks/fashion.py
+
+# The ledger of the papers' claims: each row's command, and the minutes that it took
+results: $(READY)
+	$(BIN)/python benchmarks/results.py
 
 # Damaged files, hostile commands and commands that are killed, from fresh seeds, each for HALFSTEP_DRILLS seconds and on
 # from HALFSTEP_SEED

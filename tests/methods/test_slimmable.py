@@ -20,10 +20,9 @@ from halfstep.engine.profiling import count_macs, macs_by_kind
 from halfstep.methods.slimmable import (
     Supernet,
     sandwich_objective,
-    sort_channels,
     supernet_of,
 )
-from halfstep.nets.architectures import ARCHITECTURES, skeleton, slices_for
+from halfstep.nets.architectures import ARCHITECTURES, skeleton, slices_for, sort_channels
 from halfstep.nets.denoiser import Memo, cond_of
 from halfstep.nets.slices import cut
 from halfstep.nets.unet import narrow_config

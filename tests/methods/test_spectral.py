@@ -13,7 +13,7 @@ from halfstep.core.process import Process
 from halfstep.core.recipe import SpectralSpec
 from halfstep.engine.profiling import count_macs
 from halfstep.measure.spectrum import radial_mean, wiener_noise
-from halfstep.methods.slimmable import Supernet, sort_channels
+from halfstep.methods.slimmable import Supernet
 from halfstep.methods.spectral import (
     Levels,
     Pupil,
@@ -24,6 +24,7 @@ from halfstep.methods.spectral import (
     student_configs,
     student_of,
 )
+from halfstep.nets.architectures import sort_channels
 from halfstep.nets.wavelet import SpectralUNet2DModel
 from halfstep.training.train import Batch, Diffusion
 from tiny import pink, unet, wavelet_unet

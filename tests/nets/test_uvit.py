@@ -10,7 +10,8 @@ from halfstep.core.errors import ModelError
 from halfstep.core.process import Process
 from halfstep.core.recipe import SlimSpec
 from halfstep.engine.profiling import count_macs, macs_by_kind
-from halfstep.methods.slimmable import Supernet, sandwich_objective, sort_channels, supernet_of
+from halfstep.methods.slimmable import Supernet, sandwich_objective, supernet_of
+from halfstep.nets.architectures import sort_channels
 from halfstep.nets.denoiser import Memo, cond_of
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.training.train import Batch, Diffusion

@@ -36,7 +36,15 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Cut, Entry, Own, Twin
 from halfstep.engine.subject import Subject
 from halfstep.methods.sparse import Masked
-from halfstep.nets.architectures import architecture_of, constants, narrowed, require, skeleton, slices_for
+from halfstep.nets.architectures import (
+    architecture_of,
+    constants,
+    narrowed,
+    require,
+    skeleton,
+    slices_for,
+    sort_channels,
+)
 from halfstep.nets.denoiser import Draw, Memo, Predict, copy_of, predictor
 from halfstep.nets.masks import Masking, Pattern, mask_all
 from halfstep.nets.slices import Slices, cut_all
@@ -164,18 +172,6 @@ def sandwich_objective(
             yield F.mse_loss(supernet.predict(width, change)(noisy, timestep, batch.cond, Memo()).float(), target)
 
     return objective
-
-
-# ------------------------------------------------------------------------------------------------- channel importance
-
-
-def sort_channels(model: Any) -> Any:
-    """A copy of `model` whose channels of free order stand by importance, so that slices keep what contributes most; it
-    computes the same function. A channel's importance is the size of its contribution to the next layer."""
-    copy = copy_of(model)
-    for free in require(architecture_of(copy), "free")(copy):
-        free.apply(free.by_score())
-    return copy
 
 
 # -------------------------------------------------------------------------------------------- from a subject to a draft

@@ -7,8 +7,8 @@ Implemented: the distillation loss: noise + 0.1 spatial + 0.1 frequency, where a
 |clean spectrum at f|^alpha with alpha = -1.
 
 What differs, and why:
-- Optional, not in the paper: a student that begins as a width of the teacher (`methods/slimmable.py`: its channels
-  sorted by importance, the leading ones kept), with fresh gates where the resampling convolutions were (`start`).
+- Optional, not in the paper: a student that begins as a width of the teacher (its channels sorted by
+  importance, the leading ones kept), with fresh gates where the resampling convolutions were (`start`).
 - What the sources leave open in the loss is chosen so that its weights have a size-free meaning: orthonormal transform,
   means instead of sums, weights of mean 1 clamped at 50, a floor under the clean magnitude.
 """
@@ -29,8 +29,7 @@ from halfstep.core.seeds import seeded
 from halfstep.engine.bank import Bank
 from halfstep.engine.profiling import count_macs
 from halfstep.engine.subject import Subject
-from halfstep.methods.slimmable import Supernet, sort_channels
-from halfstep.nets.architectures import architecture_of, narrowed, require
+from halfstep.nets.architectures import architecture_of, leading_slices, narrowed, require
 from halfstep.nets.denoiser import Draw, Memo, cond_of, predictor
 from halfstep.training.draft import Draft, teacher_of
 from halfstep.training.train import Batch, Diffusion, Objective, TrainState
@@ -252,7 +251,7 @@ def _narrowed_configs(teacher: Any, kind: type) -> Iterator[dict[str, Any]]:
 def _begun(student: Any, teacher: Any, config: Mapping[str, Any]) -> Any:
     """The student with the teacher's most important channels; what the teacher has not (gates) stays fresh."""
     width = max(config["block_out_channels"]) / max(teacher.config["block_out_channels"])
-    kept = Supernet(sort_channels(teacher), (1.0, width)).subnet(width).state_dict()
+    kept = leading_slices(teacher, width)
     net = student.net if hasattr(student, "net") else student
     own = net.state_dict()
     net.load_state_dict({name: kept.get(name, value) for name, value in own.items()})

@@ -26,9 +26,9 @@ from halfstep.core.errors import ModelError
 from halfstep.nets import blocks, dit, transformers, unet, unet_condition, uvit, wavelet
 from halfstep.nets.channels import Free
 from halfstep.nets.continuous import ContinuousUNet2DModel
-from halfstep.nets.denoiser import Cond, class_example, eager, sample_shape
+from halfstep.nets.denoiser import Cond, class_example, copy_of, eager, sample_shape
 from halfstep.nets.precision import Cast
-from halfstep.nets.slices import Pieces
+from halfstep.nets.slices import Pieces, cut_all
 from halfstep.nets.uvit import UViT2DModel
 from halfstep.nets.wavelet import SpectralUNet2DModel
 
@@ -306,3 +306,18 @@ def slices_for(
             fits = all(start + length <= full_shapes[name][dim] for start, length in pieces)
             assert fits and sum(n for _, n in pieces) == slim_shapes[name][dim], (name, dim, pieces)
     return slices
+
+
+def sort_channels(model: Any) -> Any:
+    """A copy of `model` whose channels of free order stand by importance, so that slices keep what contributes most; it
+    computes the same function. A channel's importance is the size of its contribution to the next layer."""
+    copy = copy_of(model)
+    for free in require(architecture_of(copy), "free")(copy):
+        free.apply(free.by_score())
+    return copy
+
+
+def leading_slices(model: Any, width: float) -> dict[str, torch.Tensor]:
+    """The tensors of the model at `width`, by name: the most important channels of each of its layers."""
+    family = architecture_of(model)
+    return cut_all(sort_channels(model).state_dict(), slices_for(family, model.config, width))
