@@ -6,13 +6,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs bench results drills clean
+.PHONY: demo test browser check docs bench results drills clean
 
 demo: $(READY)
 	$(BIN)/halfstep demo --out runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),-m "")
+
+# The studio's page in a headless Chromium, by keyboard and mouse and under axe-core; of a system without one,
+# `$(BIN)/playwright install --with-deps chromium` brings it
+browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m "" tests/app/test_studio.py
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks runner examples docs

@@ -186,6 +186,8 @@ def test_nonsense_is_refused_by_name(run, value):
         lambda: explored.drawn(plan, Asked(count=value)),
         lambda: explored.drawn(plan, Asked(seed=-1 if value == 10**18 else value)),
         lambda: explored.film(plan, Asked(count=value)),
+        lambda: explored.drawn(plan, Asked(prompt=[] if value == "3" else value)),
+        lambda: explored.film(plan, Asked(label={1: 1} if value in (None, "3", [], {}) else value)),
     ]
     for act in refused:
         with pytest.raises(HalfstepError) as error:

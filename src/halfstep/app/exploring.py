@@ -110,7 +110,7 @@ class Exploration:
 
     def __init__(self, subject: Subject, bank: Bank, scored: Sequence[Scored], folder: Path | None, place: Path):
         self.subject, self.bank, self.folder, self.place = subject, bank.to(default_device()), folder, place
-        self._prices, self._lock = PriceBook(self.bank, GRID), threading.RLock()
+        self._prices, self._pricing, self._lock = PriceBook(self.bank, GRID), threading.RLock(), threading.RLock()
         self._drawn: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self.reference = self.priced(subject.reference(self.bank))
         self.take(scored)
@@ -118,7 +118,8 @@ class Exploration:
     def take(self, scored: Sequence[Scored]) -> None:
         """Look at these scores from now on: those of plans that are known here make the frontier."""
         found, self.unknown = resolved(scored, self._bases, self.bank)
-        with self._lock:
+        self._scores = {one.plan.digest: one for one in found}
+        with self._pricing:
             by_calls = [(one.plan.price.us or 0.0, one.score or 0.0) for one in map(self._by_calls, found)]
             near = [found[by_calls.index(point)] for point in frontier(by_calls)]  # its fixed part is measured
             exact = [one._replace(plan=self.priced(one.plan)) for one in near]
@@ -128,6 +129,10 @@ class Exploration:
             if not kept or (one.score or 0.0) < (kept[-1].score or 0.0):
                 kept.append(one)
         self.plans = tuple(kept) or self._ladder()
+
+    def measured(self, plan: StepPlan) -> Measured | None:
+        """What was measured of a plan; None: nothing."""
+        return self._scores.get(plan.digest)
 
     def _by_calls(self, one: Measured) -> Measured:
         return one._replace(plan=replace(one.plan, prices=self._prices.prices))
@@ -161,8 +166,8 @@ class Exploration:
     # -------------------------------------------------------------------------------------------------- plans
 
     def priced(self, plan: StepPlan) -> StepPlan:
-        """A plan with what it costs here."""
-        with self._lock:
+        """A plan with what it costs here, also while another one is drawn."""
+        with self._pricing:
             return self._prices.priced(plan)
 
     def at(self, ms: Any) -> Measured:
@@ -218,8 +223,8 @@ class Exploration:
         return self.subject.prompter is not None
 
     def conditions(self, asked: Asked) -> Conditions | None:
-        """What pictures are drawn under. Raises PlanError for a class that there is not, DataError for a prompt that is
-        too long."""
+        """What pictures are drawn under. Raises PlanError for a class or a prompt that is none, DataError for a class
+        that there is not."""
         count = class_count(self.bank.config)
         if count:
             return Conditions.of_classes(
@@ -228,9 +233,6 @@ class Exploration:
         prompter = self.subject.prompter
         if prompter is None or not asked.prompt:
             return self.subject.conditions
-        if not isinstance(asked.prompt, str) or len(asked.prompt) > MOST_LETTERS:
-            got, expected = f"a prompt of {len(asked.prompt)} letters", f"at most {MOST_LETTERS}"
-            raise PlanError(got=got, expected=expected, where="prompt", do="shorten it")
         return Conditions(prompter.condition([asked.prompt]), (0,), (asked.prompt,))
 
     def drawn(self, plan: StepPlan, asked: Asked) -> np.ndarray:
@@ -240,7 +242,7 @@ class Exploration:
         """
         count = int(_number(asked.count, "pictures", 1, MOST_PICTURES, whole=True))
         seed = int(_number(asked.seed, "seed", 0, MAX_SEED, whole=True))
-        key = plan.digest, count, seed, asked.label, asked.prompt
+        key = plan.digest, count, seed, _text(asked.label or "", "class"), _text(asked.prompt, "prompt")
         with self._lock, torch.no_grad():
             if key not in self._drawn:
                 how = {"seed": seed, "batch": min(count, self.subject.recipe.sample.batch)}
@@ -258,6 +260,7 @@ class Exploration:
         """
         count = min(FILMED, int(_number(asked.count, "pictures", 1, MOST_PICTURES, whole=True)))
         seed = int(_number(asked.seed, "seed", 0, MAX_SEED, whole=True))
+        _text(asked.label or "", "class"), _text(asked.prompt, "prompt")
         every = -(-len(plan.rows) // MOST_FRAMES)
         with self._lock, torch.no_grad():
             generators = image_generators(seed, 0, count)
@@ -338,6 +341,14 @@ def _number(value: Any, where: str, least: float, most: float, *, whole: bool = 
     if not is_one or (whole and value != int(value)):
         expected = f"a {'whole ' if whole else ''}number from {least:g} to {most:g}"
         raise PlanError(got=shown(value), expected=expected, where=where, do="choose one")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    """A class or a prompt that a browser sent. Raises PlanError for a long one, and for what is none."""
+    if not isinstance(value, str) or len(value) > MOST_LETTERS:
+        expected = f"at most {MOST_LETTERS} letters"
+        raise PlanError(got=shown(value), expected=expected, where=where, do="write or choose another")
     return value
 
 

@@ -96,7 +96,8 @@ def served(runs: Mapping[str, Exploration], port: int) -> Iterator[tuple[str, Ca
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": place, "GRADIO_SSR_MODE": "False"}
         for name in ("no_proxy", "NO_PROXY"):  # a proxy of the user's does not know this machine
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST, "localhost"]))
-        from halfstep.app.studio import CSS, Page, theme
+        from halfstep.app.panels import CSS
+        from halfstep.app.studio import Page, theme
 
         page = Page(runs).build().queue(max_size=32, default_concurrency_limit=1)
         from starlette.middleware import Middleware
