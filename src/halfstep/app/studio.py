@@ -102,7 +102,7 @@ class Page:
             self.count = gr.Slider(1, MOST_PICTURES, value=GRID, step=1, label="Pictures", elem_id="count")
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
         self.label = gr.Dropdown([ALL], value=ALL, label="Class", visible=False, elem_id="class", filterable=False)
-        what = "Prompt (empty: those that the model came with)"
+        what = "Prompt (empty: those of --prompts in turn)"
         self.prompt = gr.Textbox(label=what, max_length=MOST_LETTERS, visible=False, elem_id="prompt")
         with gr.Row():
             self.draw = gr.Button("Draw the pictures", variant="primary", elem_id="draw", min_width=200)
