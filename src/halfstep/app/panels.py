@@ -45,6 +45,7 @@ CSS = """
 .dark .frontier .line {stroke: #a5b4fc}
 .frontier .dot {fill: #4f46e5; cursor: pointer}
 .dark .frontier .dot {fill: #a5b4fc}
+.frontier :not(.dot) {pointer-events: none}
 .frontier .dot:hover {stroke: currentColor; stroke-width: 2}
 .frontier .today {fill: none; stroke: currentColor; stroke-width: 2}
 .frontier .now {stroke: #ea580c; stroke-width: 2; stroke-dasharray: 4 3}
