@@ -17,8 +17,9 @@ import typer.core
 
 import halfstep.core.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
 from halfstep import __version__
-from halfstep.app.options import Common, common
+from halfstep.app.options import Common, common, completed
 from halfstep.app.terminal import RichWatch, accept_any_text, console, line, notes, settings_table
+from halfstep.core.bundled import BUNDLED
 from halfstep.core.errors import HalfstepError, RunError
 from halfstep.core.machine import apart, is_done, launched, require_alone
 from halfstep.core.recipe import Recipe, RunRecord, RuntimeName, settings
@@ -79,13 +80,22 @@ compress_app = typer.Typer(
 )
 app.add_typer(compress_app, name="compress")
 
+SCHEMES = ("idx:", "folder:", "npz:", "tar:", "parquet:", "hub:")
+"""What `--data` begins with, where it is nothing bundled."""
+
 Model = Annotated[
-    str, typer.Option("--model", help="A diffusers model or pipeline folder, `hub:NAME`, `fashion` or `digits`.")
+    str,
+    typer.Option(
+        "--model",
+        help="A diffusers model or pipeline folder, `hub:NAME`, `fashion` or `digits`.",
+        **completed(lambda: BUNDLED),
+    ),
 ]
 Data = Annotated[
     str,
     typer.Option(
         "--data",
+        **completed(lambda: (*BUNDLED, *SCHEMES)),
         help="`fashion`, `digits` (bundled), `idx:DIR`, `folder:DIR`, `npz:FILE`, `tar:FILES`, `parquet:FILES` or "
         "`hub:NAME`.",
     ),
@@ -350,7 +360,13 @@ def search(model: Model, data: Data, out: Out, common: Common, budget: Budget = 
 @common(*SEARCHED, "as_json")
 def tune(
     model: Annotated[
-        str, typer.Option("--model", "--pipeline", help="A diffusers model or pipeline, `hub:NAME`, `fashion`.")
+        str,
+        typer.Option(
+            "--model",
+            "--pipeline",
+            help="A diffusers model or pipeline, `hub:NAME`, `fashion`.",
+            **completed(lambda: BUNDLED),
+        ),
     ],
     out: Out,
     common: Common,

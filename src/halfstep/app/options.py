@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -13,7 +13,7 @@ import typer
 from halfstep.app.terminal import RichWatch
 from halfstep.core.errors import RecipeError
 from halfstep.core.machine import launched
-from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe, RuntimeName, SamplerName, Spacing
+from halfstep.core.recipe import MOST_IN_A_BATCH, Recipe, RuntimeName, SamplerName, Spacing, settings
 from halfstep.core.recipes import RECIPES, named, usual
 from halfstep.core.seeds import MAX_SEED
 from halfstep.core.typed import nearest, shown
@@ -47,7 +47,21 @@ def one_of(hint: Any) -> dict[str, Any]:
             raise typer.BadParameter(told)
         return text
 
-    return {"parser": chosen, "metavar": f"[{'|'.join(words)}]"}
+    return {"parser": chosen, "metavar": f"[{'|'.join(words)}]", **completed(lambda: words)}
+
+
+def completed(words: Callable[[], Iterable[str]]) -> dict[str, Any]:
+    """What makes an option complete to these words, which are asked for when the shell asks."""
+
+    def begin_with(incomplete: str) -> list[str]:
+        return [word for word in words() if word.startswith(incomplete)]
+
+    return {"autocompletion": begin_with}
+
+
+def _fields() -> Iterable[str]:
+    """Every field of a recipe, as `--set` begins."""
+    return (leaf.name for _, leaves in settings(Recipe()).values() for leaf in leaves)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +73,7 @@ class Common:
         typer.Option(
             "--recipe",
             help=f"A named recipe: {', '.join(RECIPES)}. `halfstep recipe` shows them.",
+            **completed(lambda: RECIPES),
             rich_help_panel=_RECIPE,
         ),
     ] = ""
@@ -69,6 +84,7 @@ class Common:
             help="Edit a field of the recipe, e.g. `--set train.steps=2000`, the training steps; may be repeated. "
             "`halfstep recipe` lists all fields.",
             show_default=False,
+            **completed(_fields),
             rich_help_panel=_RECIPE,
         ),
     ] = None
