@@ -35,6 +35,7 @@ CSS = """
 .card {border-radius: 12px; padding: 16px clamp(12px, 2vw, 20px) 20px; gap: 14px !important; flex-grow: 1 !important}
 .card h2 {margin: 0 0 2px; font-size: 1.15rem}
 .card .block {padding-left: 0 !important; padding-right: 0 !important; overflow: visible !important}
+#run {border-radius: 12px}
 .masthead h1 {margin: 0; font-size: 1.6rem; letter-spacing: -0.01em}
 .masthead p {margin: 2px 0 0; color: var(--body-text-color-subdued)}
 .soft {color: var(--body-text-color-subdued); font-size: 0.92em; margin: 4px 0}

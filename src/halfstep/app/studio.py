@@ -232,7 +232,8 @@ class Page:
         seconds, before = middle - begun, time.perf_counter() - middle
         apart = difference(today, found)
         what = f"{panels.counted(len(found), 'picture')} of seed {int(seed)}"
-        told = f"{what}: the plan in {seconds:.2f} s, the reference in {before:.2f} s (0 s: kept from before)."
+        kept = f"in {before:.2f} s" if before > 0.01 else "kept from before"
+        told = f"{what}: the plan in {seconds:.2f} s, the reference {kept}."
         of_today, of_plan = explored.reference.sampler.told, f"{plan.sampler.told}, {amount(ms_of(plan))} ms each"
         one = panels.figure(today, f"Reference: {of_today}", f"{what}, drawn by the reference")
         other = panels.figure(found, f"Plan: {of_plan}", f"{what}, drawn by the plan")
