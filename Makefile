@@ -25,10 +25,8 @@ check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks runner examples docs
 	$(BIN)/mypy
 
-# The site, into site/: the second command needs no network, and what it builds asks nothing of it (docs/outside.py)
+# The site, into site/: it is built without the network, and what is built asks nothing of it (docs/outside.py)
 docs: $(READY)
-	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)
@@ -53,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	  || { test "$$(id -u)" = 0 && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); } \
 	  || { echo "python3 -m venv failed; on Debian: apt install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	touch $(READY)
 
 clean:

