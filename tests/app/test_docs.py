@@ -242,6 +242,19 @@ def test_the_first_pictures_of_the_quick_start_are_drawn_as_written(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- the site
 
 
+def test_every_page_is_in_the_navigation_once():
+    def leaves(entry: Any) -> list[str]:
+        return [entry] if isinstance(entry, str) else [leaf for one in _values(entry) for leaf in leaves(one)]
+
+    named = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert sorted(named) == sorted([*pages, "repository/CONTRIBUTING.md"])
+
+
+def _values(entry: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(entry.values()) if isinstance(entry, dict) else entry
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path):
     pytest.importorskip("material")
