@@ -340,9 +340,7 @@ def main() -> None:
     curve = Curve(title="Training loss by images seen", xlabel="images", ylabel="loss", lines=lines)
     summary = f"Where nets were trained: each {recipe.train.steps} steps of {recipe.train.batch} on the same images."
     figures = (curve,) if lines else ()
-    write_report(
-        Report(title="The Missing U", summary=summary, facts={}, tables=tables, figures=figures, grids=()), work
-    )
+    write_report(Report(title="The Missing U", summary=summary, facts={}, parts=(*tables, *figures)), work)
     text = ["# The Missing U, Fashion-MNIST 32x32", summary, *map(markdown, tables)]
     Path(__file__).with_suffix(".md").write_text("\n\n".join(text) + "\n")
     for table in tables:

@@ -179,13 +179,12 @@ def main() -> None:
         title=table.title,
         summary=summary(verdict.record, plans["plan"]),
         facts={key: str(value) for key, value in verdict.record.about.machine.items()},
-        tables=(table, spent),
-        figures=(
-            pareto(verdict.record, []),
-            plan_chart(plans["plan"]),
+        parts=(
+            *(table, spent),
+            *(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items()),
+            *(pareto(verdict.record, []), plan_chart(plans["plan"])),
             progress_curve(found, recipe.search.images),
         ),
-        grids=tuple(Grid(title=n, images=x, columns=8) for n, x in verdict.pictures.items()),
     )
     write_report(report, work)
     text = "\n\n".join(

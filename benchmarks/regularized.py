@@ -280,8 +280,8 @@ def write_page(name: str, work: Path, recipe: Recipe) -> list[Table]:
     summary = " ".join(line.removeprefix("- ") + "." for line in said)
     facts = {"calls": ", ".join(map(str, CALLS)), "images": f"{recipe.eval.images}"}
     figures = tuple(curve_of(kind, results) for kind in SAMPLERS if (kind, CALLS[0]) in results)
-    parts = {"tables": tuple(tables), "figures": figures, "grids": tuple(grids)}
-    write_report(Report(title=page[0][2:], summary=summary, facts=facts, **parts), work)
+    parts = (*tables, *grids, *figures)
+    write_report(Report(title=page[0][2:], summary=summary, facts=facts, parts=parts), work)
     draw_twenty(name, work)
     return tables
 

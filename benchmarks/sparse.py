@@ -205,9 +205,7 @@ def main() -> None:
         title=table.title,
         summary=f"Fine-tuned for {recipe.train.steps} steps of {recipe.train.batch} from one dense model.",
         facts={key: str(value) for key, value in verdict.record.about.machine.items()},
-        tables=(table,),
-        figures=(pareto(verdict.record, []),),
-        grids=grids,
+        parts=(table, *grids, pareto(verdict.record, [])),
     )
     if not args.only:
         write_report(report, work)

@@ -113,9 +113,11 @@ def main() -> None:
         title=table.title,
         summary=f"Students: {recipe.train.steps} steps of {recipe.train.batch}, {args.reduction:g} times fewer MACs.",
         facts={key: str(value) for key, value in verdict.record.about.machine.items()},
-        tables=(table, spectra),
-        figures=(pareto(verdict.record, []), plan_chart(plans["teacher and student mixed"])),
-        grids=tuple(Grid(title=n, images=x[:32], columns=8) for n, x in verdict.pictures.items()),
+        parts=(
+            *(table, spectra),
+            *(Grid(title=n, images=x[:32], columns=8) for n, x in verdict.pictures.items()),
+            *(pareto(verdict.record, []), plan_chart(plans["teacher and student mixed"])),
+        ),
     )
     write_report(report, work)
     text = [f"# {table.title}", report.summary, markdown(table), markdown(spectra)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 
 from halfstep.core.recipe import Recipe
 from halfstep.nets.architectures import example_of
@@ -113,3 +113,21 @@ def pink(count: int = 8, size: int = 32) -> torch.Tensor:
     spectrum = torch.fft.fft2(torch.randn(count, 1, size, size, generator=generator)) / radius
     images = torch.fft.ifft2(spectrum).real
     return images / images.std()
+
+
+def tiny_vae(**more) -> AutoencoderKL:
+    """A VAE of one level whose latents have two channels and half the side: the same weights every time."""
+    torch.manual_seed(0)
+    config = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 2,
+        "norm_num_groups": 4,
+        "sample_size": 8,
+        "scaling_factor": 0.7,
+        "shift_factor": 0.2,
+    }
+    return AutoencoderKL(**(config | more)).eval()

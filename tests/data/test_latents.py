@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
+from diffusers import DDIMScheduler, LDMPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +37,7 @@ from halfstep.nets.models import load_denoiser, load_vae
 from halfstep.search.damage import error_table
 from halfstep.search.space import Space
 from painted import pictures, png
-from tiny import recipes
+from tiny import recipes, tiny_vae
 
 tiny = recipes("""
 model.channels=8,16 model.groups=4 model.head_dim=4 data.size=8 data.channels=1 train.steps=8 train.batch=16
@@ -46,23 +46,6 @@ search.images=32 search.final_images=32 search.error_images=32 search.fit=2 sear
 search.generations=1 search.genes=2 eval.images=64 eval.bootstrap=20 eval.free=false
 eval.feature_steps=20 spectral.reduction=2
 """)
-
-
-def tiny_vae(**more) -> AutoencoderKL:
-    torch.manual_seed(0)
-    config = {
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "latent_channels": 2,
-        "norm_num_groups": 4,
-        "sample_size": 8,
-        "scaling_factor": 0.7,
-        "shift_factor": 0.2,
-    }
-    return AutoencoderKL(**(config | more)).eval()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -79,6 +79,7 @@ def time_pareto(
         band=(reference.low, reference.high),
         floor=about.floor.high if about.floor else None,
         cost_label=f"milliseconds per image (batch {about.batch}{threads})",
+        beat=points[about.free][:2] if about.free else None,
     )
 
 

@@ -47,10 +47,11 @@ def tell_compared(out: Path) -> Path:
         title="Pipelines side by side",
         summary=summary(record),
         facts=_facts(run, record),
-        tables=(quality_table(record), cost_table(record), fidelity_table(record), near_table(record)),
-        figures=_frontiers(record),
-        grids=(),
-        plates=(_same_noise(record, drawn), _nearest(record, drawn, beside)),
+        parts=(
+            *(quality_table(record), cost_table(record), fidelity_table(record), near_table(record)),
+            *_frontiers(record),
+            *(_same_noise(record, drawn), _nearest(record, drawn, beside)),
+        ),
         files={name: what for name, what in FILES.items() if name == "samples.png" or (out / name).exists()},
     )
     rows = np.stack([drawn[name] for name in record.pipelines], axis=1)[:ROWS]  # [noise, pipeline, C, H, W]

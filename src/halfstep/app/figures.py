@@ -35,13 +35,15 @@ class Series:
 class Pareto:
     """Quality against cost: the share of the reference's MACs (0..1), or what `cost_label` says, on a log axis where it
     spans more than tenfold. `band`: the reference's interval, drawn as a strip; `floor`: what perfect draws reach by
-    chance, drawn as a line."""
+    chance, drawn as a line; `beat`: the point (cost, value) of the best that is free: what is dearer and no better is
+    shaded."""
 
     title: str
     metric_label: str
     series: tuple[Series, ...]
     band: tuple[float, float] | None = None
     floor: float | None = None
+    beat: tuple[float, float] | None = None
     cost_label: str = ""
 
 
@@ -67,15 +69,39 @@ class Curve:
 
 
 MARKERS = "osD^vPX"
+NARROW = (4.2, 4.9)
+"""Of a figure on a phone, inches: its text is as large there as that of the page."""
 
 Figure = Pareto | PlanChart | Heatmap | Curve
 
 
 def draw_all(figures: Sequence[Figure]) -> list[bytes]:
     """PNGs of the figures of one page, in order; an entry of a plan has one colour in all of them."""
-    shares = {name: share for f in figures if isinstance(f, PlanChart) for name, share in f.shares.items()}
-    colours = entry_colours(shares)
-    return [_draw(figure, colours) for figure in figures]
+    colours = colours_of(figures)
+    return [draw_png(figure, colours) for figure in figures]
+
+
+def colours_of(figures: Sequence[Figure]) -> dict[str, str]:
+    """The colour of every entry that the figures of one page tell of."""
+    return entry_colours({name: share for f in figures if isinstance(f, PlanChart) for name, share in f.shares.items()})
+
+
+def draw_png(figure: Figure, colours: Mapping[str, str]) -> bytes:
+    _canvas(figure, colours).savefig(file := io.BytesIO(), format="png", metadata={"Software": None})
+    return file.getvalue()  # same numbers, same bytes
+
+
+def draw_svg(figure: Figure, colours: Mapping[str, str], *, narrow: bool = False) -> str:
+    """The figure as an svg element without a ground of its own; `narrow`: laid out for the width of a phone."""
+    from matplotlib import rc_context
+
+    canvas = _canvas(figure, colours, narrow=narrow)
+    for axes in canvas.axes:
+        axes.patch.set_visible(False)
+    with rc_context({"svg.hashsalt": "halfstep", "svg.fonttype": "path"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.savefig(file := io.StringIO(), format="svg", metadata=nothing, facecolor="none")
+    return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 def _with_accents(names: Sequence[str], entries: Mapping[str, str]) -> dict[str, str]:
@@ -91,8 +117,8 @@ def _repeats(colours: Mapping[str, str]) -> dict[str, int]:
     return {name: before[:k].count(colour) for k, (name, colour) in enumerate(colours.items())}
 
 
-def _draw(figure: Figure, colours: Mapping[str, str]) -> bytes:
-    """The PNG of a figure. Every colour is set by hand: a user's dark matplotlib style would write white on white."""
+def _canvas(figure: Figure, colours: Mapping[str, str], *, narrow: bool = False) -> Any:
+    """A figure laid out. Every colour is set by hand: a user's dark matplotlib style would write white on white."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -101,39 +127,44 @@ def _draw(figure: Figure, colours: Mapping[str, str]) -> bytes:
     size, dpi = ((10, 4.2), 150) if not (is_strip or is_timed) else ((WIDTH, 5.4), 200)
     if is_strip:
         size = (WIDTH, height_of(figure))
+    elif narrow:
+        size = NARROW
     canvas = Canvas(figsize=size, dpi=dpi, layout=None if is_strip else "constrained", facecolor="white")
     FigureCanvasAgg(canvas)
     if is_strip:
         draw_strips(canvas.add_axes((0, 0, 1, 1)), figure, colours)
-    else:
-        axes = canvas.add_subplot(facecolor="white")
-        match figure:
-            case Pareto():
-                _draw_pareto(axes, figure, colours)
-            case PlanChart():
-                draw_plan(axes, figure, colours)
-            case Heatmap():
-                _draw_heatmap(axes, figure)
-            case Curve():
-                _draw_curve(axes, figure, colours)
-        columns = 3 if isinstance(figure, PlanChart) else 2 if is_timed else 1
-        _finish(axes, {3: "outside upper left", 2: "outside lower left", 1: "outside right upper"}[columns], columns)
-    canvas.savefig(file := io.BytesIO(), format="png", metadata={"Software": None})  # same numbers, same bytes
-    return file.getvalue()
+        return canvas
+    axes = canvas.add_subplot(facecolor="white")
+    match figure:
+        case Pareto():
+            _draw_pareto(axes, figure, colours)
+        case PlanChart():
+            draw_plan(axes, figure, colours)
+        case Heatmap():
+            _draw_heatmap(axes, figure, below=narrow)
+        case Curve():
+            _draw_curve(axes, figure, colours)
+    columns = 3 if isinstance(figure, PlanChart) else 2 if is_timed else 1
+    place = {3: "outside upper left", 2: "outside lower left", 1: "outside right upper"}[columns]
+    _finish(axes, "outside lower left" if narrow else place, 1 if narrow else columns, narrow=narrow)
+    return canvas
 
 
-def _finish(axes: Axes, place: str, columns: int) -> None:
+def _finish(axes: Axes, place: str, columns: int, *, narrow: bool = False) -> None:
+    along, across = (34, 26) if narrow else (60, 40)  # letters of a line of a label
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, labelsize=9.5, labelcolor=INK)
     for name, spine in axes.spines.items():
         spine.set(visible=name == "bottom", color="#c5cbd5")
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(
-            color=INK, fontsize=10.5, text=textwrap.fill(label.get_text(), 60 if label is axes.xaxis.label else 40)
+            color=INK,
+            fontsize=10.5,
+            text=textwrap.fill(label.get_text(), along if label is axes.xaxis.label else across),
         )
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        style = {"frameon": False, "fontsize": 9.5, "labelcolor": INK, "labelspacing": 0.7}
+        style = {"frameon": False, "fontsize": 9.5, "labelcolor": INK, "labelspacing": 0.4 if narrow else 0.7}
         axes.figure.legend(handles, labels, loc=place, ncols=columns, **style)
     if not axes.has_data():
         axes.set_axis_off()
@@ -162,6 +193,8 @@ def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None
             )
     costs, values = zip(*[point[:2] for s in pareto.series for point in s.points] or [(1.0, 1.0)], strict=True)
     _log_if_wide(axes, values)
+    if axes.get_yscale() == "log":  # an interval down to zero has no end there: it must not take the scale
+        axes.set_ylim(bottom=min(axes.get_ylim()[1], 0.5 * min(values)))
     if pareto.cost_label:
         axes.xaxis.set_major_formatter(lambda cost, _: amount(cost))
         _log_if_wide(axes, costs, along="x")
@@ -171,6 +204,17 @@ def _draw_pareto(axes: Axes, pareto: Pareto, colours: Mapping[str, str]) -> None
         axes.xaxis.set_major_formatter(lambda share, _: percent(share))
     axes.set(xlabel=pareto.cost_label or "MACs per image, share of the reference", ylabel=pareto.metric_label)
     axes.grid(color=LINES, linewidth=0.8)
+    if pareto.beat:
+        _draw_beaten(axes, *pareto.beat)
+
+
+def _draw_beaten(axes: Axes, cost: float, value: float) -> None:
+    """The corner of what is dearer than the best free and no better, up to the edges that the axes have by now."""
+    right, top, colour = axes.get_xlim()[1], axes.get_ylim()[1], ROLES["best free"]
+    label = "no better than what is free"
+    axes.fill_between([cost, right], value, top, color=colour, alpha=0.12, linewidth=0, zorder=0.5, label=label)
+    axes.plot([cost, cost, right], [top, value, value], color=colour, linewidth=1.3, linestyle=(0, (5, 2)), zorder=1)
+    axes.set(xlim=(axes.get_xlim()[0], right), ylim=(axes.get_ylim()[0], top))
 
 
 def _draw_series(axes: Axes, series: Series, colour: str, marker: str, cloud: bool) -> None:
@@ -241,7 +285,7 @@ def draw_plan(axes: Axes, chart: PlanChart, colours: Mapping[str, str]) -> None:
         axes.text(1.01, mean / top, f"mean {percent(mean)}\nof the reference", **style)  # beside the columns
 
 
-def _draw_heatmap(axes: Axes, heatmap: Heatmap) -> None:
+def _draw_heatmap(axes: Axes, heatmap: Heatmap, *, below: bool = False) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -254,7 +298,9 @@ def _draw_heatmap(axes: Axes, heatmap: Heatmap) -> None:
     paint = colormaps["magma_r"].with_extremes(under=PALE, bad=PALE)
     norm = LogNorm(seen.min(), max(seen.max(), 1.001 * seen.min()))
     shown = axes.imshow(np.ma.masked_invalid(values), paint, norm=norm, aspect="auto", interpolation="nearest")
-    bar = axes.figure.colorbar(shown, extend="min" if seen.size < values.size else "neither", pad=0.02)
+    bar = axes.figure.colorbar(
+        shown, extend="min" if seen.size < values.size else "neither", pad=0.02, location="bottom" if below else "right"
+    )
     bar.set_label(textwrap.fill(heatmap.label, 40), color=INK, fontsize=10.5)
     bar.ax.tick_params(which="both", length=0, labelcolor=INK, labelsize=9.5)
     bar.outline.set_visible(False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from halfstep.core.machine import alone
 from halfstep.core.parts import Parts
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
+from halfstep.core.results import About
 from halfstep.core.seeds import Stage, own_random, stage_seed
 from halfstep.core.watch import SILENT, Watch
 from halfstep.data.arrays import save_arrays
@@ -31,6 +33,7 @@ from halfstep.engine.profiling import TIMED_BATCH
 from halfstep.engine.runtimes import settle_runtimes
 from halfstep.engine.subject import Subject
 from halfstep.measure.features import FeatureNet, extract, extractor_of, feature_net_for, train_features
+from halfstep.measure.films import FILMED, Film, film, pictured, save_films
 from halfstep.measure.judge import KEEP, Judge, Measured, extractor_for
 from halfstep.measure.quality import NEIGHBOURS
 
@@ -158,10 +161,21 @@ def is_measured(out: Path) -> bool:
     return (out / "quality.json").is_file()
 
 
-def write_and_tell(judge: Judge, verdict: Measured, out: Path, begun: float) -> Path:
-    """Write what was measured, with its pictures, and the report on it, whose path is returned."""
+def write_and_tell(judge: Judge, verdict: Measured, plans: Mapping[str, StepPlan], out: Path, begun: float) -> Path:
+    """Write what was measured of these plans, with its pictures and films, and the report on it, whose path is
+    returned."""
     pictures = verdict.pictures | {"real images": np.asarray(judge.images.subset(min(32, len(judge.images))).pixels)}
     disk.write_atomic(out / "pictures.npz", lambda path: save_arrays(path, pictures))
+    disk.write_atomic(out / "films.npz", lambda path: save_films(path, *_filmed(judge, plans, verdict.record.about)))
     record = replace(verdict.record, seconds=round(time.time() - begun, 1))
     disk.write_json(out / "quality.json", record.to_json())
     return tell(out)
+
+
+def _filmed(judge: Judge, plans: Mapping[str, StepPlan], about: About) -> tuple[dict[str, Film], tuple[str, ...]]:
+    """How the first pictures come about under what is run today, the best free and the plan; what they are of."""
+    names = {"reference": about.reference, "free": about.free or about.reference, "plan": "plan"}
+    kept = {role: name for role, name in names.items() if role == "reference" or name != about.reference}
+    how: Any = {"seed": about.seed, "conditions": judge.conditions}
+    films = {role: film(judge.bank, plans[name], **how) for role, name in kept.items()}
+    return films, pictured(judge.bank, judge.conditions, FILMED)

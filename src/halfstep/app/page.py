@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
-from halfstep.app.figures import Figure, draw_all
+from halfstep.app.figures import Curve, Figure, Heatmap, Pareto, colours_of, draw_png, draw_svg
+from halfstep.app.lanes import lanes
+from halfstep.app.markup import image_tag, light_and_dark, scrolling, shrunk, themed, tiles
+from halfstep.app.reels import Reel, reel
+from halfstep.app.strips import PlanChart
+from halfstep.app.style import STYLE
 from halfstep.core import disk
-from halfstep.data.pictures import CELL, GAP, picture_grid
+from halfstep.data.pictures import picture, picture_grid
 
 if TYPE_CHECKING:  # rich loads only when something is printed
     import rich.table
@@ -25,13 +29,14 @@ if TYPE_CHECKING:  # rich loads only when something is printed
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells of text; `best`: the row to emphasise."""
+    """Cells of text; `best`: the row to emphasise; `beat`: the row that it is held against, the line to beat."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     best: int | None = None
+    beat: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +68,35 @@ class Plate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Pictures of the same noises, a row for each name: uint8 [N, C, H, W], the same N everywhere. `pictured`: what
+    each is of, "" where nothing was asked for."""
+
+    title: str
+    rows: Mapping[str, np.ndarray]
+    pictured: tuple[str, ...] = ()
+    note: str = ""
+
+
+Part = Table | Figure | Grid | Plate | Beside | Reel
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole page; `files`: name in the report's folder -> what it is."""
+    """A whole page, told in the order of `parts`; grids that follow one another stand side by side.
+
+    `warnings`: what is wrong with all of it; `todo`: what would settle what is open, and the setting for it; `numbers`:
+    (number, of what, what stands beside it); `files`: name in the report's folder -> what it is.
+    """
 
     title: str
     summary: str
     facts: Mapping[str, str]
-    tables: tuple[Table, ...]
-    figures: tuple[Figure, ...]
-    grids: tuple[Grid, ...]
+    parts: tuple[Part, ...]
+    warnings: tuple[str, ...] = ()
+    todo: tuple[str, str] = ("", "")
+    numbers: tuple[tuple[str, str, str], ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
-    plates: tuple[Plate, ...] = ()
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -83,12 +106,14 @@ def write_report(report: Report, folder: Path) -> Path:
     Raises RunError when the folder cannot be written, DataError for a grid of no images.
     """
     folder, pictures = Path(folder), dict[str, bytes]()
-    drawn = draw_all(report.figures)
-    for item, png in zip(report.figures + report.grids, drawn + [_grid_png(g) for g in report.grids], strict=True):
-        slug = re.sub(r"[^a-z0-9]+", "-", item.title.lower()).strip("-") or "picture"
-        same = sum(re.fullmatch(rf"{slug}(-\d+)?\.png", name) is not None for name in pictures)
-        pictures[f"{slug}-{same + 1}.png" if same else f"{slug}.png"] = png
-    page = _page(report, list(pictures.values()))
+    colours = colours_of([part for part in report.parts if isinstance(part, Figure)])
+    for part in report.parts:
+        if isinstance(part, Figure | Grid):
+            slug = re.sub(r"[^a-z0-9]+", "-", part.title.lower()).strip("-") or "picture"
+            same = sum(re.fullmatch(rf"{slug}(-\d+)?\.png", name) is not None for name in pictures)
+            png = _grid_png(part) if isinstance(part, Grid) else draw_png(part, colours)
+            pictures[f"{slug}-{same + 1}.png" if same else f"{slug}.png"] = png
+    page = _page(report, colours)
     for name, png in pictures.items():
         disk.write_bytes(folder / "figures" / name, png)
     disk.write_text(folder / "report.html", page)
@@ -132,101 +157,146 @@ def _grid_png(grid: Grid) -> bytes:
     return file.getvalue()
 
 
-def _page(report: Report, pictures: Sequence[bytes]) -> str:
-    plots = [_figure(f.title, "", png) for f, png in zip(report.figures, pictures, strict=False)]
-    grids = zip(report.grids, pictures[len(plots) :], strict=True)
-    shown = "".join(_figure(grid.title, grid.note, png) for grid, png in grids)
+def _page(report: Report, colours: Mapping[str, str]) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in report.facts.items())
     files = (
         f'<dt><a href="{quote(n)}">{escape(n)}</a></dt><dd>{escape(what)}</dd>' for n, what in report.files.items()
     )
-    parts = (
-        f"<h1>{escape(report.title)}</h1><p class=lead>{escape(report.summary)}</p>",
-        *map(_table, report.tables),
-        f"<div class=grids>{shown}</div>" * bool(shown),
-        *plots,
-        *map(_plate, report.plates),
-        f"<h2>Files</h2><dl>{''.join(files)}</dl>" * bool(report.files),
+    body: list[str] = []
+    for is_grid, parts in itertools.groupby(report.parts, key=lambda part: isinstance(part, Grid)):
+        told = [_part(part, colours) for part in parts]
+        body += [f'<div class="grids">{"".join(told)}</div>'] if is_grid else told
+    found = (
+        _top(report),
+        *body,
+        f"<section><h2>Files</h2><dl>{''.join(files)}</dl></section>" * bool(report.files),
         f"<details><summary>How this was made</summary><dl>{facts}</dl></details>" * bool(facts),
     )
-    return HEAD.format(title=escape(report.title), style=STYLE) + "\n".join(filter(None, parts)) + FOOT
+    content = "\n".join(filter(None, found))
+    style = STYLE + light_and_dark(content)
+    return HEAD.format(title=escape(report.title), style=style) + content + FOOT
+
+
+def _top(report: Report) -> str:
+    """What a reader sees first: the claim in words, what is wrong with it or would settle it, the numbers."""
+    said, setting = report.todo
+    setting = f" <code>{escape(setting)}</code>" * bool(setting)
+    numbers = "".join(
+        f"<div><dt>{escape(what)}</dt><dd><b>{escape(number)}</b> <span>{escape(beside)}</span></dd></div>"
+        for number, what, beside in report.numbers
+    )
+    return (
+        f'<h1>{escape(report.title)}</h1><p class="lead">{escape(report.summary)}</p>'
+        + "".join(f'<p class="wrong"><b>Warning:</b> {escape(one)}.</p>' for one in report.warnings)
+        + f'<p class="todo">{escape(said)}{setting}</p>' * bool(said)
+        + f'<dl class="numbers">{numbers}</dl>' * bool(numbers)
+    )
+
+
+def _part(part: Part, colours: Mapping[str, str]) -> str:
+    match part:
+        case Table():
+            return _section(part.title, scrolling(_table(part), part.title), part.note)
+        case Grid():
+            images = shrunk(part.images)
+            shown = tiles(images, part.columns)
+            alt = f"{len(images)} pictures: {part.title}"
+            return _section(part.title, image_tag(shown, alt, side=max(images.shape[2:])), part.note, "grid")
+        case Plate():
+            return _section(part.title, scrolling(_plate(part), part.title), part.note)
+        case Beside():
+            return _section(part.title, _beside(part), part.note, "beside")
+        case Reel():
+            return _section(part.title, reel(part), part.note)
+        case PlanChart() if part.costs:
+            return _section(part.title, lanes(part, colours), "")
+        case _:
+            return _section(part.title, _drawing(part, colours), "")
+
+
+def _section(title: str, inner: str, note: str, kind: str = "") -> str:
+    note = f'<p class="note">{escape(note)}</p>' * bool(note)
+    return f"<section{f' class={kind}' * bool(kind)}><h2>{escape(title)}</h2>{inner}{note}</section>"
 
 
 def _table(table: Table) -> str:
-    kinds = [" class=n" * number for number in _are_numbers(table)]
-    head = "".join(f"<th scope=col{k}>{escape(name)}</th>" for k, name in zip(kinds, table.columns, strict=True))
-    rows = ["".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kinds, row, strict=True)) for row in table.rows]
-    body = "".join(f"<tr{' class=best' * (k == table.best)}>{row}</tr>" for k, row in enumerate(rows))
-    note = f"<p class=note>{escape(table.note)}</p>" * bool(table.note)
-    inner = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<section><h2>{escape(table.title)}</h2><div class=wide>{inner}</div>{note}</section>"
-
-
-MOST_SIDE = 160
-"""Pixels of a picture on a plate; larger ones are shrunk, so that a page stays light."""
+    kinds = [' class="n"' * number for number in _are_numbers(table)]
+    head = "".join(
+        f'<th scope="col"{k}>{escape(name)}</th>' if name else f"<td{k}></td>"
+        for k, name in zip(kinds, table.columns, strict=True)
+    )
+    body = []
+    for k, row in enumerate(table.rows):
+        marks = [kind for kind, at in (("best", table.best), ("beat", table.beat)) if k == at]
+        cells = [f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)]
+        if not table.columns[0]:  # a name, not a value
+            cells[0] = f'<th scope="row">{escape(row[0])}</th>'
+        body.append(f"<tr{f' class={marks[0]}' if marks else ''}>{''.join(cells)}</tr>")
+    caption = f'<caption class="unseen">{escape(table.title)}</caption>'
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _plate(plate: Plate) -> str:
-    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in plate.columns)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in plate.columns)
     rows = []
     for k, row in enumerate(plate.rows):
         cells = (_cell(cell, f"{name}, picture {k}") for name, cell in zip(plate.columns, row, strict=True))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    note = f"<p class=note>{escape(plate.note)}</p>" * bool(plate.note)
-    inner = f"<table class=plate><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<section><h2>{escape(plate.title)}</h2><div class=wide>{inner}</div>{note}</section>"
+    caption = f'<caption class="unseen">{escape(plate.title)}</caption>'
+    return f'<table class="plate">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _cell(cell: Cell, alt: str) -> str:
-    side = max(cell.images.shape[2:])
-    picture = picture_grid(cell.images, columns=len(cell.images))
-    if side > MOST_SIDE:
-        picture.thumbnail((MOST_SIDE * len(cell.images), MOST_SIDE))
-    picture.save(file := io.BytesIO(), "PNG")
-    data, (width, height) = base64.b64encode(file.getvalue()).decode(), picture.size
-    hard = " class=hard" * (side <= MOST_SIDE)
-    image = f'<img{hard} src="data:image/png;base64,{data}" width={width} height={height} alt="{escape(alt)}">'
+    images = shrunk(cell.images)
+    image = image_tag(picture_grid(images, columns=len(images)), alt, side=max(images.shape[2:]))
     text = f"<span>{escape(cell.text)}</span>" * bool(cell.text)
     return f"<td{' class=marked' * cell.marked}>{image}{text}</td>"
 
 
-def _figure(title: str, note: str, png: bytes) -> str:
-    width, height = Image.open(io.BytesIO(png)).size
-    # Pictures no wider than their column are never shrunk, so their pixels may stay hard.
-    hard = " class=hard" * (width <= 8 * (CELL + GAP))
-    data, alt = base64.b64encode(png).decode(), escape(f"{title}. {note}".strip(". "))
-    image = f'<img{hard} src="data:image/png;base64,{data}" width={width} height={height} alt="{alt}">'
-    return f"<figure><h2>{escape(title)}</h2>{image}<figcaption>{escape(note)}</figcaption></figure>"
+def _beside(part: Beside) -> str:
+    found = []
+    for name, images in part.rows.items():
+        images = shrunk(images)
+        asked = part.pictured[: len(images)] + ("",) * (len(images) - len(part.pictured))
+        shown = "".join(
+            image_tag(picture(one), f"picture {k + 1}{f', {what}' * bool(what)}, by {name}", side=max(images.shape[2:]))
+            for k, (one, what) in enumerate(zip(images, asked, strict=True))
+        )
+        label = f"<p><b>{escape(name)}</b></p>"
+        found.append(f'<div role="group" aria-label="{escape(name)}">{label}<div class="row">{shown}</div></div>')
+    return "".join(found)
+
+
+def _drawing(figure: Figure, colours: Mapping[str, str]) -> str:
+    """A figure twice, of which one is seen: laid out for a page and for a phone."""
+    wide, narrow = (themed(draw_svg(figure, colours, narrow=narrow)) for narrow in (False, True))
+    alt = escape(_told(figure))
+    return (
+        f'<figure class="drawn" role="img" aria-label="{alt}"><div class="broad" aria-hidden="true">{wide}</div>'
+        f'<div class="slim" aria-hidden="true">{narrow}</div></figure>'
+    )
+
+
+def _told(figure: Figure) -> str:
+    """A figure in words, for who does not see it."""
+    match figure:
+        case Pareto():
+            points = [(s.name, s.points[0]) for s in figure.series if len(s.points) == 1]
+            told = "; ".join(f"{name}: {point[1]:.3g} at {point[0]:.3g}" for name, point in points)
+            return f"{figure.title}: {figure.metric_label} against {figure.cost_label or 'share of the MACs'}. {told}"
+        case Heatmap():
+            return f"{figure.title}: {figure.label}, of {', '.join(figure.entries)} at {len(figure.timesteps)} steps"
+        case Curve():
+            ends = "; ".join(
+                f"{name}: {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in figure.lines.items() if line
+            )
+            return f"{figure.title}: {figure.ylabel} by {figure.xlabel}. {ends}"
+        case _:
+            return figure.title
 
 
 HEAD = """<!doctype html>
-<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head><body><main>
 """
-FOOT = "\n<footer>Written by Halfstep.</footer></main></body></html>\n"
-STYLE = """
-:root{color-scheme:light dark;--ink:#1f2430;--soft:#5b6472;--paper:#fbfbfd;--line:#e3e7ee;--tint:#fdefe9;--go:#c2410c}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eaf0;--soft:#a2aab8;--paper:#14161c;--line:#2d323d;--tint:#37231b;
---go:#fb9168}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-main{max-width:1148px;margin:0 auto;padding:48px 24px}h1{font-size:2.1rem;letter-spacing:-.02em;margin:0 0 12px}
-h2{font-size:1.15rem;margin:44px 0 12px}.lead{font-size:1.25rem;line-height:1.5;margin:0;padding:2px 0 2px 18px;
-border-left:4px solid var(--go);max-width:56em}.note,figcaption,footer{color:var(--soft);font-size:.875rem}
-.note{margin:10px 0 0;max-width:68em}figcaption{margin-top:6px}figcaption:empty{display:none}footer{margin-top:56px}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.94rem}
-th,td{padding:8px 12px;text-align:left;white-space:nowrap;border-bottom:1px solid var(--line)}
-th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}td:first-child{font-weight:600}
-.best td{background:var(--tint);color:var(--go);font-weight:600}figure{margin:0}
-img{display:block;max-width:100%;height:auto;background:#fff;border-radius:10px;padding:5px}
-.hard{image-rendering:pixelated;border-radius:6px}.grids{display:grid;gap:0 24px}
-@media(min-width:1000px){.grids{grid-template-columns:1fr 1fr}}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 24px;margin:12px 0;font-size:.94rem}dt{font-weight:600}
-dd{margin:0;overflow-wrap:anywhere}a{color:var(--go)}details{margin-top:44px}summary{cursor:pointer;font-weight:600}
-.plate{width:auto}.plate th,.plate td,.plate td:first-child{padding:4px 10px 4px 0;border:0;font-weight:400}
-.plate th{font-weight:600;white-space:normal;max-width:150px;vertical-align:bottom}
-.plate img{max-width:none;padding:0;background:none}
-.plate span{display:block;font-size:.8rem;color:var(--soft);font-variant-numeric:tabular-nums}
-.plate .marked span{color:var(--go);font-weight:600}.plate .marked img{outline:3px solid var(--go)}
-@media(max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:10px}}
-"""
+FOOT = "\n</main><footer>Written by Halfstep.</footer></body></html>\n"

@@ -17,9 +17,11 @@ from halfstep.app.charts import (
     told_strip,
     training_curves,
 )
-from halfstep.app.page import Grid, Report, write_report
-from halfstep.app.tables import costs_table, plans_table, restored_table, spectra_table, steps_table
-from halfstep.app.words import summary
+from halfstep.app.page import Beside, Grid, Report, write_report
+from halfstep.app.palette import amount
+from halfstep.app.reels import Reel, Track
+from halfstep.app.tables import costs_table, more_table, restored_table, spectra_table, steps_table, time_table
+from halfstep.app.words import headline, numbers, to_decide
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.plan import StepPlan
@@ -33,6 +35,7 @@ from halfstep.core.results import (
 )
 from halfstep.data.arrays import read_arrays
 from halfstep.data.pictures import picture_grid
+from halfstep.measure.films import Film, read_films
 from halfstep.measure.restore import Restored
 from halfstep.search.damage import ErrorTable
 from halfstep.search.scores import SEARCHED, read_scores
@@ -55,33 +58,85 @@ def tell(out: Path) -> Path:
     pictures = _pictures(out / "pictures.npz", again)
     scored = read_scores(out)
     searched = [one for one in scored if one.stage in SEARCHED and one.stage != "reference"] if table else []
-    free = _free(out)
     if run.recipe is None:
         raise RunError(got="a run without a recipe", expected="one that was measured", where=out, do=again)
+    films = _films(out / "films.npz", again)
+    told = films[1] if films else ()
     report = Report(
         title="Halfstep report",
-        summary=summary(record, plan),
+        summary=headline(record, plan),
+        warnings=record.about.warnings,
+        todo=to_decide(record),
+        numbers=numbers(record),
         facts=_facts(run.inputs, run.recipe, record, len(searched), table),
-        tables=(
-            plans_table(record),
+        parts=(
+            _same_noise(record, pictures, told),
+            time_table(record),
+            time_pareto(record, free=_free(out)),
+            *([told_strip(plan, record, costs)] if plan.nets != (plan.reference,) or not plan.corrected else []),
+            *([_reel(record, films[0], told)] if films else []),
+            more_table(record),
+            pareto(record, searched, run.recipe.search.images),
             *steps_table(scored, run.recipe.search.final_images),
             costs_table(costs, plan.reference),
-        ),
-        figures=(
-            time_pareto(record, free=free),
-            pareto(record, searched, run.recipe.search.images),
-            *([told_strip(plan, record, costs)] if plan.nets != (plan.reference,) or not plan.corrected else []),
             *correction_curves(plan),
             *([heatmap(table)] if table else []),
             *grid_curve(out),
             *training_curves(out),
+            *(Grid(title=name, images=images, columns=8) for name, images in pictures.items()),
         ),
-        grids=tuple(Grid(title=name, images=images, columns=8) for name, images in pictures.items()),
         files={name: what for name, what in FILES.items() if (out / name).exists()},
     )
     side = picture_grid(np.concatenate([pictures["reference"][:16], pictures["plan"][:16]]), columns=16)
     disk.write_png(out / "samples.png", side)
     return write_report(report, out)
+
+
+def _same_noise(record: Comparison, pictures: Mapping[str, np.ndarray], told: tuple[str, ...]) -> Beside:
+    """The first pictures of what is run today, of the best free and of the plan."""
+    about, plans = record.about, record.plans
+    called = {about.reference: "today", **({about.free: "best free"} if about.free else {}), "plan": "the plan"}
+    called[about.reference] = "today"
+    rows = {
+        f"{said}, {amount(plans[name].wall_ms / about.batch)} ms an image": pictures[name][:8]
+        for name, said in called.items()
+        if name in pictures and name in plans
+    }
+    least = min(map(len, rows.values()))
+    note = "In each column the same noise. The numbers below are of many more pictures than these."
+    same = {name: images[:least] for name, images in rows.items()}
+    return Beside(title="The same noise", rows=same, pictured=told, note=note)
+
+
+def _films(file: Path, do: str) -> tuple[dict[str, Film], tuple[str, ...]] | None:
+    """The films of a run and what they are of; None of runs of before, which kept none. Raises RunError."""
+    return read_films(file, do) if file.exists() else None
+
+
+def _reel(record: Comparison, films: Mapping[str, Film], told: tuple[str, ...]) -> Reel:
+    about = record.about
+    names = {"reference": (about.reference, "today"), "free": (about.free, "best free"), "plan": ("plan", "the plan")}
+    tracks = [
+        _track(said, films[role], record.plans[name].wall_ms / about.batch)
+        for role, (name, said) in names.items()
+        if role in films and name in record.plans
+    ]
+    note = (
+        f"The same {len(tracks[0].frames[0])} noises under each plan, as its sampler holds them after each call. The "
+        f"clock is that of one image in a batch of {about.batch}: the time that was measured, shared out by what each "
+        "call costs."
+    )
+    return Reel(title="From noise to picture", tracks=tuple(tracks), pictured=told, note=note)
+
+
+def _track(name: str, film: Film, ms: float) -> Track:
+    """A film by the clock: `ms` is the whole trajectory's, of an image."""
+    moments = zip(film.rows, film.ran, film.timesteps, strict=True)
+    said = [
+        "noise" if row < 0 else f"call {row + 1} of {film.of}: {str(ran)[:80]} at {timestep:.4g}"
+        for row, ran, timestep in moments
+    ]
+    return Track(name=name, frames=film.frames, ms=tuple(float(ms * share) for share in film.done), told=tuple(said))
 
 
 def _free(out: Path) -> FreeRecord | None:
@@ -110,9 +165,10 @@ def tell_restored(out: Path, records: Sequence[Restored], shown: Mapping[str, np
         title="Denoised pictures",
         summary="What every method made of the same noisy pictures. Single files lie in the folders beside this page.",
         facts={},
-        tables=(restored_table(records),) if records else (),
-        figures=(),
-        grids=tuple(Grid(title=name, images=image[None], columns=1) for name, image in shown.items()),
+        parts=(
+            *([restored_table(records)] if records else []),
+            *(Grid(title=name, images=image[None], columns=1) for name, image in shown.items()),
+        ),
     )
     return write_report(report, out)
 
@@ -127,9 +183,10 @@ def tell_spectra(out: Path) -> Path:
         title="Power spectra",
         summary="A model that loses detail has less power at high frequencies than the linear bound allows.",
         facts={"data": record.data},
-        tables=(spectra_table(record),),
-        figures=tuple(spectra_curve(timestep, models) for timestep, models in record.timesteps.items()),
-        grids=(),
+        parts=(
+            spectra_table(record),
+            *(spectra_curve(timestep, models) for timestep, models in record.timesteps.items()),
+        ),
     )
     return write_report(report, out)
 
@@ -141,6 +198,8 @@ FILES = {
     "cost.json": "parameters, MACs, latency and memory of the bank",
     "errors.json": "the error table",
     "scores.jsonl": "every plan that was measured",
+    "pictures.npz": "the first pictures of each plan",
+    "films.npz": "how the first few of them came about",
     "free.json": "the stock samplers that were measured",
     "search.jsonl": "every plan that was measured",
 }

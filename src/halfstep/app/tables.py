@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from halfstep.app.page import Table
-from halfstep.app.words import change_cell, quality_cell, verdict_of
+from halfstep.app.words import change_cell, quality_cell, verdict_cells, verdict_of
 from halfstep.core.errors import PlanError
 from halfstep.core.results import (
     About,
@@ -22,89 +23,149 @@ SETTINGS = ("device", "dtype", "threads", "batch", "layout", "backend")
 """Of a `Cost`: what its milliseconds hang on."""
 
 
-def plans_table(record: Comparison, title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
-    """The table of `judge.measure_plans`: cost, speed, quality with intervals, difference to the first row.
-
-    `brief`: only what fits a terminal of 80 columns.
-    """
-    about = record.about
-    rows = [_plan_cells(name, row, about) for name, row in record.plans.items()]
-    first = record.reference.quality["fd"]
-    note = (
-        f"MMACs per image and trajectory. Wall-clock of whole trajectories at batch {about.batch} on "
-        f"{about.device}, {about.dtype}, {about.layout}, "
-        f"median of {about.repeats} taken in turns. Fréchet distance (FD, lower is better) on "
-        f"{about.n} images of the same seeds against {first.n_reference} real ones, features "
-        f"{first.features}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
-    )
-    columns: tuple[str, ...] = ("", "MACs", "time", "FD", "change of FD", f"within {about.tolerance:.0%}")
-    if about.free:
-        columns += ("of the best free's time", "beside the best free")
-    alone = len(record.plans) == 1  # a dense model, which has no plan: nothing stands beside it
-    if brief and not alone:  # the rest is detail, and lies beyond the edge of a narrow page
-        columns = columns[:6]
-        rows = [row[: len(columns)] for row in rows]
-    else:
-        single = ("ms of one image",) if record.reference.alone_ms is not None else ()
-        agreement = (AGREEMENT,) if _agrees(record) else ()
-        columns += ("MMACs", "ms", *single, "KID", "precision", "recall", *agreement)
-    names = list(record.plans)
-    if AGREEMENT in columns:
-        note += " Class agreement: the share of images that the features' classifier takes for the class asked for."
-    if about.free:
-        note += f" The best free: {_called_free(record)}; every plan is held against it too."
-    if alone:
-        title, note = "The reference", note.replace(", the change is paired", "")
-        columns, rows = tuple(_beside_none(columns)), [tuple(_beside_none(row)) for row in rows]
-    return Table(
-        title=title, columns=columns, rows=tuple(rows), note=note, best=names.index("plan") if "plan" in names else None
-    )
-
-
+BRIEF = ("MACs", "time", "FD", "change of FD")
+"""Of `plans_table`, with the verdict: what fits a terminal of 80 columns."""
 AGREEMENT = "class agreement"
 """The share of images that the features' classifier takes for the class they were asked to be."""
 
 
-def _agrees(record: Comparison) -> bool:
-    """Whether every plan was measured so."""
-    return all("agreement" in row.quality for row in record.plans.values())
+def plans_table(record: Comparison, title: str = "Reference, plan and controls", *, brief: bool = False) -> Table:
+    """The table of `judge.measure_plans`: time, quality with intervals, difference to the first row, cost.
+
+    `brief`: only what fits a terminal of 80 columns.
+    """
+    columns = _columns(record)
+    note = f"{_timed(record)} {_drawn(record)} MMACs per image and trajectory."
+    if len(record.plans) == 1:  # a dense model, which has no plan: nothing stands beside it
+        columns = {name: cells for name, cells in columns.items() if name not in _BESIDE}
+        title, note = "The reference", note.replace(", the change is paired", "")
+    elif brief:  # the rest is detail, and lies beyond the edge of a narrow page
+        columns = {name: columns[name] for name in (*BRIEF, f"within {record.about.tolerance:.0%}")}
+    return _of_plans(record, title, columns, f"{note}{_class_note(columns)}{_free_note(record)}")
 
 
-def _beside_none(cells: Sequence[str]) -> list[str]:
-    """A line of `plans_table` without its shares, change and verdict, which one plan alone has not."""
-    return [cells[0], cells[3], *cells[6:]]
+def time_table(record: Comparison) -> Table:
+    """What a reader of the page asks first: the time of each, of today's and of the best free's, and whether its
+    quality held beside each, the verdicts in words. The best free's row is the line to beat."""
+    about, found = record.about, _columns(record)
+    free = about.free if about.free != about.reference else None  # else it stands there already
+    named = [(name, verdict_cells(row, about.tolerance)) for name, row in record.plans.items()]
+    today = ["—" if name == about.reference else cells[0] for name, cells in named]
+    columns = {
+        f"ms, batch of {about.batch}": found["ms"],
+        "of today's time": found["time"],
+        **({FREE_TIME: found[FREE_TIME]} if free else {}),
+        "FD": found["FD"],
+        "change from today": found["change of FD"],
+        "quality beside today": today,
+    }
+    if free:
+        columns["quality beside the best free"] = ["—" if name == free else cells[1] for name, cells in named]
+    held = f"Held: the whole interval of the change lies within a loss of {about.tolerance:.0%}."
+    note = f"{_timed(record)} {_drawn(record)} {held}{_free_note(record)}"
+    table = _of_plans(record, "Time and quality", columns, note)
+    beat = list(record.plans).index(about.free) if about.free else None
+    said = {about.reference: ": today"} | ({about.free: ": the line to beat"} if about.free else {})
+    if about.free == about.reference:
+        said[about.reference] = ": today, and the line to beat"
+    rows = tuple((cells[0] + said.get(cells[0], ""), *cells[1:]) for cells in table.rows)
+    return replace(table, rows=rows, beat=beat)
 
 
-def _plan_cells(name: str, row: PlanRow, about: About) -> tuple[str, ...]:
-    """One plan's line of `plans_table`."""
-    reference = name == about.reference
+def more_table(record: Comparison) -> Table:
+    """The rest of what was measured of every plan: one image alone, other distances, MACs."""
+    left = {"ms", "time", "FD", "change of FD", f"within {record.about.tolerance:.0%}", FREE_TIME}
+    if record.about.free == record.about.reference:
+        left.add(FREE_VERDICT)
+    columns = {name: cells for name, cells in _columns(record).items() if name not in left}
+    note = "KID, precision and recall on the same images and features. MMACs per image and trajectory."
+    return _of_plans(record, "More of the same plans", columns, note + _class_note(columns))
+
+
+FREE_TIME, FREE_VERDICT = "of the best free's time", "beside the best free"
+_BESIDE = ("time", "change of FD", "MACs", FREE_TIME, FREE_VERDICT)
+"""Columns that one plan alone has not, with the verdict."""
+
+
+def _of_plans(record: Comparison, title: str, columns: Mapping[str, Sequence[str]], note: str) -> Table:
+    names = list(record.plans)
+    rows = tuple(zip(names, *columns.values(), strict=True))
+    best = names.index("plan") if "plan" in names else None
+    return Table(title=title, columns=("", *columns), rows=rows, note=note, best=best)
+
+
+def _columns(record: Comparison) -> dict[str, list[str]]:
+    """All that is told of the plans, by column, time first."""
+    about, plans = record.about, record.plans
+    beside = {name: row for name, row in plans.items() if name != about.reference}
+    found = {
+        "ms": [f"{row.wall_ms:,.0f}" for row in plans.values()],
+        "time": [f"{row.wall_share:.0%}" for row in plans.values()],
+        FREE_TIME: [_free_time(name, row, about) for name, row in plans.items()],
+        "FD": [quality_cell(row.quality["fd"]) for row in plans.values()],
+        "change of FD": [change_cell(row.difference) if name in beside else "—" for name, row in plans.items()],
+        f"within {about.tolerance:.0%}": [
+            verdict_of(row, about.tolerance) if name in beside else "—" for name, row in plans.items()
+        ],
+        FREE_VERDICT: [_free_verdict(name, row, about) for name, row in plans.items()],
+        "ms of one image": ["–" if row.alone_ms is None else f"{row.alone_ms:,.1f}" for row in plans.values()],
+    }
+    if not beside:
+        del found[f"within {about.tolerance:.0%}"]
+    if record.reference.alone_ms is None:
+        del found["ms of one image"]
+    if not about.free:
+        del found[FREE_TIME], found[FREE_VERDICT]
+    for metric, name in (("kid", "KID"), ("precision", "precision"), ("recall", "recall")):
+        found[name] = [f"{row.quality[metric].value:.3g}" for row in plans.values()]
+    if all("agreement" in row.quality for row in plans.values()):
+        seen = [row.quality["agreement"] for row in plans.values()]
+        found[AGREEMENT] = [f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]" for one in seen]
+    found["MACs"] = [f"{row.share:.0%}" for row in plans.values()]
+    return found | {"MMACs": [f"{row.macs / 1e6:,.0f}" for row in plans.values()]}
+
+
+def _free_time(name: str, row: PlanRow, about: About) -> str:
+    return "100%" if name == about.free else "–" if row.free_wall is None else f"{row.free_wall:.0%}"
+
+
+def _free_verdict(name: str, row: PlanRow, about: About) -> str:
+    if name == about.free:
+        return "—"
+    return "–" if row.free_difference is None else f"{change_cell(row.free_difference)}, {row.free_verdict}"
+
+
+def _timed(record: Comparison) -> str:
+    about = record.about
     return (
-        name,
-        f"{row.share:.0%}",
-        f"{row.wall_share:.0%}",
-        quality_cell(row.quality["fd"]),
-        "—" if reference else change_cell(row.difference),
-        "—" if reference else verdict_of(row, about.tolerance),
-        *(_beside_free(row, free=name == about.free) if about.free else ()),
-        f"{row.macs / 1e6:,.0f}",
-        f"{row.wall_ms:,.0f}",
-        *(() if row.alone_ms is None else (f"{row.alone_ms:,.1f}",)),
-        *(f"{row.quality[metric].value:.3g}" for metric in ("kid", "precision", "recall")),
-        *(f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]" for one in (row.quality.get("agreement"),) if one),
+        f"Wall-clock of whole trajectories at batch {about.batch} on {about.device}, {about.dtype}, {about.layout}, "
+        f"median of {about.repeats} taken in turns."
     )
 
 
-def _beside_free(row: PlanRow, *, free: bool) -> tuple[str, str]:
-    """Time and verdict of a plan beside the best stock sampler."""
-    if free or row.free_difference is None or row.free_wall is None:
-        return "100%" if free else "–", "—" if free else "–"
-    return f"{row.free_wall:.0%}", f"{change_cell(row.free_difference)}, {row.free_verdict}"
+def _drawn(record: Comparison) -> str:
+    about, first = record.about, record.reference.quality["fd"]
+    return (
+        f"Fréchet distance (FD, lower is better) on {about.n} images of the same seeds against {first.n_reference} "
+        f"real ones, features {first.features}; 95 % bootstrap intervals, the change is paired. {_statistics(about)}"
+    )
 
 
-def _called_free(record: Comparison) -> str:
-    """What the best free is, in words."""
-    row = record.plans[record.about.free or record.about.reference]
-    return f"the reference in the {row.calls} calls of the best stock sampler of this quality"
+def _class_note(columns: Iterable[str]) -> str:
+    if AGREEMENT not in columns:
+        return ""
+    return " Class agreement: the share of images that the features' classifier takes for the class asked for."
+
+
+def _free_note(record: Comparison) -> str:
+    """What the best free is."""
+    if not record.about.free:
+        return ""
+    calls = record.plans[record.about.free].calls
+    return (
+        f" The best free: the reference in the {calls} calls of the best stock sampler of this quality; every plan is "
+        "held against it too."
+    )
 
 
 def _statistics(about: About) -> str:

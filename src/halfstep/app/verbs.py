@@ -216,7 +216,7 @@ def compress(method: str, model: str | None, data: str, out: Path, recipe: Recip
     beside, free = with_free(ground, {"reference": reference, "plan": plan} | others)
     verdict = measure_plans(judge, beside, subject.recipe, free=free, watch=watch)
     plan.save(out / "plan.json")
-    return write_and_tell(judge, verdict, out, begun)
+    return write_and_tell(judge, verdict, beside, out, begun)
 
 
 def _to_compress(method: str, model: str | None, data: str, recipe: Recipe, watch: Watch) -> Subject:
@@ -268,7 +268,7 @@ def _regularized(subject: Subject, out: Path, begun: float, watch: Watch) -> Pat
     plans["plan"].save(out / "plan.json")
     told = subject.reference(kept).uniform(best)
     StepAwarePipeline(kept, told, subject.encoder).save_pretrained(out / "pipeline")
-    return write_and_tell(judge, verdict, out, begun)
+    return write_and_tell(judge, verdict, plans, out, begun)
 
 
 def _curve(book: ScoreBook, bank: Bank, plan: StepPlan, recipe: Recipe, watch: Watch) -> dict[str, float]:
@@ -367,7 +367,7 @@ def _planned(subject: Subject, bank: Bank, goal: Goal, out: Path, begun: float, 
     disk.write_json(out / "errors.json", chosen.searched.table.to_json())
     chosen.plan.save(out / "plan.json")
     StepAwarePipeline(needed(bank, chosen.plan), chosen.plan, subject.encoder).save_pretrained(out / "pipeline")
-    return write_and_tell(judge, verdict, out, begun)
+    return write_and_tell(judge, verdict, plans, out, begun)
 
 
 @releasing
@@ -439,7 +439,7 @@ def shrink(
     verdict = measure_plans(judge, plans, recipe, free=free, watch=watch)
     found.plan.save(out / "plan.json")
     StepAwarePipeline(bank, found.plan, subject.encoder).save_pretrained(out / "pipeline")
-    return write_and_tell(judge, verdict, out, begun)
+    return write_and_tell(judge, verdict, plans, out, begun)
 
 
 # ------------------------------------------------------------------------------------------- using what there is

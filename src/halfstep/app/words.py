@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from halfstep.core.plan import StepPlan
 from halfstep.core.results import (
     Comparison,
@@ -36,6 +38,28 @@ def verdict_of(row: PlanRow, tolerance: float) -> Verdict:
         return "held"
     low = row.difference.relative_low
     return "not held" if low is not None and low > tolerance else "not decided"
+
+
+def verdict_cells(row: PlanRow, tolerance: float) -> tuple[str, str]:
+    """A plan's verdicts beside what is run today and beside the best free, for a table; of one that is not decided, how
+    many images would. "–" where none was given."""
+    today = verdict_of(row, tolerance)
+    return _with_count(today, row.decided_by), _with_count(row.free_verdict, free_decided_by(row, tolerance))
+
+
+def _with_count(verdict: Verdict | None, count: int | None) -> str:
+    if verdict != "not decided" or count is None:
+        return verdict or "–"
+    return f"not decided; about {_round_up(count):,} images would"
+
+
+def free_decided_by(row: PlanRow, tolerance: float) -> int | None:
+    """About how many images would decide what is not decided beside the best free; None where a million would not, and
+    for records of before, which do not say."""
+    change = row.free_difference
+    if row.free_verdict != "not decided" or change is None or change.least is None:
+        return None
+    return change.decided_by(tolerance)
 
 
 def decided_text(row: PlanRow) -> str:
@@ -114,3 +138,90 @@ def _judgement(row: PlanRow, tolerance: float) -> str:
             return "nothing can be said of its quality: the reference is broken"
         case _:
             return f"whether quality held {within} is not decided{decided_text(row)}"
+
+
+# ------------------------------------------------------------------------------------------------ at the top of a page
+
+
+def headline(record: Comparison, plan: StepPlan) -> str:
+    """The claim in one or two plain sentences: how much faster, and whether the quality held, beside what is run today
+    and beside the best that is free."""
+    about, row = record.about, record.plans["plan"]
+    what = plan.baseline.what if plan.baseline else f"{record.reference.calls} {plan.sampler.short} calls"
+    held = _held(verdict_of(row, about.tolerance), row.difference)
+    today = f"{_speed(row.wall_share)} what you run today ({what})"
+    if about.free is None:
+        return f"The plan {today}, {held}."
+    if about.free == about.reference or row.free_wall is None or row.free_difference is None:
+        return f"The plan {today}, {held}. No stock sampler of the same net is as good in less time."
+    calls, beside = record.plans[about.free].calls, _held(row.free_verdict or "not decided", row.free_difference)
+    free = f"{_speed(row.free_wall)} the best that is free (a stock sampler in {calls} calls)"
+    if beside == held:
+        return f"The plan {today} and {free.removeprefix('is ')}, {held}{' beside both' * ('reference' not in held)}."
+    return f"The plan {today}, {held}. It {free}, {beside}."
+
+
+def _speed(share: float) -> str:
+    """How fast what takes this share of a time is, up to the name of what it is held against."""
+    if 0.95 <= share < 1.05:
+        return "is about as fast as"
+    return f"is {1 / share:.1f} times as fast as" if share < 0.95 else f"takes {share:.1f} times as long as"
+
+
+def _held(verdict: Verdict, change: Difference) -> str:
+    if verdict == "broken reference":
+        return "and nothing can be said of quality: the reference is broken"
+    if verdict == "not decided":
+        return "and whether quality held is not decided"
+    high = change.high if change.relative_high is None else change.relative_high
+    if verdict == "held" and high < 0:
+        return "and quality is better"
+    return "and quality held" if verdict == "held" else "and quality did not hold"
+
+
+def to_decide(record: Comparison) -> tuple[str, str]:
+    """How what is not decided would be, in words, and the setting that draws as many images; "" where all is decided,
+    and no setting where a million images would not."""
+    about, row = record.about, record.plans["plan"]
+    counts = [row.decided_by] if verdict_of(row, about.tolerance) == "not decided" else []
+    if row.free_verdict == "not decided" and about.free != about.reference:
+        counts.append(free_decided_by(row, about.tolerance))
+    if not counts or row.verdict is None:
+        return "", ""
+    if None in counts:
+        return (
+            f"A million images would not decide it: the change is too near to the tolerance of {about.tolerance:.0%}.",
+            "",
+        )
+    wanted = _round_up(max(filter(None, counts)))
+    said = f"About {wanted:,} images would decide it, where {about.n:,} were drawn. Repeat the command that began this "
+    return f"{said}run with this added; it trains and searches nothing again:", f"--set eval.images={wanted}"
+
+
+class Number(NamedTuple):
+    """One number of the top of a page: the number, of what, and what stands beside it."""
+
+    number: str
+    what: str
+    beside: str = ""
+
+
+def numbers(record: Comparison) -> tuple[Number, ...]:
+    """What a reader takes away, time first."""
+    about, row = record.about, record.plans["plan"]
+    said = "" if row.predicted_ms is None else f"; its prices said {row.predicted_ms:,.0f}"
+    beside = f"today {record.reference.wall_ms:,.0f} ms{said}"
+    found = [Number(f"{row.wall_ms:,.0f} ms", f"for a batch of {about.batch}", beside)]
+    turns = f"{_multiple(row.wall_share_high)} to {_multiple(row.wall_share_low)} in {about.repeats} turns"
+    found.append(Number(_multiple(row.wall_share), "as fast as today", turns))
+    if about.free and about.free != about.reference and row.free_wall is not None:
+        free = record.plans[about.free].wall_ms
+        found.append(Number(_multiple(row.free_wall), "as fast as the best free", f"which takes {free:,.0f} ms"))
+    value, _, interval = change_cell(row.difference).partition(" ")
+    of = f"95 % interval {interval}, {about.n:,} images"
+    return (*found, Number(value.replace("-", "−"), "change of the Fréchet distance", of))
+
+
+def _multiple(share: float) -> str:
+    """How many times as fast, to two digits from ten times on."""
+    return f"{1 / share:.1f}×" if share > 0.1005 else f"{1 / share:.0f}×"

@@ -35,7 +35,7 @@ IGNORED = {
 """Fields that make no difference to what a verb writes: they may change between two calls for one run folder."""
 ALWAYS_IGNORED = tuple(f"train.{name}" for name in SAME_STEP)
 
-_RESULTS = ("quality.json", "compare.json", "compare.csv", "pictures.npz", "report.html", "figures")
+_RESULTS = ("quality.json", "compare.json", "compare.csv", "pictures.npz", "films.npz", "report.html", "figures")
 SCORES_BEFORE = ("search.jsonl", "finals.json*", "shrink*.jsonl")
 """Where scores stood before there was scores.jsonl."""
 _SEARCHED = ("errors.json", "scores.jsonl", *SCORES_BEFORE, "grid.json", "steps-*", "features")
