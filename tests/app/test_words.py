@@ -61,6 +61,8 @@ def test_what_is_not_decided_says_how_many_images_would_decide_it_and_how_they_a
     assert setting == f"--set eval.images={wanted}" and f"{wanted:,} images" in said and "64 were drawn" in said
     table = time_table(record)
     assert table.rows[2][-2:] == ("not decided; about 1,300 images would", "not decided; about 1,100 images would")
+    half = to_decide(beside(with_free(replace(undecided, decided_by=None), WIDE, "not decided")))
+    assert "beside the best free (beside today a million would not)" in half[0] and half[1].endswith("=1100")
     hopeless = replace(undecided, difference=NEAR, decided_by=None)
     assert to_decide(beside(hopeless, None)) == (
         "A million images would not decide it: the change is too near to the tolerance of 5%.",

@@ -183,19 +183,22 @@ def to_decide(record: Comparison) -> tuple[str, str]:
     """How what is not decided would be, in words, and the setting that draws as many images; "" where all is decided,
     and no setting where a million images would not."""
     about, row = record.about, record.plans["plan"]
-    counts = [row.decided_by] if verdict_of(row, about.tolerance) == "not decided" else []
+    asked = {"today": row.decided_by} if verdict_of(row, about.tolerance) == "not decided" else {}
     if row.free_verdict == "not decided" and about.free != about.reference:
-        counts.append(free_decided_by(row, about.tolerance))
-    if not counts or row.verdict is None:
+        asked["the best free"] = free_decided_by(row, about.tolerance)
+    if not asked or row.verdict is None:
         return "", ""
-    if None in counts:
-        return (
-            f"A million images would not decide it: the change is too near to the tolerance of {about.tolerance:.0%}.",
-            "",
-        )
-    wanted = _round_up(max(filter(None, counts)))
-    said = f"About {wanted:,} images would decide it, where {about.n:,} were drawn. Repeat the command that began this "
-    return f"{said}run with this added; it trains and searches nothing again:", f"--set eval.images={wanted}"
+    counts = {name: count for name, count in asked.items() if count is not None}
+    if not counts:
+        told = "A million images would not decide it: the change is too near to the tolerance"
+        return f"{told} of {about.tolerance:.0%}.", ""
+    wanted = _round_up(max(counts.values()))
+    beside = f" beside {next(iter(counts))}" * (len(counts) < len(asked))
+    hopeless = "".join(f" (beside {name} a million would not)" for name in asked if name not in counts)
+    said = (
+        f"About {wanted:,} images would decide it{beside}{hopeless}; {about.n:,} were drawn. Repeat the command that "
+    )
+    return f"{said}began this run with this added; it trains and searches nothing again:", f"--set eval.images={wanted}"
 
 
 class Number(NamedTuple):
