@@ -242,6 +242,15 @@ def test_the_first_pictures_of_the_quick_start_are_drawn_as_written(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- the site
 
 
+def test_every_public_name_is_on_the_page_of_the_api():
+    import halfstep
+
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name, home in halfstep._HOMES.items():
+        among = re.search(rf"::: halfstep\.{re.escape(home)}\n(?:    .*\n)*? *members: \[.*\b{name}\b", page)
+        assert f"::: halfstep.{home}.{name}\n" in page or among, name
+
+
 def test_every_page_is_in_the_navigation_once():
     def leaves(entry: Any) -> list[str]:
         return [entry] if isinstance(entry, str) else [leaf for one in _values(entry) for leaf in leaves(one)]
