@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_page import ABOUT, ROW
 
-from halfstep.app.charts import strip
+from halfstep.app.charts import done_after, strip
 from halfstep.app.figures import Pareto, Series, draw_svg
 from halfstep.app.lanes import lanes
 from halfstep.app.markup import light_and_dark, shrunk, themed, tiles
@@ -55,7 +55,6 @@ def film(frames: int = 4) -> Film:
         rows=rows,
         timesteps=np.linspace(999, 0, frames),
         ran=np.array(["", *["full"] * (frames - 1)]),
-        done=np.linspace(0, 1, frames),
         of=frames - 1,
     )
 
@@ -104,15 +103,24 @@ def test_a_film_s_clock_is_the_measured_time_of_an_image_shared_out_by_price():
     about = replace(ABOUT, free="best free")
     row = replace(ROW, wall_ms=80.0)  # of a batch of 8
     record = Comparison(about=about, plans={"reference": row, "best free": row, "plan": replace(row, wall_ms=8.0)})
-    found = _reel(record, {"reference": film(), "plan": film()}, ("a cat", "a dog"))
+    plan = plan_of("full", "w0.50", "w0.50").with_guides([None, None, Guide("w0.50", 2.0)])
+    found = _reel(record, plan, {"reference": film(), "plan": film()}, ("a cat", "a dog"))
     assert [one.name for one in found.tracks] == ["today", "the plan"] and found.pictured == ("a cat", "a dog")
     np.testing.assert_allclose(found.tracks[0].ms, [0, 10 / 3, 20 / 3, 10])
-    np.testing.assert_allclose(found.tracks[1].ms, [0, 1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(found.tracks[1].ms, [0, 29 / 59, 39 / 59, 1])  # by the microseconds of its calls
     assert found.tracks[1].told == (
         "noise",
         "call 1 of 3: full at 666",
         "call 2 of 3: full at 333",
         "call 3 of 3: full at 0",
+    )
+
+
+def test_what_is_done_is_a_share_of_the_time_or_of_the_macs_where_there_are_no_times():
+    plan = plan_of("full", "w0.50")
+    np.testing.assert_allclose(done_after(plan), [29 / 39, 1])
+    np.testing.assert_allclose(
+        done_after(replace(plan, prices={"full": Price(100), "w0.50": Price(25, 1.0)})), [0.8, 1]
     )
 
 

@@ -36,6 +36,7 @@ from halfstep.data.images import load_images
 from halfstep.engine.device import default_device, use_device
 from halfstep.engine.profiling import count_macs
 from halfstep.engine.stepaware import StepAwarePipeline
+from halfstep.measure.films import read_films
 from halfstep.measure.spectrum import radial_mean
 from halfstep.nets.fresh import new_model
 from halfstep.nets.masks import masked
@@ -94,8 +95,8 @@ def test_a_change_of_the_measurement_measures_again_and_trains_and_searches_noth
 def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
     plan = StepPlan.load(finished / "plan.json")
     assert plan.macs <= 0.5 * plan.baseline.price.macs
-    names = "recipe.json cost.json errors.json scores.jsonl plan.json quality.json pictures.npz samples.png report.html"
-    assert all((finished / name).is_file() for name in names.split())
+    names = "recipe.json cost.json errors.json scores.jsonl plan.json quality.json pictures.npz films.npz samples.png"
+    assert all((finished / name).is_file() for name in (*names.split(), "report.html"))
     pipe = StepAwarePipeline.from_pretrained(finished / "pipeline")
     assert pipe.plan == plan
     quality = json.loads((finished / "quality.json").read_text())["plans"]
@@ -103,6 +104,18 @@ def test_optimize_keeps_the_budget_and_writes_the_whole_run_folder(finished):
     for row in quality.values():
         for one in row["quality"].values():
             assert one["low"] <= one["value"] <= one["high"] and one["n"] == 64
+
+
+def test_a_report_shows_films_that_end_in_the_run_s_own_pictures_and_is_told_of_a_run_without_any(finished, tmp_path):
+    films, _ = read_films(finished / "films.npz", "")
+    with np.load(finished / "pictures.npz") as pictures:
+        for name in ("reference", "plan"):
+            last = films[name].frames[-1].astype(int)
+            assert np.abs(last - pictures[name][: len(last)]).max() <= 1  # drawn one by one, which rounds otherwise
+    assert "From noise to picture" in (finished / "report.html").read_text()
+    shutil.copytree(finished, tmp_path / "old")
+    (tmp_path / "old" / "films.npz").unlink()
+    assert "From noise to picture" not in verbs.report(tmp_path / "old").read_text()
 
 
 def test_the_final_round_measures_the_best_plans_again_and_chooses_among_them(finished):

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from halfstep.core.errors import RunError
-from halfstep.core.plan import Guide, Price
+from halfstep.core.plan import Price
 from halfstep.core.process import Process
 from halfstep.data.latents import decode
 from halfstep.data.pictures import to_uint8
@@ -39,7 +39,6 @@ def test_frames_are_the_noise_and_what_the_loop_yields_and_the_last_the_pictures
     assert found.frames.shape == (5, 2, 1, 8, 8) and found.rows.tolist() == [-1, 0, 1, 2, 3] and found.of == 4
     assert found.ran.tolist() == ["", "full", "w0.50", "w0.50", "full"]
     assert found.timesteps.tolist() == [plan.rows[0].timestep, *(row.timestep for row in plan.rows)]
-    np.testing.assert_allclose(found.done, [0, 3 / 8, 4 / 8, 5 / 8, 1])  # of 80 microseconds
     for k in range(2):
         generators = image_generators(3, k, 1)
         noise = start_noise(bank, generators)
@@ -51,14 +50,12 @@ def test_frames_are_the_noise_and_what_the_loop_yields_and_the_last_the_pictures
     assert np.abs(found.frames[-1].astype(int) - drawn).max() <= 1  # drawn as a batch, which rounds otherwise
 
 
-def test_a_long_trajectory_is_thinned_evenly_and_has_its_end_and_done_is_by_macs_where_there_are_no_times():
+def test_a_long_trajectory_is_thinned_evenly_and_has_its_end():
     bank = bank_of()
     plan = plan_for(bank, DDIMScheduler.from_config(PROCESS.config()), 100, {"full": 8, "w0.50": 2})
-    plan = plan.with_guides([Guide("w0.50", 2.0)] * 50 + [None] * 50)
     found = film(bank, plan, seed=0, conditions=None, count=1)
     assert len(found.frames) == FRAMES and found.rows[-1] == 99
-    assert set(np.diff(found.rows)) <= {4, 5} and found.done[-1] == 1
-    assert found.done[list(found.rows).index(49)] == pytest.approx(500 / 900)
+    assert set(np.diff(found.rows)) <= {4, 5}
 
 
 def test_latents_are_decoded_and_what_is_not_finite_on_the_way_is_shown_all_the_same():
@@ -99,14 +96,13 @@ def test_films_are_read_as_they_were_written_or_refused_in_one_line(tmp_path: Pa
     save_films(file, {"reference": one, "plan": one}, ["a cat", ""])
     films, told = read_films(file, "run again")
     assert list(films) == ["reference", "plan"] and told == ("a cat", "")
-    for name in ("frames", "rows", "timesteps", "ran", "done"):
+    for name in ("frames", "rows", "timesteps", "ran"):
         assert np.array_equal(getattr(films["plan"], name), getattr(one, name))
     with np.load(file) as whole:
         arrays = dict(whole)
     bad = {
         "plan|frames": one.frames.astype(float),
         "plan|rows": one.rows[::-1],
-        "plan|done": np.full(5, np.nan),
         "plan|of": np.array([9]),
         "plan|timesteps": one.timesteps[:2],
         "pictured": np.array(["x"]),

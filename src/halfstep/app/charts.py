@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series
 from halfstep.core import disk
 from halfstep.core.errors import RunError
@@ -90,6 +92,17 @@ def plan_chart(plan: StepPlan) -> PlanChart:
     return PlanChart(
         title="What runs at each step", timesteps=steps, entries=plan.entries, shares=shares, guides=guides
     )
+
+
+def done_after(plan: StepPlan) -> list[float]:
+    """The share of a trajectory's price that is done after each row: of its time where every call has one, else of its
+    MACs."""
+    nets = [(row.entry, *([row.guide.entry] if row.guide else [])) for row in plan.rows]
+    timed = all(plan.prices[name].us is not None for names in nets for name in names)
+    prices = [sum((plan.prices[n].us or 0.0) if timed else plan.prices[n].macs for n in names) for names in nets]
+    sums = np.cumsum(prices)
+    shares = sums / sums[-1] if sums[-1] else np.arange(1, len(nets) + 1) / len(nets)
+    return [float(min(share, 1.0)) for share in shares]
 
 
 def strip(

@@ -19,7 +19,7 @@ def lanes(chart: PlanChart, colours: Mapping[str, str]) -> str:
     """The strips of a chart with costs, and a table of the plan's rows."""
     own = calls_of(chart)
     others = {name: _end_to_end(entries, chart.costs) for name, entries in chart.against.items()}
-    widest = max(calls[-1].end for calls in (own, *others.values()))
+    widest = max(calls[-1].end for calls in (own, *others.values())) or 1.0
     found = [_lane(name, calls, widest, chart, colours) for name, calls in others.items()]
     found.append(_lane(chart.name, own, widest, chart, colours, main=True))
     return f'<div class="lanes">{"".join(found)}</div>{_steps(chart, own, colours)}'

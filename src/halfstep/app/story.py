@@ -9,6 +9,7 @@ import numpy as np
 
 from halfstep.app.charts import (
     correction_curves,
+    done_after,
     grid_curve,
     heatmap,
     pareto,
@@ -74,7 +75,7 @@ def tell(out: Path) -> Path:
             time_table(record),
             time_pareto(record, free=_free(out)),
             *([told_strip(plan, record, costs)] if plan.nets != (plan.reference,) or not plan.corrected else []),
-            *([_reel(record, films[0], told)] if films else []),
+            *([_reel(record, plan, films[0], told)] if films else []),
             more_table(record),
             pareto(record, searched, run.recipe.search.images),
             *steps_table(scored, run.recipe.search.final_images),
@@ -113,11 +114,11 @@ def _films(file: Path, do: str) -> tuple[dict[str, Film], tuple[str, ...]] | Non
     return read_films(file, do) if file.exists() else None
 
 
-def _reel(record: Comparison, films: Mapping[str, Film], told: tuple[str, ...]) -> Reel:
+def _reel(record: Comparison, plan: StepPlan, films: Mapping[str, Film], told: tuple[str, ...]) -> Reel:
     about = record.about
     names = {"reference": (about.reference, "today"), "free": (about.free, "best free"), "plan": ("plan", "the plan")}
     tracks = [
-        _track(said, films[role], record.plans[name].wall_ms / about.batch)
+        _track(said, films[role], record.plans[name].wall_ms / about.batch, plan if role == "plan" else None)
         for role, (name, said) in names.items()
         if role in films and name in record.plans
     ]
@@ -129,14 +130,18 @@ def _reel(record: Comparison, films: Mapping[str, Film], told: tuple[str, ...]) 
     return Reel(title="From noise to picture", tracks=tuple(tracks), pictured=told, note=note)
 
 
-def _track(name: str, film: Film, ms: float) -> Track:
-    """A film by the clock: `ms` is the whole trajectory's, of an image."""
+def _track(name: str, film: Film, ms: float, plan: StepPlan | None) -> Track:
+    """A film by the clock: `ms` is the whole trajectory's, of an image; without its `plan` all rows cost the same."""
+    known = plan is not None and len(plan.rows) == film.of
+    done = [0.0, *(done_after(plan) if plan and known else [(row + 1) / film.of for row in range(film.of)])]
     moments = zip(film.rows, film.ran, film.timesteps, strict=True)
     said = [
         "noise" if row < 0 else f"call {row + 1} of {film.of}: {str(ran)[:80]} at {timestep:.4g}"
         for row, ran, timestep in moments
     ]
-    return Track(name=name, frames=film.frames, ms=tuple(float(ms * share) for share in film.done), told=tuple(said))
+    return Track(
+        name=name, frames=film.frames, ms=tuple(float(ms * done[row + 1]) for row in film.rows), told=tuple(said)
+    )
 
 
 def _free(out: Path) -> FreeRecord | None:

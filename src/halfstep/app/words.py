@@ -165,7 +165,7 @@ def _speed(share: float) -> str:
     """How fast what takes this share of a time is, up to the name of what it is held against."""
     if 0.95 <= share < 1.05:
         return "is about as fast as"
-    return f"is {1 / share:.1f} times as fast as" if share < 0.95 else f"takes {share:.1f} times as long as"
+    return f"is {1 / max(share, 1e-9):.1f} times as fast as" if share < 0.95 else f"takes {share:.1f} times as long as"
 
 
 def _held(verdict: Verdict, change: Difference) -> str:
@@ -227,4 +227,4 @@ def numbers(record: Comparison) -> tuple[Number, ...]:
 
 def _multiple(share: float) -> str:
     """How many times as fast, to two digits from ten times on."""
-    return f"{1 / share:.1f}×" if share > 0.1005 else f"{1 / share:.0f}×"
+    return f"{1 / share:.1f}×" if share > 0.1005 else f"{1 / max(share, 1e-9):,.0f}×"

@@ -32,14 +32,13 @@ MOST_BYTES, MOST_LETTERS = 1 << 26, 300
 @dataclass(frozen=True)
 class Film:
     """Pictures of one noise under one plan. `frames`: uint8 [T, N, C, H, W], first the noise, last the finished
-    pictures. By frame, [T]: the `row` that ran last (-1: none yet) of `of` rows, its `timesteps`, the entry that `ran`
-    there, and the share of the trajectory's price that is `done`, 0 to 1."""
+    pictures. By frame, [T]: the one of the `rows` that ran last (-1: none yet) of `of`, its `timesteps`, and the entry
+    that `ran` there. Nothing of it hangs on how fast a machine is."""
 
     frames: np.ndarray
     rows: np.ndarray
     timesteps: np.ndarray
     ran: np.ndarray
-    done: np.ndarray
     of: int
 
 
@@ -84,25 +83,13 @@ def film(bank: Bank, plan: StepPlan, *, seed: int, conditions: Conditions | None
         found = list(moments(bank, plan, noise, generators, cond, most))
         rows = [row for row, _ in found]
         drawn.append([_smaller(pictures[0]) for _, pictures in found])
-    done = [0.0, *_priced(plan)]
     return Film(
         frames=np.stack(drawn, axis=1),
         rows=np.array(rows),
         timesteps=np.array([plan.rows[max(row, 0)].timestep for row in rows]),
         ran=np.array(["" if row < 0 else plan.rows[row].entry for row in rows]),
-        done=np.array([done[row + 1] for row in rows]),
         of=len(plan.rows),
     )
-
-
-def _priced(plan: StepPlan) -> list[float]:
-    """The share of a trajectory's price after each row: of its time where every call has one, else of its MACs."""
-    nets = [(row.entry, *([row.guide.entry] if row.guide else [])) for row in plan.rows]
-    timed = all(plan.prices[name].us is not None for names in nets for name in names)
-    prices = [sum((plan.prices[n].us or 0.0) if timed else plan.prices[n].macs for n in names) for names in nets]
-    sums = np.cumsum(prices)
-    shares = sums / sums[-1] if sums[-1] else np.arange(1, len(nets) + 1) / len(nets)
-    return [float(min(share, 1.0)) for share in shares]
 
 
 def _smaller(picture: np.ndarray) -> np.ndarray:
@@ -134,7 +121,7 @@ def pictured(bank: Bank, conditions: Conditions | None, count: int) -> tuple[str
 
 # ------------------------------------------------------------------------------------------------------------- on disk
 
-_ARRAYS = ("frames", "rows", "timesteps", "ran", "done")
+_ARRAYS = ("frames", "rows", "timesteps", "ran")
 
 
 def save_films(path: Path, films: Mapping[str, Film], told: Sequence[str]) -> None:
@@ -162,7 +149,7 @@ def read_films(file: Path, do: str) -> tuple[dict[str, Film], tuple[str, ...]]:
 
 def _film_of(arrays: dict[str, np.ndarray]) -> Film:
     """Raises ValueError."""
-    frames, rows, timesteps, ran, done = (arrays[kind] for kind in _ARRAYS)
+    frames, rows, timesteps, ran = (arrays[kind] for kind in _ARRAYS)
     of, shape = arrays["of"], frames.shape
     is_whole = (
         frames.dtype == np.uint8
@@ -170,17 +157,16 @@ def _film_of(arrays: dict[str, np.ndarray]) -> Film:
         and shape[0] > 1
         and shape[2] in (1, 3)
         and 0 not in shape
-        and {one.shape for one in (rows, timesteps, ran, done)} == {shape[:1]}
-        and (rows.dtype.kind, timesteps.dtype.kind, ran.dtype.kind, done.dtype.kind) == ("i", "f", "U", "f")
+        and {one.shape for one in (rows, timesteps, ran)} == {shape[:1]}
+        and (rows.dtype.kind, timesteps.dtype.kind, ran.dtype.kind) == ("i", "f", "U")
         and of.shape == (1,)
         and of.dtype.kind == "i"
     )
-    if not is_whole or not _is_in_order(rows, done, int(of[0])) or not np.isfinite(timesteps).all():
+    if not is_whole or not _is_in_order(rows, int(of[0])) or not np.isfinite(timesteps).all():
         raise ValueError(f"frames {frames.dtype} {list(shape)}")
-    return Film(frames, rows, timesteps, ran, done, int(of[0]))
+    return Film(frames, rows, timesteps, ran, int(of[0]))
 
 
-def _is_in_order(rows: np.ndarray, done: np.ndarray, of: int) -> bool:
-    """Whether frames go from the noise to the last row, and what is done from nothing to all."""
-    steps = bool((np.diff(rows) > 0).all()) and rows[0] == -1 and rows[-1] == of - 1
-    return steps and bool((np.diff(done) >= 0).all()) and done[0] == 0 and abs(done[-1] - 1) < 1e-6
+def _is_in_order(rows: np.ndarray, of: int) -> bool:
+    """Whether frames go from the noise to the last row."""
+    return bool((np.diff(rows) > 0).all()) and rows[0] == -1 and rows[-1] == of - 1
