@@ -76,16 +76,21 @@ def page_of(claims: list[Claim]) -> str:
         lines.append(
             f"## {paper}\n\n[arXiv {number}](https://arxiv.org/abs/{number}); [what we do](methods/{page}.md)."
         )
-        head = "| claim | measured | n, seeds | control | verdict |\n| --- | --- | --- | --- | --- |"
-        lines.append("\n".join([head, *map(_line, rows)]))
+        lines += [_told(claim) for claim in rows]
     return "\n\n".join(lines) + "\n"
 
 
-def _line(claim: Claim) -> str:
-    verdict = f"**{claim.verdict}**" + (f": {claim.decides}" if claim.decides else "")
-    counts = f"{claim.n:,}, {claim.seeds}" if claim.seeds else "–"
-    command = f"<br>`{claim.command}`" if claim.command else ""
-    return f"| {claim.claim} | {claim.measured}{command} | {counts} | {claim.control} | {verdict} |"
+def _told(claim: Claim) -> str:
+    """One claim under its verdict; a table of so many words would be no table on a narrow page."""
+    counts = [f"{claim.n:,} pictures, {claim.seeds} training{'s' * (claim.seeds > 1)}"] if claim.seeds else []
+    said = [
+        f"### {claim.verdict.capitalize()}: {claim.claim}",
+        ". ".join([f"**Measured**: {claim.measured}", *counts]) + ".",
+        f"**Beside**: {claim.control}." if claim.command else "",
+        f"**Would decide it**: {claim.decides}." if claim.verdict.startswith("not ") and claim.decides else "",
+        f"```bash\n{claim.command}\n```" if claim.command else "",
+    ]
+    return "\n\n".join(filter(None, said))
 
 
 def main() -> None:
