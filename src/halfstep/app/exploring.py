@@ -42,11 +42,10 @@ from halfstep.engine.sampling import (
     image_generators,
     sample_images,
     start_noise,
-    to_images,
-    trajectory,
 )
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
+from halfstep.measure.films import moments
 from halfstep.nets.denoiser import class_count
 from halfstep.search.arms import Stock
 from halfstep.search.scores import FILE, Scored, digest_in, read_scores
@@ -261,22 +260,16 @@ class Exploration:
         count = min(FILMED, int(_number(asked.count, "pictures", 1, MOST_PICTURES, whole=True)))
         seed = int(_number(asked.seed, "seed", 0, MAX_SEED, whole=True))
         _text(asked.label or "", "class"), _text(asked.prompt, "prompt")
-        every = -(-len(plan.rows) // MOST_FRAMES)
         with self._lock, torch.no_grad():
             generators = image_generators(seed, 0, count)
             noise = start_noise(self.bank, generators)
             cond = cond_for(self.bank, 0, count, self.conditions(asked))
-            frames = [Frame(self._seen(noise), "noise, before the first call", None)]
-            for step in trajectory(self.bank, plan, noise, generators, cond):
-                last = step.row == len(plan.rows) - 1
-                if last or step.row % every == 0:
-                    pictures = to_uint8(to_images(self.bank, step.after)) if last else self._seen(step.after)
-                    frames.append(Frame(pictures, told_row(plan, step.row), step.row))
-        return frames
-
-    def _seen(self, sample: torch.Tensor) -> np.ndarray:
-        scale = sample.flatten(1).std(dim=1).clamp(min=1).view(-1, 1, 1, 1)
-        return to_uint8(to_images(self.bank, sample / scale))
+            return [
+                Frame(pictures, "noise, before the first call", None)
+                if row < 0
+                else Frame(pictures, told_row(plan, row), row)
+                for row, pictures in moments(self.bank, plan, noise, generators, cond, MOST_FRAMES)
+            ]
 
     # -------------------------------------------------------------------------------------------------- saved
 
