@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,9 @@ def export(work: Path) -> None:
 
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
+        for file in (folder / "model_index.json", folder / "unet" / "config.json"):  # where it lay is nobody's matter
+            told = json.loads(file.read_text())
+            disk.write_json(file, {name: value for name, value in told.items() if name != "_name_or_path"})
         shutil.copy(source / "classes.json", folder)
 
     disk.write_atomic(KEPT, write)

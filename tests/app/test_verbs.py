@@ -427,7 +427,7 @@ def test_spectra_of_several_models_come_as_numbers_and_pictures(dense, tmp_path)
     assert record["20"]["digits"]["data"] == record["400"][str(dense)]["data"]  # the same images, all of them
     pictures = [Image.open(file) for file in sorted((tmp_path / "s" / "figures").glob("clean-estimate*.png"))]
     assert len(pictures) == 2 and all(len(set(one.convert("L").tobytes())) > 20 for one in pictures)
-    assert page.read_text().count("<img") == 2 and all(name in page.read_text() for name in ("digits", str(dense)))
+    assert page.read_text().count("<figure") == 2 and all(name in page.read_text() for name in ("digits", str(dense)))
     with pytest.raises(HalfstepError, match="--timestep"):
         inspection.spectrum(["digits"], "digits", tmp_path / "t", timesteps=(1000,))
 
