@@ -1,6 +1,7 @@
 """What every test shares: threads that wait asleep, set before torch is imported, and no deadlines on busy machines."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -9,6 +10,8 @@ import halfstep.core.threads  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background: children would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("busy", deadline=None, derandomize="HALFSTEP_DRILLS" not in os.environ)
 """The same examples in every run of the same code; new ones in `make drills`."""
 hypothesis.settings.load_profile("busy")
