@@ -14,11 +14,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),-m "")
 
-# The studio's page in a headless Chromium, by keyboard and mouse and under axe-core; of a system without one,
+# The studio's page and a report in a headless Chromium, by keyboard and mouse and under axe-core; of a system without one,
 # `$(BIN)/playwright install --with-deps chromium` brings it
 browser: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
-	$(BIN)/python -m pytest -m "" tests/app/test_studio.py
+	$(BIN)/python -m pytest -m "" tests/app/test_studio.py tests/app/test_report.py
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks runner examples docs

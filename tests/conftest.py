@@ -1,7 +1,10 @@
 """What every test shares: threads that wait asleep, set before torch is imported, and no deadlines on busy machines."""
 
+import importlib.util
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -34,3 +37,24 @@ def workers():
 
     yield cluster.Cluster(cluster.connected(cluster.LOCAL), torch.device("cpu"))
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium. `make browser` installs what this needs."""
+    sync = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    with sync.sync_playwright() as play:
+        yield (opened := play.chromium.launch(executable_path=chromium, args=["--no-sandbox"]))
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """axe-core's script, as the package of `make browser` has it."""
+    found = importlib.util.find_spec("axe_playwright_python")
+    if found is None or found.origin is None:
+        pytest.skip("no axe-core here")
+    return (Path(found.origin).parent / "axe.min.js").read_text()

@@ -8,12 +8,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import shutil
 from dataclasses import replace
 from html import unescape
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +31,6 @@ from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
 from halfstep.core.results import Comparison
 from halfstep.measure.films import Film
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice")
 PRICES = {"full": Price(100, 2900), "w0.50": Price(25, 1000)}
 
@@ -218,23 +214,6 @@ def test_the_pictures_of_one_noise_stand_below_one_another_and_say_what_they_are
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
 
-def axe_source() -> str:
-    """axe-core's script: at HALFSTEP_AXE, or in the PyPI package axe-core-python."""
-    if named := os.environ.get("HALFSTEP_AXE"):
-        return Path(named).read_text()
-    package = pytest.importorskip("axe_core_python")
-    return next(Path(package.__file__).parent.rglob("axe.min.js")).read_text()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with sync.sync_playwright() as play:
-        yield play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> str:
     return write_report(whole(), tmp_path_factory.mktemp("report")).as_uri()
@@ -243,8 +222,8 @@ def written(tmp_path_factory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 420])
-def test_axe_finds_nothing_serious_and_the_page_does_not_scroll_sideways(browser, written, width, scheme):
-    axe, page = axe_source(), browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+def test_axe_finds_nothing_serious_and_the_page_does_not_scroll_sideways(browser, axe, written, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     asked, wrong = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))

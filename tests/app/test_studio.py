@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +31,6 @@ from halfstep.engine.sampling import reference_plan
 from halfstep.engine.stepaware import StepAwarePipeline
 
 HERE = Path(__file__).parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def free_port() -> int:
@@ -153,17 +150,6 @@ def test_nonsense_from_a_browser_is_an_error_and_the_server_lives(served):
 # ---------------------------------------------------------------------------------------------------------- a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium. `make browser` installs what this needs."""
-    sync = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with sync.sync_playwright() as play:
-        yield (opened := play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]))
-        opened.close()
-
-
 @contextmanager
 def looked_at(browser, address: str, width: int = 420, scheme: str = "light"):
     """The page as it is opened, with patience for a busy machine; it asks nobody else and throws nothing."""
@@ -261,12 +247,9 @@ GRADIO_S_OWN = {
 RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice")
 
 
-def objections(page) -> list[str]:
+def objections(page, axe: str) -> list[str]:
     """What axe-core finds serious or critical, by rule and element."""
-    found = importlib.util.find_spec("axe_playwright_python")
-    if found is None:
-        pytest.skip("no axe-core here")
-    page.evaluate((Path(found.origin).parent / "axe.min.js").read_text())
+    page.evaluate(axe)
     how = {"runOnly": {"type": "tag", "values": RULES}}
     wrong = page.evaluate("(how) => axe.run(document, how)", how)["violations"]
     bad = [one for one in wrong if one["impact"] in ("serious", "critical")]
@@ -277,7 +260,7 @@ def objections(page) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 420])
-def test_axe_finds_nothing_serious(served, browser, width, scheme):
+def test_axe_finds_nothing_serious(served, browser, axe, width, scheme):
     """With everything drawn, in every view, and with an error on the page."""
     with looked_at(browser, served[0], width, scheme) as page:
         page.click("#draw")
@@ -286,15 +269,15 @@ def test_axe_finds_nothing_serious(served, browser, width, scheme):
         page.wait_for_selector("#frame img:not([hidden])")
         page.get_by_text("The plan in words").click()
         page.wait_for_selector("#words textarea")
-        assert objections(page) == []
+        assert objections(page, axe) == []
         for tab, image in (("Swipe", "#swipe img"), ("Difference", "#difference img")):
             page.get_by_role("tab", name=tab).click()
             page.wait_for_selector(image)
-            assert objections(page) == []
+            assert objections(page, axe) == []
         page.fill("#name input, #name textarea", "../no")
         page.click("#save")
         page.wait_for_selector("text=expected 1 to 40 letters")
-        assert objections(page) == []
+        assert objections(page, axe) == []
 
 
 @pytest.mark.slow
