@@ -2,6 +2,7 @@
 
     python benchmarks/cifar.py train --data folder:cifar10/train      # resumable
     python benchmarks/cifar.py export                                 # benchmarks/models/cifar32-dense, fp16
+    python benchmarks/cifar.py supernet --data folder:cifar10/train   # three widths of it, resumable
     python benchmarks/cifar.py measure --data folder:cifar10/train    # benchmarks/cifar.md
 
 `folder:` holds one folder for each class. `train --model benchmarks/models/cifar32-dense --work runs/cifar-on` trains
@@ -47,6 +48,7 @@ SAMPLERS = {
     "DPM-Solver++ 2, 10 steps": SampleSpec(scheduler="dpmsolver++", steps=10),
 }
 KEPT = MODELS / "cifar32-dense"
+NARROWER = RECIPE.edit(["train.steps=4000", "train.lr=5e-4", "slim.widths=0.75,0.5,0.25", "slim.shared_noise=true"])
 
 
 def export(work: Path) -> None:
@@ -90,7 +92,7 @@ def measure(data: str, images: int, features: list[str], samplers: list[str], wo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("train", "export", "measure"))
+    parser.add_argument("stage", choices=("train", "export", "supernet", "measure"))
     parser.add_argument("--data", default="folder:cifar10/train")
     parser.add_argument("--model", help="train: on from this model")
     parser.add_argument("--images", type=int, default=2048)
@@ -102,6 +104,9 @@ def main() -> None:
     watch = RichWatch()
     if args.stage == "train":
         verbs.train(args.data, args.work / "dense", RECIPE.edit(args.set), model=args.model, watch=watch)
+    elif args.stage == "supernet":
+        recipe = NARROWER.edit(args.set)
+        verbs.make("slimmable", args.model or str(KEPT), args.data, args.work / "supernet", recipe, watch=watch)
     elif args.stage == "export":
         export(args.work)
     else:

@@ -20,6 +20,23 @@ hypothesis.settings.register_profile("busy", deadline=None, derandomize="HALFSTE
 hypothesis.settings.load_profile("busy")
 
 
+class Naming:
+    """Names a failure when it happens: a run that is cut before its end has told of it."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.terminal.write_line(f"\n{report.nodeid} failed at its {report.when}")
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal has its reporter
+def pytest_configure(config):
+    if (terminal := config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        config.pluginmanager.register(Naming(terminal))
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache of the test's own, its folder."""

@@ -298,8 +298,7 @@ class EvalSpec:
     images: Annotated[Images, "images of a plan; four for each feature or more, or nothing is decided"] = 4096
     features: Annotated[
         Text,
-        "own (a classifier trained on the data), fashion, digits, file:DIR, imagenet, inception:FILE, dinov2, "
-        "pixels (none)",
+        "own (a classifier of the data), fashion, digits, file:DIR, imagenet, inception:FILE, dinov2, pixels (none)",
     ] = "own"
     repeats: Annotated[Count, "timed trajectories of each plan, in turns"] = 5
     free: Annotated[bool, "look for the best stock sampler of the reference, and hold the plan against it too"] = True
