@@ -183,10 +183,11 @@ def unlike(found: dict[str, object], wanted: dict[str, object]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- drills
 
 
-def killed_until(name: str, base: Path, seed: int, kills: int, deadline: float, also: Sequence[str] = ()) -> Tally:
+def killed_until(name: str, base: Path, seed: int, kills: int, seconds: float, also: Sequence[str] = ()) -> Tally:
     """A command killed at random moments of what it has left to do, again and again, until so many kills are done (or
-    the deadline is past); every time that it ends, what it left is compared, and it begins anew. `also`: words of the
-    killed command alone, which are to make no difference."""
+    one, and so many `seconds` are past, of which none is spent on what it takes when left alone); every time that it
+    ends, what it left is compared, and it begins anew. `also`: words of the killed command alone, which are to make no
+    difference."""
     draw, tally, place = random.Random(f"{name}-{seed}"), Tally(), base / f"{name.replace(' ', '-')}-{seed}"
     alone, out = place / "alone", place / "killed"
     command = COMMANDS[name](base)
@@ -202,7 +203,8 @@ def killed_until(name: str, base: Path, seed: int, kills: int, deadline: float, 
         ran([*command, *also, "--out", str(out)])
         whole = time.monotonic() - begun
         shutil.rmtree(out)
-    while tally.hurt < kills and time.monotonic() < deadline:
+    end = time.monotonic() + seconds
+    while tally.hurt < kills and (time.monotonic() < end or not tally.hurt):
         code = ran([*command, *also, "--out", str(out)], kill_after=draw.uniform(0, 1.15 * whole))
         if code == -signal.SIGKILL:
             tally.hurt += 1

@@ -124,6 +124,12 @@ def test_functions_are_short_and_take_few_things(module):
         assert of_diffusers or count <= MOST_PARAMETERS, f"{module}: {node.name} has {count} parameters"
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names: the second of a process would be an error of collection."""
+    names = sorted(file.name for file in Path(__file__).parent.rglob("test_*.py"))
+    assert len(names) == len(set(names)), names
+
+
 def test_tests_stand_in_the_rooms_of_what_they_test():
     tests = Path(__file__).parent
     assert {p.parent.name for p in tests.rglob("test_*.py")} == {"tests", *ROOMS}

@@ -22,14 +22,14 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_is_killed_ends_as_if_it_had_been_left_alone(name, base):
-    tally = killed_until(name, base, seed=0, kills=3, deadline=time.monotonic() + 60)
+    tally = killed_until(name, base, seed=0, kills=3, seconds=60)
     assert not tally.wrong and tally.ended
 
 
 @pytest.mark.slow
 def test_a_search_on_a_cluster_whose_driver_is_killed_ends_as_one_here_that_was_left_alone(base):
     pytest.importorskip("ray")
-    tally = killed_until("tune", base, seed=1, kills=2, deadline=time.monotonic() + 120, also=("--ray", "local"))
+    tally = killed_until("tune", base, seed=1, kills=2, seconds=60, also=("--ray", "local"))
     assert not tally.wrong and tally.ended and tally.hurt
 
 
@@ -62,7 +62,7 @@ def test_commands_are_killed_for_a_while(base):
     wrong = []
     while time.monotonic() < end:
         for name in names:
-            tally = killed_until(name, base, seed, kills, end)
+            tally = killed_until(name, base, seed, kills, end - time.monotonic())
             every[name][0] += tally.hurt
             every[name][1] += tally.ended
             wrong += [f"{name}, seed {seed}: {one}" for one in tally.wrong]

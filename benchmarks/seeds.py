@@ -1,0 +1,265 @@
+"""Trainings compared over seeds: what a method's ingredients do, and the controls beside it, from one dense teacher.
+
+    python benchmarks/seeds.py spectral      # Fashion-MNIST 16x16; trains what is missing, resumable; --size 32
+    python benchmarks/seeds.py sparse
+
+Every student is trained `--seeds` times, seed by seed, from the same teacher (benchmarks/models/fashion<size>-dense).
+Told: the held-out denoising loss, and Fréchet distances by two kinds of features under DDIM and under the best sampler
+that is free; what an ingredient does is the difference of two rows, paired over seeds (Student's t: with three of them
+an interval is wide). --train-only and --only let several processes share the trainings.
+Everything goes to runs/seeds/, the tables to benchmarks/seeds-<suite><size>.md.
+"""
+
+from __future__ import annotations
+
+import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from rich.console import Console
+from scipy import stats
+
+from fashion import DATA, MODELS, file_name
+from halfstep.app import verbs
+from halfstep.app.measurement import judge_for
+from halfstep.app.page import Table, markdown, rich_table
+from halfstep.app.subject import open_model, open_subject
+from halfstep.app.terminal import RichWatch
+from halfstep.core import disk
+from halfstep.core.recipe import Recipe, SampleSpec
+from halfstep.core.recipes import named
+from halfstep.data.images import load_images
+from halfstep.engine.bank import Bank
+from halfstep.engine.entry import Own
+from halfstep.engine.sampling import reference_plan
+from halfstep.measure.features import extract
+from halfstep.measure.judge import Judge
+from halfstep.nets.content import fingerprint
+from halfstep.nets.denoiser import Memo, predictor
+from halfstep.nets.models import load_denoiser
+
+Effects = Mapping[str, tuple[str, str]]
+"""What an ingredient is called -> the rows with it and without it."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """One training: the method and its edits of the suite's recipe; `entries`: row -> entry of its bank."""
+
+    method: str
+    entries: Mapping[str, str]
+    edits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Trainings under one recipe."""
+
+    title: str
+    edits: tuple[str, ...]
+    students: Mapping[str, Student]
+    effects: Effects
+
+
+def one(method: str, row: str, entry: str, *edits: str) -> dict[str, Student]:
+    return {row: Student(method, {row: entry}, edits)}
+
+
+PLAIN, TEACHERS = "spectral.wavelet=false", "spectral.start=teacher"
+ALONE, DISTILLED = ("spectral.spatial=0", "spectral.freq=0"), ("spectral.freq=0",)
+UNTAUGHT = "sparse.teacher=0"
+SUITES = {
+    "spectral": Suite(
+        "Students of the teacher's channels",
+        ("train.steps=2000", "train.lr=1e-3", "spectral.reduction=7"),
+        one("spectral", "plain, fresh", "spectral", PLAIN, *ALONE)
+        | one("spectral", "gates, fresh", "spectral", *ALONE)
+        | one("spectral", "plain, teacher's", "spectral", PLAIN, TEACHERS, *ALONE)
+        | one("spectral", "gates, teacher's", "spectral", TEACHERS, *ALONE)
+        | one("spectral", "plain, teacher's, distilled", "spectral", PLAIN, TEACHERS, *DISTILLED)
+        | one("spectral", "gates, teacher's, distilled", "spectral", TEACHERS, *DISTILLED)
+        | one("spectral", "gates, teacher's, by spectrum", "spectral", TEACHERS),
+        {
+            "the teacher's channels (plain)": ("plain, teacher's", "plain, fresh"),
+            "the teacher's channels (gates)": ("gates, teacher's", "gates, fresh"),
+            "gates (fresh)": ("gates, fresh", "plain, fresh"),
+            "gates (teacher's)": ("gates, teacher's", "plain, teacher's"),
+            "gates (teacher's, distilled)": ("gates, teacher's, distilled", "plain, teacher's, distilled"),
+            "distillation (plain)": ("plain, teacher's, distilled", "plain, teacher's"),
+            "distillation (gates)": ("gates, teacher's, distilled", "gates, teacher's"),
+            "the spectrum's weights": ("gates, teacher's, by spectrum", "gates, teacher's, distilled"),
+        },
+    ),
+    "sparse": Suite(
+        "Masks and smaller dense nets",
+        ("train.steps=2000", "train.batch=32", "train.lr=2e-4"),
+        one("sparse", "2:4 SparseDM", "2:4")
+        | one("sparse", "2:4 straight-through", "2:4", "sparse.decay=0", UNTAUGHT)
+        | one("sparse", "2:4 frozen masks", "2:4", "sparse.frozen=true", UNTAUGHT)
+        | {
+            "dense widths, distilled": Student(
+                "slimmable",
+                {"dense, 0.75": "w0.75", "dense, 0.625": "w0.62", "dense, 0.5": "w0.50"},
+                ("slim.widths=0.75,0.625,0.5", "slim.shared_noise=true", "train.lr=1e-3"),
+            )
+        }
+        | one("sparse", "1:4 SparseDM", "1:4", "sparse.pattern=1:4"),
+        {
+            "SparseDM for frozen masks": ("2:4 SparseDM", "2:4 frozen masks"),
+            "SparseDM for plain straight-through": ("2:4 SparseDM", "2:4 straight-through"),
+            "straight-through for frozen masks": ("2:4 straight-through", "2:4 frozen masks"),
+            "2:4 for a dense net of 56 % of the MACs": ("2:4 SparseDM", "dense, 0.75"),
+            "2:4 for a dense net of 40 % of the MACs": ("2:4 SparseDM", "dense, 0.625"),
+            "1:4 for a dense net of a quarter": ("1:4 SparseDM", "dense, 0.5"),
+        },
+    ),
+}
+SAMPLERS = {
+    16: {"DDIM, 20": SampleSpec(steps=20), "PNDM, 10": SampleSpec(scheduler="pndm", steps=10)},
+    32: {"DDIM, 20": SampleSpec(steps=20), "UniPC, 6": SampleSpec(scheduler="unipc", steps=6, spacing="trailing")},
+}
+"""Today's, and the best free of `free.py`."""
+
+
+def recipe_of(suite: Suite, size: int, edits: list[str]) -> Recipe:
+    usual = ["train.batch=64", "train.warmup=100", "train.save_every=250", "train.sample_every=0", "sample.batch=128"]
+    return named("default").edit([f"data.size={size}", "data.channels=1", *usual, *suite.edits, *edits])
+
+
+def trained(args: argparse.Namespace, suite: Suite, recipe: Recipe, watch: RichWatch) -> dict[tuple[str, int], Path]:
+    """Run folders by training and seed, seed by seed."""
+    runs, teacher = {}, str(MODELS / f"fashion{args.size}-dense")
+    for seed in range(args.seeds):
+        for name in args.only or suite.students:
+            student = suite.students[name]
+            out = args.work / f"{args.suite}{args.size}" / f"{file_name(name).replace(chr(39), '')}-{seed}"
+            verbs.make(student.method, teacher, DATA, out, replace(recipe.edit(student.edits), seed=seed), watch=watch)
+            runs[name, seed] = out
+    return runs
+
+
+def gathered(args: argparse.Namespace, suite: Suite, runs: Mapping[tuple[str, int], Path]) -> tuple[Bank, Mapping]:
+    """Every trained row and the teacher in one bank, which a judge measures on the same noise; the noise process."""
+    dense, noise = load_denoiser(MODELS / f"fashion{args.size}-dense")
+    bank = Bank({"full": dense}, "full", noise["prediction_type"])
+    for (name, seed), out in runs.items():
+        made = open_model(out).bank
+        for row, entry in suite.students[name].entries.items():
+            alone = replace(made.entries[entry], weights=Own())  # what it shares them with stays behind
+            bank = bank.with_entry(f"{row} {seed}", alone, bank.prediction_type)
+    return bank, noise
+
+
+@torch.no_grad()
+def held_out(bank: Bank, noise: Mapping, count: int = 2048) -> dict[str, float]:
+    """Mean squared error of the predicted noise on test pictures, the same noise and timesteps for every net."""
+    clean = load_images(DATA, size=bank.config["sample_size"], channels=1, split="test").batch(slice(0, count))
+    torch.manual_seed(0)
+    timestep, target = torch.randint(0, noise["num_train_timesteps"], (count,)), torch.randn_like(clean)
+    noisy = DDPMScheduler.from_config(noise).add_noise(clean, target, timestep)
+    losses = {}
+    for name in bank:
+        predict, pairs = predictor(bank[name]), zip(noisy.split(128), timestep.split(128), strict=True)
+        found = torch.cat([predict(x, t, {}, Memo()) for x, t in pairs])
+        losses[name] = float((found - target).square().mean())
+    return losses
+
+
+def distances(
+    bank: Bank, noise: Mapping, recipe: Recipe, args: argparse.Namespace, watch: RichWatch
+) -> dict[str, dict[str, float]]:
+    """Fréchet distances, corrected for bias, by column (features and sampler) and entry. A row's pictures are drawn
+    once; what is measured is kept by the contents of its net."""
+    judges = {
+        kind: judge_for(bank, open_subject(None, DATA, edited, watch=watch), args.work / kind, watch)
+        for kind in args.features
+        for edited in [replace(recipe, eval=replace(recipe.eval, features=kind))]
+    }
+    first, kept = next(iter(judges.values())), args.work / "distances.json"
+    known = disk.read_json(kept, what="distances", do="delete it") if kept.is_file() else {}
+    found: dict[str, dict[str, float]] = {}
+    for label, spec in SAMPLERS[args.size].items():
+        plan = reference_plan(bank, noise, replace(spec, batch=recipe.sample.batch))
+        for name in bank:
+            key = f"{fingerprint(bank[name])} {plan.sampler.told} {args.images}"
+            if set(judges) - set(known.get(key, {})):
+                _, pictures = first.features(plan.uniform(name), args.images, 0, args.images)
+                known[key] = {kind: distance(judge, pictures) for kind, judge in judges.items()}
+                disk.write_json(kept, known)
+                watch.say(f"{name}, {label}: " + ", ".join(f"{kind} {fd:.3f}" for kind, fd in known[key].items()))
+            for kind in judges:
+                found.setdefault(f"FD, {kind}, {label}", {})[name] = known[key][kind]
+    return found
+
+
+def distance(judge: Judge, pictures: np.ndarray) -> float:
+    """Of uint8 [N, C, H, W]."""
+    batches = (part.float().div(127.5).sub(1) for part in torch.from_numpy(pictures).split(256))
+    return float(judge.distances(extract(judge.extractor, batches), 0, 100).value)
+
+
+def paired(more: np.ndarray) -> str:
+    """The mean of differences over seeds and its 95 % interval by Student's t."""
+    half = stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else float("nan")
+    return f"{more.mean():+.3g} [{more.mean() - half:+.3g}, {more.mean() + half:+.3g}]"
+
+
+def tables(columns: Mapping[str, Mapping[str, float]], bank: Bank, suite: Suite, args: argparse.Namespace) -> Iterator:
+    """Every row's mean over seeds and its ratio to the teacher; what each ingredient does, paired over seeds."""
+    seeds = range(args.seeds)
+    rows = [row for name in args.only or suite.students for row in suite.students[name].entries]
+    by = {c: {row: np.array([col[f"{row} {s}"] for s in seeds]) for row in rows} for c, col in columns.items()}
+    prices = bank.prices()
+    lines = [("the teacher", "1", *(f"{columns[c]['full']:.4g}" for c in columns))]
+    for row in rows:
+        cells = (_spread(by[c][row], columns[c]["full"]) for c in by)
+        lines.append((row, f"1/{prices['full'].macs / prices[f'{row} 0'].macs:.2g}", *cells))
+    note = f"Means of {len(seeds)} trainings ± their spread, in brackets of the teacher's; {args.images} pictures."
+    yield Table(title="Students", columns=("", "MACs", *columns), rows=tuple(lines), note=note)
+    effects = [
+        (what, *(paired(by[c][ours] - by[c][other]) for c in by))
+        for what, (ours, other) in suite.effects.items()
+        if ours in rows and other in rows
+    ]
+    note = "Below zero: better. Paired over the seeds, 95 % by Student's t."
+    yield Table(title="What each ingredient does", columns=("", *columns), rows=tuple(effects), note=note)
+
+
+def _spread(values: np.ndarray, of: float) -> str:
+    spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
+    return f"{values.mean():.4g}{spread} ({values.mean() / of:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=tuple(SUITES))
+    parser.add_argument("--size", type=int, choices=(16, 32), default=16)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--features", nargs="*", default=["fashion", "imagenet"])
+    parser.add_argument("--only", nargs="*", help="these trainings alone")
+    parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
+    parser.add_argument("--work", type=Path, default=Path("runs/seeds"))
+    args = parser.parse_args()
+    watch, suite = RichWatch(), SUITES[args.suite]
+    recipe = recipe_of(suite, args.size, args.set)
+    runs = trained(args, suite, recipe, watch)
+    if args.train_only:
+        return
+    bank, noise = gathered(args, suite, runs)
+    columns = {"loss": held_out(bank, noise), **distances(bank, noise, recipe, args, watch)}
+    text = [f"# {suite.title}", f"{recipe.train.steps} steps of {recipe.train.batch} each."]
+    for table in tables(columns, bank, suite, args):
+        text.append(f"## {table.title}\n\n{markdown(table)}")
+        Console().print(rich_table(table))
+    Path(__file__).with_name(f"seeds-{args.suite}{args.size}.md").write_text("\n\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
