@@ -48,7 +48,7 @@ SAMPLERS = {
     "DPM-Solver++ 2, 10 steps": SampleSpec(scheduler="dpmsolver++", steps=10),
 }
 KEPT = MODELS / "cifar32-dense"
-NARROWER = RECIPE.edit(["train.steps=4000", "train.lr=5e-4", "slim.widths=0.75,0.5,0.25", "slim.shared_noise=true"])
+NARROWER = RECIPE.edit(["train.steps=2000", "train.lr=5e-4", "slim.widths=0.75,0.5,0.25", "slim.shared_noise=true"])
 
 
 def export(work: Path) -> None:

@@ -1,6 +1,6 @@
 """Where a correction of the predicted noise helps, and why: DDIM, DPM-Solver++ and UniPC in 5 to 20 calls.
 
-    python benchmarks/corrections.py          # Fashion-MNIST 16x16, benchmarks/models/fashion16-dense; resumable
+    python benchmarks/corrections.py          # Fashion-MNIST 16x16, benchmarks/models/fashion16-small; resumable
 
 Nothing is trained. For every sampler and number of calls the best scale and the best threshold of all rows are chosen
 on the noise of a search, and measured on other noise beside the same sampler uncorrected, paired. The figure follows
@@ -173,7 +173,7 @@ def ends(figures: Sequence[Curve]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(MODELS / "fashion16-dense"))
+    parser.add_argument("--model", default=str(MODELS / "fashion16-small"))
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path, default=Path("runs/corrections"))

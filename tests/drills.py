@@ -90,14 +90,19 @@ def ran(command: list[str], kill_after: float | None = None, hurt: Callable[[], 
     child = os.fork()
     if child == 0:
         _be(command, hurt)
-    begun = time.monotonic()
-    while kill_after is None or time.monotonic() - begun < kill_after:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    begun, status = time.monotonic(), None
+    try:
+        while kill_after is None or time.monotonic() - begun < kill_after:
+            done, found = os.waitpid(child, os.WNOHANG)
+            if done:
+                status = found
+                break
+            time.sleep(0.002)
+    finally:  # a test that is cut off leaves no child behind
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(status)
 
 
 def _be(command: list[str], hurt: Callable[[], object] | None) -> None:
