@@ -18,7 +18,7 @@ test: $(READY)
 # `$(BIN)/playwright install --with-deps chromium` brings it
 browser: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
-	$(BIN)/python -m pytest -m "" tests/app/test_studio.py tests/app/test_report.py
+	$(BIN)/python -m pytest -m "" tests/app/test_studio.py tests/report/test_report.py
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks runner examples docs

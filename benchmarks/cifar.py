@@ -26,7 +26,6 @@ from rich.console import Console
 from fashion import MODELS
 from halfstep.app import verbs
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table, markdown, rich_table
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
@@ -34,6 +33,7 @@ from halfstep.core.recipe import SampleSpec
 from halfstep.core.recipes import named
 from halfstep.data.pictures import picture_grid
 from halfstep.engine.sampling import reference_plan
+from halfstep.report.page import Table, markdown, rich_table
 
 RECIPE = named("default").edit(
     [

@@ -35,12 +35,9 @@ from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, paired
 from halfstep.app import verbs
-from halfstep.app.figures import Curve
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Report, Table, rich_table, write_report
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
-from halfstep.app.words import change_cell, quality_cell
 from halfstep.core import disk
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import ContinuousSpec, ModelSpec, Recipe
@@ -61,6 +58,9 @@ from halfstep.nets.continuous import with_solver
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.fresh import new_model
 from halfstep.nets.models import load_denoiser
+from halfstep.report.figures import Curve
+from halfstep.report.page import Report, Table, rich_table, write_report
+from halfstep.report.words import change_cell, quality_cell
 
 STEPS = (5, 10, 20, 50)
 PARTS = ("memory", "cost", "loss", "quality", "perturbed", "variants", "denoise")

@@ -23,12 +23,9 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, MODELS
-from halfstep.app.figures import Curve, colours_of, draw_png
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table, markdown, rich_table
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
-from halfstep.app.words import change_cell
 from halfstep.core import disk
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe, SampleSpec
@@ -46,6 +43,9 @@ from halfstep.engine.sampling import (
 from halfstep.measure.judge import Judge
 from halfstep.measure.quality import Distances, difference
 from halfstep.nets.wavelet import haar
+from halfstep.report.figures import Curve, colours_of, draw_png
+from halfstep.report.page import Table, markdown, rich_table
+from halfstep.report.words import change_cell
 from halfstep.search.corrections import corrected_plans
 from halfstep.search.scores import open_scores
 

@@ -23,12 +23,12 @@ from fashion import show_table
 from halfstep.app import verbs
 from halfstep.app.cli import RichWatch
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table
 from halfstep.app.subject import open_subject
 from halfstep.core.recipes import named
 from halfstep.engine.sampling import reference_plan
 from halfstep.measure.features import extract
 from halfstep.measure.quality import frechet_distance
+from halfstep.report.page import Table
 from halfstep.search.damage import ErrorTable, error_table
 from halfstep.search.space import Space, random_plans
 

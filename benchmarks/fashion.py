@@ -23,16 +23,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 
-from halfstep.app import page as pages
 from halfstep.app import verbs
-from halfstep.app.charts import pareto, plan_chart
-from halfstep.app.figures import Curve
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Grid, Report, Table, rich_table, write_report
 from halfstep.app.subject import open_subject
-from halfstep.app.tables import plans_table
 from halfstep.app.terminal import RichWatch
-from halfstep.app.words import summary
 from halfstep.core import disk
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import Recipe
@@ -44,6 +38,12 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.judge import Judge, measure_plans
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.models import load_denoiser
+from halfstep.report import page as pages
+from halfstep.report.charts import pareto, plan_chart
+from halfstep.report.figures import Curve
+from halfstep.report.page import Grid, Report, Table, rich_table, write_report
+from halfstep.report.tables import plans_table
+from halfstep.report.words import summary
 from halfstep.search.driver import search_plan
 from halfstep.search.scores import open_scores
 from halfstep.search.space import random_plans

@@ -39,11 +39,9 @@ import torch
 from rich.console import Console
 
 from fashion import DATA, markdown
-from halfstep.app.page import Table, rich_table
 from halfstep.app.searching import LADDER, Ground, place_of
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
-from halfstep.app.words import change_cell
 from halfstep.core import disk
 from halfstep.core.plan import NONE, StepPlan
 from halfstep.core.recipe import Recipe, SampleSpec
@@ -54,6 +52,8 @@ from halfstep.engine.device import side_by_side, use_device
 from halfstep.engine.samplers import FEW
 from halfstep.measure.judge import Judge
 from halfstep.measure.quality import Distances, difference
+from halfstep.report.page import Table, rich_table
+from halfstep.report.words import change_cell
 from halfstep.search.arms import Stock
 from halfstep.search.joint import Question, search_joint
 

@@ -29,7 +29,6 @@ import torch
 
 from fashion import DATA, MODELS, markdown
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
@@ -45,6 +44,7 @@ from halfstep.measure.fidelity import FINE, Converged, converged_plan
 from halfstep.measure.judge import Judge
 from halfstep.measure.quality import frechet_distance
 from halfstep.nets.content import fingerprint
+from halfstep.report.page import Table
 
 TRUTH, GUIDES, FLOW = 101, 102, 103
 """Seeds of the noise that the truth, the guides and the solvers' table are drawn from."""

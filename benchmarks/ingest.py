@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from halfstep.app.page import Table, markdown
 from halfstep.core.machine import machine
+from halfstep.report.page import Table, markdown
 
 SIDE, BATCH = 16, 128
 HERE = Path(__file__).parent

@@ -24,11 +24,9 @@ import torch
 import free
 from fashion import markdown
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table
 from halfstep.app.searching import with_int8
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
-from halfstep.app.words import change_cell
 from halfstep.core import disk
 from halfstep.core.machine import cpu_name
 from halfstep.core.plan import StepPlan
@@ -38,6 +36,8 @@ from halfstep.engine.pricing import drawing
 from halfstep.engine.profiling import interleave
 from halfstep.measure.judge import Judge
 from halfstep.measure.quality import Distances, difference, distances
+from halfstep.report.page import Table
+from halfstep.report.words import change_cell
 
 PLANS = {"best free": "best free", "joint plan, 1/16": "joint, 1/16 of the time"}
 WORK, BATCH = Path("runs/int8"), 64

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from fashion import markdown
-from halfstep.app.page import Table
 from halfstep.core import disk
 from halfstep.core.machine import cpu_name
 from halfstep.core.process import Process
@@ -31,6 +30,7 @@ from halfstep.engine.sampling import image_generators, reference_plan, start_noi
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.nets.denoiser import Cond, Memo, predictor
 from halfstep.nets.int8 import Spans, quantised, watched
+from halfstep.report.page import Table
 
 MODEL, ROWS, THIRDS = "benchmarks/models/fashion32-supernet", 21, 3
 KEPT = 4096

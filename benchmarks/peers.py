@@ -27,12 +27,9 @@ from statistics import median
 import torch
 
 import free
-from halfstep.app.figures import Pareto, Series, draw_all
-from halfstep.app.page import Table
 from halfstep.app.searching import Ground
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
-from halfstep.app.words import change_cell
 from halfstep.core import disk
 from halfstep.core.machine import cpu_name
 from halfstep.core.plan import Row as PlanRow
@@ -46,6 +43,9 @@ from halfstep.engine.profiling import Layout, interleave
 from halfstep.engine.sampling import reference_plan
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.nets.models import load_model
+from halfstep.report.figures import Pareto, Series, draw_all
+from halfstep.report.page import Table
+from halfstep.report.words import change_cell
 from peers_pruned import folder_of, load_pruned
 
 BATCH = 64

@@ -26,9 +26,6 @@ from typing import Any
 import torch
 
 from free import markdown
-from halfstep.app.figures import Pareto, Series, draw_all
-from halfstep.app.page import Table
-from halfstep.app.words import change_cell
 from halfstep.core.machine import cpu_name
 from halfstep.core.recipe import SampleSpec
 from halfstep.engine.bank import Bank
@@ -36,6 +33,9 @@ from halfstep.engine.entry import Backend
 from halfstep.engine.pricing import drawing
 from halfstep.engine.profiling import interleave
 from halfstep.engine.stepaware import StepAwarePipeline
+from halfstep.report.figures import Pareto, Series, draw_all
+from halfstep.report.page import Table
+from halfstep.report.words import change_cell
 from peers import DOCS, HEADINGS, in_bf16, put
 from text import (
     BATCH,

@@ -28,9 +28,7 @@ from rich.console import Console
 
 from fashion import DATA, MODELS, markdown
 from halfstep.app import verbs
-from halfstep.app.figures import Curve
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Grid, Report, Table, rich_table, write_report
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
@@ -45,6 +43,8 @@ from halfstep.engine.sampling import reference_plan
 from halfstep.measure.judge import Judge
 from halfstep.methods.regularized import name_of
 from halfstep.nets.models import load_denoiser
+from halfstep.report.figures import Curve
+from halfstep.report.page import Grid, Report, Table, rich_table, write_report
 from halfstep.search.corrections import corrected_plans
 from halfstep.search.scores import open_scores
 

@@ -28,7 +28,6 @@ from scipy.stats import spearmanr
 
 from fashion import DATA, MODELS, markdown
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table, rich_table
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core.machine import machine
@@ -55,6 +54,7 @@ from halfstep.measure.fidelity import Converged, converged_plan, mean_of, square
 from halfstep.measure.judge import Judge
 from halfstep.nets.denoiser import Memo, clean_and_noise, predictor
 from halfstep.nets.reuse import OUT, cut_count, forecast, shallow, tapped
+from halfstep.report.page import Table, rich_table
 
 ARMS = {"DDIM-20": SampleSpec(scheduler="ddim", steps=20), "DPM++ 10": SampleSpec(scheduler="dpmsolver++", steps=10)}
 AGES = (1, 2, 3)

@@ -20,7 +20,6 @@ from fashion import show_table
 from halfstep.app import verbs
 from halfstep.app.cli import RichWatch
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table
 from halfstep.app.subject import open_subject
 from halfstep.core.plan import StepPlan
 from halfstep.core.process import Process
@@ -33,6 +32,7 @@ from halfstep.engine.sampling import plan_for, reference_plan
 from halfstep.measure.quality import distances
 from halfstep.measure.sanity import at_limits
 from halfstep.nets.models import load_denoiser
+from halfstep.report.page import Table
 
 
 def main() -> None:

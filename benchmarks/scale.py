@@ -20,7 +20,6 @@ from statistics import median
 import ray
 import torch
 
-from halfstep.app.page import Table, markdown
 from halfstep.app.searching import Ground, work_of
 from halfstep.app.subject import open_subject
 from halfstep.core import disk
@@ -31,6 +30,7 @@ from halfstep.core.recipes import named
 from halfstep.core.watch import SILENT
 from halfstep.engine.cluster import LOCAL, Cluster, connected
 from halfstep.engine.sampling import reference_plan
+from halfstep.report.page import Table, markdown
 from halfstep.search.joint import Question
 from halfstep.search.scores import open_scores
 

@@ -27,7 +27,6 @@ from scipy import stats
 from fashion import DATA, MODELS, file_name
 from halfstep.app import verbs
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Table, markdown, rich_table
 from halfstep.app.subject import open_model, open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
@@ -42,6 +41,7 @@ from halfstep.measure.judge import Judge
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.models import load_denoiser
+from halfstep.report.page import Table, markdown, rich_table
 
 Effects = Mapping[str, tuple[str, str]]
 """What an ingredient is called -> the rows with it and without it."""

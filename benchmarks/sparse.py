@@ -24,11 +24,8 @@ import torch
 
 from fashion import DATA, MODELS, file_name, loss_table, show_table
 from halfstep.app import verbs
-from halfstep.app.charts import pareto
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Grid, Report, Table, write_report
 from halfstep.app.subject import open_model, open_subject
-from halfstep.app.tables import plans_table
 from halfstep.app.terminal import RichWatch
 from halfstep.core.recipe import Recipe, SparseSpec
 from halfstep.core.recipes import named
@@ -39,6 +36,9 @@ from halfstep.measure.judge import Judge, measure_plans
 from halfstep.methods.sparse import STAGES, sparse_net
 from halfstep.nets.masks import Masking, keep_mask
 from halfstep.nets.models import load_denoiser
+from halfstep.report.charts import pareto
+from halfstep.report.page import Grid, Report, Table, write_report
+from halfstep.report.tables import plans_table
 from halfstep.search.driver import search_plan
 from halfstep.search.scores import open_scores
 

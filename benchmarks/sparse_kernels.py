@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from fashion import markdown
-from halfstep.app.page import Table, rich_table
 from halfstep.engine.kernels import use_semi_structured
 from halfstep.engine.profiling import example_inputs, interleave
 from halfstep.methods.sparse import sparsify
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.masks import Masking, Pattern, masked
 from halfstep.nets.uvit import UViT2DModel
+from halfstep.report.page import Table, rich_table
 
 TWO_FOUR = Pattern(2, 4)
 LAYERS = [(512, 512), (1536, 512), (2048, 512), (1024, 1024), (4096, 1024), (2048, 2048), (8192, 2048), (8192, 8192)]

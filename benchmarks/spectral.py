@@ -23,11 +23,8 @@ from rich.console import Console
 
 from fashion import DATA, MODELS, file_name, loss_table, markdown, show_table
 from halfstep.app import verbs
-from halfstep.app.charts import pareto, plan_chart
 from halfstep.app.measurement import judge_for
-from halfstep.app.page import Grid, Report, Table, rich_table, write_report
 from halfstep.app.subject import open_model, open_subject
-from halfstep.app.tables import plans_table
 from halfstep.app.terminal import RichWatch
 from halfstep.core.recipe import SpectralSpec
 from halfstep.core.recipes import named
@@ -36,6 +33,9 @@ from halfstep.engine.sampling import fewer_steps, reference_plan
 from halfstep.measure.judge import measure_plans
 from halfstep.measure.spectrum import power_spectrum, radial_mean
 from halfstep.nets.models import load_denoiser
+from halfstep.report.charts import pareto, plan_chart
+from halfstep.report.page import Grid, Report, Table, rich_table, write_report
+from halfstep.report.tables import plans_table
 from halfstep.search.driver import search_plan
 from halfstep.search.scores import open_scores
 

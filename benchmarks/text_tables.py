@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from halfstep.app.figures import Pareto, Series, draw_all
-from halfstep.app.page import markdown_row
-from halfstep.app.words import change_cell
 from halfstep.core.results import Difference, Interval
 from halfstep.measure.agreement import Agreement
 from halfstep.measure.quality import Distances
+from halfstep.report.figures import Pareto, Series, draw_all
+from halfstep.report.page import markdown_row
+from halfstep.report.words import change_cell
 
 TOLERANCE = 0.05
 EQUAL = 1.03

@@ -14,13 +14,13 @@ from diffusers import DEISMultistepScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from halfstep.app.charts import strip
-from halfstep.app.figures import Pareto, Series, draw_all
-from halfstep.app.palette import INK, ROLES, SOFT, entry_colours
 from halfstep.core.bundled import model_of
 from halfstep.core.plan import StepPlan
 from halfstep.engine.sampling import plan_for
 from halfstep.engine.stepaware import StepAwarePipeline
+from halfstep.report.charts import strip
+from halfstep.report.figures import Pareto, Series, draw_all
+from halfstep.report.palette import INK, ROLES, SOFT, entry_colours
 
 HERE = Path(__file__).parent
 MIXED = ["w0.50"] * 3 + ["w0.75"] * 2 + ["full"] * 2 + ["w0.25"] * 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
-ROOMS = ("core", "data", "nets", "engine", "measure", "search", "training", "methods", "app")
+ROOMS = ("core", "data", "nets", "engine", "measure", "search", "training", "methods", "report", "app")
 """From the ground up: a room's modules import from their own room and from those before it."""
 ADDRESSES = ("bank", "recipe", "sampling")
 """Modules beside the rooms that hold nothing but names of before."""

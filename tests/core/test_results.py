@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halfstep.app.story import MAX_PICTURES, _pictures, tell_spectra
-from halfstep.app.tables import plans_table
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.results import Cost, read_comparison, read_costs
+from halfstep.report.story import MAX_PICTURES, _pictures, tell_spectra
+from halfstep.report.tables import plans_table
 from halfstep.search.damage import ErrorTable
 
 QUALITY = {

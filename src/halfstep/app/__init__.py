@@ -1,1 +1,1 @@
-"""How people use it: opening a subject, the verbs, the report, the command line."""
+"""How people use it: opening a subject, the verbs, the studio, the command line."""

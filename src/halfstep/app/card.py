@@ -11,15 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from halfstep.app.page import markdown
-from halfstep.app.tables import plans_table
-from halfstep.app.words import summary
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.plan import StepPlan
 from halfstep.core.recipe import RunRecord
 from halfstep.core.results import read_comparison
 from halfstep.core.sums import require_whole
+from halfstep.report.page import markdown
+from halfstep.report.tables import plans_table
+from halfstep.report.words import summary
 
 AGAIN = "repeat the command that began the run, which finishes it"
 

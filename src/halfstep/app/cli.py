@@ -173,10 +173,10 @@ def places(as_json: bool, **found: Path) -> None:
 
 def show_run(out: Path, page: Path, as_json: bool, *, plan: bool = False) -> None:
     """The table of a finished run, its plan where that is the result, and the place of its report; or all as JSON."""
-    from halfstep.app import tables, words
-    from halfstep.app.page import rich_table
     from halfstep.core.plan import StepPlan
     from halfstep.core.results import read_comparison
+    from halfstep.report import tables, words
+    from halfstep.report.page import rich_table
 
     if is_done():  # the first process shows it
         return
@@ -508,8 +508,9 @@ def evaluate(model: Model, data: Data, out: Out, common: Common) -> None:
 
     Example: `halfstep evaluate --model runs/half --data folder:photos --out runs/check --set eval.images=10000`
     """
-    from halfstep.app import tables, verbs
-    from halfstep.app.page import rich_table
+    from halfstep.app import verbs
+    from halfstep.report import tables
+    from halfstep.report.page import rich_table
 
     record = verbs.evaluate(model, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
     show(record.to_json(), common.as_json, lambda: rich_table(tables.plans_table(record, brief=True)))
@@ -539,9 +540,9 @@ def compare(
 
     Example: `halfstep compare dense@ddim:50 dense@unipc:6 ours=runs/half --data folder:photos --out runs/side`
     """
-    from halfstep.app.compared import quality_table
     from halfstep.app.comparison import compare as measure
-    from halfstep.app.page import rich_table
+    from halfstep.report.compared import quality_table
+    from halfstep.report.page import rich_table
 
     record = measure(runs, data, out, common.recipe_for(data), dtype=common.dtype, watch=RichWatch())
     show(record.to_json(), common.as_json, lambda: rich_table(quality_table(record, brief=True)))
@@ -564,8 +565,8 @@ def profile(
     Example: `halfstep profile --model digits --batch 64`
     """
     from halfstep.app import inspection, verbs
-    from halfstep.app.page import rich_table
-    from halfstep.app.tables import costs_table, runtimes_table
+    from halfstep.report.page import rich_table
+    from halfstep.report.tables import costs_table, runtimes_table
 
     batch, watch, asked = common.batch or 1, RichWatch(), cast(RuntimeName, common.runtime or "eager")
     if asked == "auto":
@@ -624,8 +625,8 @@ def denoise(
     Example: `halfstep denoise --model runs/ode --noise 0.1 --image photo.png --steps 1 --steps 5 --out runs/denoised`
     """
     from halfstep.app import inspection
-    from halfstep.app.page import rich_table
-    from halfstep.app.tables import restored_table
+    from halfstep.report.page import rich_table
+    from halfstep.report.tables import restored_table
 
     found = inspection.denoise(
         models,
@@ -758,8 +759,8 @@ def verify(
     from collections import Counter
 
     from halfstep.app import verify as verifying
-    from halfstep.app.page import Table, rich_table
     from halfstep.core.sums import State
+    from halfstep.report.page import Table, rich_table
 
     found = verifying.verify(folder, accept=accept)
     rows = tuple((one.file, one.state) for one in found)

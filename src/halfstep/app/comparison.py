@@ -14,7 +14,6 @@ from typing import get_args
 import numpy as np
 import torch
 
-from halfstep.app.compared import csv_of, tell_compared
 from halfstep.app.estimate import Drawing, announce
 from halfstep.app.measurement import drawings_of, judge_for, require_measurable
 from halfstep.app.subject import Opened, contents_of, images_of, open_model, open_subject
@@ -48,6 +47,7 @@ from halfstep.measure.nearest import Near, nearest_images
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import class_count, sample_shape
 from halfstep.nets.hub import SCHEME
+from halfstep.report.compared import csv_of, tell_compared
 
 FAITHFUL = 32
 """Pictures that fidelity is taken of."""

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from halfstep.app.figures import frontier
 from halfstep.app.searching import needed, with_reuse
 from halfstep.app.subject import open_subject
 from halfstep.core import disk
@@ -47,6 +46,7 @@ from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.engine.subject import Subject
 from halfstep.measure.films import moments
 from halfstep.nets.denoiser import class_count
+from halfstep.report.figures import frontier
 from halfstep.search.arms import Stock
 from halfstep.search.scores import FILE, Scored, digest_in, read_scores
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from halfstep.app.estimate import Drawing, announce
-from halfstep.app.story import tell_restored, tell_spectra
 from halfstep.app.subject import contents_of, open_model, open_subject
 from halfstep.core import disk
 from halfstep.core.errors import DataError, ModelError, PlanError
@@ -48,6 +47,7 @@ from halfstep.measure.restore import (
 from halfstep.measure.spectrum import spectra
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import class_count, cond_of, cond_to, predictor
+from halfstep.report.story import tell_restored, tell_spectra
 
 Spectra = dict[str, dict[str, list[float]]]
 """Of every entry of a model, by its name: lines by kind."""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from halfstep.app.estimate import Drawing
-from halfstep.app.story import tell
 from halfstep.app.subject import images_of, open_subject
 from halfstep.core import disk
 from halfstep.core.errors import DataError, HalfstepError, RunError
@@ -36,6 +35,7 @@ from halfstep.measure.features import FeatureNet, extract, extractor_of, feature
 from halfstep.measure.films import FILMED, Film, film, pictured, save_films
 from halfstep.measure.judge import KEEP, Judge, Measured, extractor_for
 from halfstep.measure.quality import NEIGHBOURS
+from halfstep.report.story import tell
 
 TIMED_TURNS = 6
 """Of a plan that is measured, against the clock: five that count and one to get warm."""

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from halfstep.app.exploring import Exploration, Frame, Measured, Progress, ms_of, told_row
-from halfstep.app.palette import INK, amount, entry_colours, is_dark, percent
 from halfstep.core.plan import StepPlan
 from halfstep.data.pictures import picture_grid
 from halfstep.nets.denoiser import class_count
+from halfstep.report.palette import INK, amount, entry_colours, is_dark, percent
 
 MOST_BUTTONS = 200
 """Rows of a strip that can be clicked; of a longer plan the others are chosen by number."""

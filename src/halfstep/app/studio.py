@@ -16,11 +16,11 @@ import gradio as gr
 
 from halfstep.app import panels
 from halfstep.app.exploring import GRID, MOST_LETTERS, MOST_PICTURES, Asked, Exploration, difference, ms_of, progress
-from halfstep.app.palette import amount
 from halfstep.core.errors import HalfstepError, RunError
 from halfstep.core.plan import StepPlan
 from halfstep.core.seeds import MAX_SEED
 from halfstep.core.typed import shown
+from halfstep.report.palette import amount
 from halfstep.search.scores import read_scores
 
 ALL = "all in turn"

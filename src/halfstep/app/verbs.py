@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, LDMPipeline
 
-from halfstep.app.compared import tell_compared
 from halfstep.app.drawing import Pictures
 from halfstep.app.estimate import Drawing, Training, announce
 from halfstep.app.measurement import (
@@ -46,7 +45,6 @@ from halfstep.app.searching import (
     with_precisions,
     with_reuse,
 )
-from halfstep.app.story import tell, tell_spectra
 from halfstep.app.subject import open_model, open_subject
 from halfstep.app.workers import by_itself, finished_by_first, help_with, helpers, lead, ready, wait_until_ready
 from halfstep.core import disk
@@ -77,6 +75,8 @@ from halfstep.methods import continuous, regularized, slimmable, sparse, spectra
 from halfstep.nets.denoiser import class_count, copy_of
 from halfstep.nets.fit import fit
 from halfstep.nets.fresh import new_model
+from halfstep.report.compared import tell_compared
+from halfstep.report.story import tell, tell_spectra
 from halfstep.search.corrections import corrected_plans, shrink_plan
 from halfstep.search.scores import ScoreBook, counted, open_scores
 from halfstep.training.draft import Draft, trained

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from test_page import ABOUT, CHANGE, ROW, plan_of_one
 
-from halfstep.app.tables import more_table, time_table
-from halfstep.app.words import headline, numbers, to_decide
 from halfstep.core.results import Comparison, PlanRow
+from halfstep.report.tables import more_table, time_table
+from halfstep.report.words import headline, numbers, to_decide
 
 NARROW = replace(CHANGE, share=0.01, relative_low=-0.02, relative_high=0.03, least=32, scale=1.0)
 WIDE = replace(CHANGE, share=0.02, relative_low=-0.1, relative_high=0.14, least=32, scale=1.0)

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from halfstep.app.charts import pareto, time_pareto
-from halfstep.app.figures import Pareto, Series, frontier
-from halfstep.app.page import Cell, Plate, Report, Table, write_report
-from halfstep.app.palette import percent
-from halfstep.app.story import MAX_PICTURES
-from halfstep.app.tables import plans_table
-from halfstep.app.words import verdict_of
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.recipe import RunRecord
 from halfstep.core.results import Compared, Fidelity, Pipeline, PlanRow, read_compared
 from halfstep.data.arrays import read_arrays
 from halfstep.data.pictures import picture_grid
+from halfstep.report.charts import pareto, time_pareto
+from halfstep.report.figures import Pareto, Series, frontier
+from halfstep.report.page import Cell, Plate, Report, Table, write_report
+from halfstep.report.palette import percent
+from halfstep.report.story import MAX_PICTURES
+from halfstep.report.tables import plans_table
+from halfstep.report.words import verdict_of
 
 ROWS = 8
 """Noises whose pictures stand side by side."""

@@ -11,11 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from halfstep.app.charts import strip
-from halfstep.app.figures import Pareto, Series, _draw_pareto, draw_all, frontier
-from halfstep.app.palette import amount, entry_colours
-from halfstep.app.strips import MARGIN, PlanChart, calls_of, draw_strips, height_of
 from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
+from halfstep.report.charts import strip
+from halfstep.report.figures import Pareto, Series, _draw_pareto, draw_all, frontier
+from halfstep.report.palette import amount, entry_colours
+from halfstep.report.strips import MARGIN, PlanChart, calls_of, draw_strips, height_of
 
 PRICES = {
     "full": Price(100, 2900),

@@ -11,8 +11,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from halfstep.app.palette import in_dark
 from halfstep.data.pictures import picture
+from halfstep.report.palette import in_dark
 
 MOST_SIDE = 160
 """Pixels of a picture beside others; larger ones are shrunk, so that a page stays light."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from halfstep.app.markup import scrolling, var
-from halfstep.app.palette import amount
-from halfstep.app.strips import Call, PlanChart, calls_of
+from halfstep.report.markup import scrolling, var
+from halfstep.report.palette import amount
+from halfstep.report.strips import Call, PlanChart, calls_of
 
 SINGLE = 120
 """Calls of a strip up to which each has a bar of its own; of more, neighbours of one entry have one together."""

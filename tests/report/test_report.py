@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_page import ABOUT, ROW
 
-from halfstep.app.charts import done_after, strip
-from halfstep.app.figures import Pareto, Series, draw_svg
-from halfstep.app.lanes import lanes
-from halfstep.app.markup import light_and_dark, shrunk, themed, tiles
-from halfstep.app.page import Beside, Grid, Report, Table, write_report
-from halfstep.app.palette import DARK, contrast, in_dark
-from halfstep.app.reels import Reel, Track, reel
-from halfstep.app.story import _reel
 from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
 from halfstep.core.results import Comparison
 from halfstep.measure.films import Film
+from halfstep.report.charts import done_after, strip
+from halfstep.report.figures import Pareto, Series, draw_svg
+from halfstep.report.lanes import lanes
+from halfstep.report.markup import light_and_dark, shrunk, themed, tiles
+from halfstep.report.page import Beside, Grid, Report, Table, write_report
+from halfstep.report.palette import DARK, contrast, in_dark
+from halfstep.report.reels import Reel, Track, reel
+from halfstep.report.story import _reel
 
 RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice")
 PRICES = {"full": Price(100, 2900), "w0.50": Price(25, 1000)}

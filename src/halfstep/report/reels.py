@@ -8,8 +8,8 @@ from html import escape
 
 import numpy as np
 
-from halfstep.app.markup import data_of, image_tag, scrolling, tiles
-from halfstep.app.palette import amount
+from halfstep.report.markup import data_of, image_tag, scrolling, tiles
+from halfstep.report.palette import amount
 
 MOMENTS = 7
 """Of a strip, the noise with them."""

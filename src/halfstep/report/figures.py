@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from halfstep.app.palette import ACCENTS, INK, LINES, PALE, ROLES, amount, entry_colours, percent
-from halfstep.app.strips import WIDTH, PlanChart, draw_strips, height_of
+from halfstep.report.palette import ACCENTS, INK, LINES, PALE, ROLES, amount, entry_colours, percent
+from halfstep.report.strips import WIDTH, PlanChart, draw_strips, height_of
 
 if TYPE_CHECKING:  # matplotlib loads only when something is drawn
     from matplotlib.axes import Axes

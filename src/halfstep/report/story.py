@@ -7,22 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from halfstep.app.charts import (
-    correction_curves,
-    done_after,
-    grid_curve,
-    heatmap,
-    pareto,
-    spectra_curve,
-    time_pareto,
-    told_strip,
-    training_curves,
-)
-from halfstep.app.page import Beside, Grid, Report, write_report
-from halfstep.app.palette import amount
-from halfstep.app.reels import Reel, Track
-from halfstep.app.tables import costs_table, more_table, restored_table, spectra_table, steps_table, time_table
-from halfstep.app.words import headline, numbers, to_decide
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.plan import StepPlan
@@ -38,6 +22,22 @@ from halfstep.data.arrays import read_arrays
 from halfstep.data.pictures import picture_grid
 from halfstep.measure.films import Film, read_films
 from halfstep.measure.restore import Restored
+from halfstep.report.charts import (
+    correction_curves,
+    done_after,
+    grid_curve,
+    heatmap,
+    pareto,
+    spectra_curve,
+    time_pareto,
+    told_strip,
+    training_curves,
+)
+from halfstep.report.page import Beside, Grid, Report, write_report
+from halfstep.report.palette import amount
+from halfstep.report.reels import Reel, Track
+from halfstep.report.tables import costs_table, more_table, restored_table, spectra_table, steps_table, time_table
+from halfstep.report.words import headline, numbers, to_decide
 from halfstep.search.damage import ErrorTable
 from halfstep.search.scores import SEARCHED, read_scores
 

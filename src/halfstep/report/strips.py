@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from halfstep.app.palette import INK, LINES, PALE, ROLES, SOFT, amount, is_dark, source_of
 from halfstep.core.plan import Guide
+from halfstep.report.palette import INK, LINES, PALE, ROLES, SOFT, amount, is_dark, source_of
 
 if TYPE_CHECKING:  # matplotlib loads only when something is drawn
     from matplotlib.axes import Axes

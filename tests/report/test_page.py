@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from halfstep.app.charts import plan_chart, spectra_curve, time_pareto, told_strip
-from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series, draw_all, draw_plan
-from halfstep.app.page import Grid, Report, Table, rich_table, write_report
-from halfstep.app.tables import costs_table, plans_table
-from halfstep.app.words import summary
 from halfstep.core.errors import PlanError, RunError
 from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan
 from halfstep.core.results import About, Comparison, Cost, Difference, Floor, PlanRow, Quality, Rings
 from halfstep.data.pictures import picture_grid
+from halfstep.report.charts import plan_chart, spectra_curve, time_pareto, told_strip
+from halfstep.report.figures import Curve, Heatmap, Pareto, PlanChart, Series, draw_all, draw_plan
+from halfstep.report.page import Grid, Report, Table, rich_table, write_report
+from halfstep.report.tables import costs_table, plans_table
+from halfstep.report.words import summary
 
 
 def full_report(rows: int = 20) -> Report:

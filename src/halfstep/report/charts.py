@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from halfstep.app.figures import Curve, Heatmap, Pareto, PlanChart, Series
 from halfstep.core import disk
 from halfstep.core.errors import RunError
 from halfstep.core.plan import StepPlan
@@ -20,6 +19,7 @@ from halfstep.core.results import (
     GridScores,
     Rings,
 )
+from halfstep.report.figures import Curve, Heatmap, Pareto, PlanChart, Series
 from halfstep.search.damage import ErrorTable
 from halfstep.search.scores import Scored
 from halfstep.training.train import Logged

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from halfstep.app.page import Table
-from halfstep.app.words import change_cell, quality_cell, verdict_cells, verdict_of
 from halfstep.core.errors import PlanError
 from halfstep.core.results import (
     About,
@@ -17,6 +15,8 @@ from halfstep.core.results import (
 )
 from halfstep.engine.runtimes import Trials
 from halfstep.measure.restore import Restored
+from halfstep.report.page import Table
+from halfstep.report.words import change_cell, quality_cell, verdict_cells, verdict_of
 from halfstep.search.scores import Scored
 
 SETTINGS = ("device", "dtype", "threads", "batch", "layout", "backend")

@@ -14,14 +14,14 @@ from urllib.parse import quote
 
 import numpy as np
 
-from halfstep.app.figures import Curve, Figure, Heatmap, Pareto, colours_of, draw_png, draw_svg
-from halfstep.app.lanes import lanes
-from halfstep.app.markup import image_tag, light_and_dark, scrolling, shrunk, themed, tiles
-from halfstep.app.reels import Reel, reel
-from halfstep.app.strips import PlanChart
-from halfstep.app.style import STYLE
 from halfstep.core import disk
 from halfstep.data.pictures import picture, picture_grid
+from halfstep.report.figures import Curve, Figure, Heatmap, Pareto, colours_of, draw_png, draw_svg
+from halfstep.report.lanes import lanes
+from halfstep.report.markup import image_tag, light_and_dark, scrolling, shrunk, themed, tiles
+from halfstep.report.reels import Reel, reel
+from halfstep.report.strips import PlanChart
+from halfstep.report.style import STYLE
 
 if TYPE_CHECKING:  # rich loads only when something is printed
     import rich.table
