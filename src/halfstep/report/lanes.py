@@ -13,6 +13,7 @@ from halfstep.report.strips import Call, PlanChart, calls_of
 
 SINGLE = 120
 """Calls of a strip up to which each has a bar of its own; of more, neighbours of one entry have one together."""
+PRICED = "Prices are of single calls, measured before the search; times in tables of whole pictures, measured after it"
 
 
 def lanes(chart: PlanChart, colours: Mapping[str, str]) -> str:
@@ -109,5 +110,6 @@ def _steps(chart: PlanChart, calls: Sequence[Call], colours: Mapping[str, str]) 
         for h, k in zip(heads, kinds, strict=True)
     )
     caption = "The plan row by row, from noise to picture: each as wide as its price"
+    caption += f". {PRICED}" * (chart.unit == "ms")
     inner = f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     return scrolling(f'<table class="steps">{inner}</table>', "The plan row by row")
