@@ -87,9 +87,9 @@ def test_a_finished_run_measures_nothing_again(shrunk):
 
 @pytest.mark.slow
 def test_a_step_aware_pipeline_keeps_its_own_plan_and_only_its_rows_are_corrected(shrunk, tmp_path):
-    page = verbs.shrink(str(shrunk), "digits", tmp_path / "o", tiny("sample.steps=9"))
+    page = verbs.shrink(str(shrunk), "digits", tmp_path / "o", tiny("sample.steps=9", "eval.free=false"))
     assert page.is_file() and len(StepPlan.load(tmp_path / "o" / "plan.json").rows) == 4
-    verbs.shrink(str(shrunk), "digits", tmp_path / "p", tiny("shrink.rounds=0"), steps=2)
+    verbs.shrink(str(shrunk), "digits", tmp_path / "p", tiny("shrink.rounds=0", "eval.free=false"), steps=2)
     assert len(StepPlan.load(tmp_path / "p" / "plan.json").rows) == 2
 
 
