@@ -3,7 +3,7 @@
     python benchmarks/seeds.py spectral      # Fashion-MNIST 16x16; trains what is missing, resumable; --size 32
     python benchmarks/seeds.py sparse
 
-Every student is trained `--seeds` times, seed by seed, from the same teacher (benchmarks/models/fashion<size>-dense).
+Every student is trained `--seeds` times, seed by seed, from the same teacher in benchmarks/models.
 Told: the held-out denoising loss, and Fréchet distances by two kinds of features under DDIM and under the best sampler
 that is free; what an ingredient does is the difference of two rows, paired over seeds (Student's t: with three of them
 an interval is wide). --train-only and --only let several processes share the trainings.
@@ -58,9 +58,10 @@ class Student:
 
 @dataclass(frozen=True)
 class Suite:
-    """Trainings under one recipe."""
+    """Trainings under one recipe, from fashion<size>-<teacher>."""
 
     title: str
+    teacher: str
     edits: tuple[str, ...]
     students: Mapping[str, Student]
     effects: Effects
@@ -76,6 +77,7 @@ UNTAUGHT = "sparse.teacher=0"
 SUITES = {
     "spectral": Suite(
         "Students of the teacher's channels",
+        "dense",
         ("train.steps=2000", "train.lr=1e-3", "spectral.reduction=7"),
         one("spectral", "plain, fresh", "spectral", PLAIN, *ALONE)
         | one("spectral", "gates, fresh", "spectral", *ALONE)
@@ -97,15 +99,16 @@ SUITES = {
     ),
     "sparse": Suite(
         "Masks and smaller dense nets",
-        ("train.steps=2000", "train.batch=32", "train.lr=2e-4"),
+        "small",
+        ("train.steps=1000", "train.lr=2e-4"),
         one("sparse", "2:4 SparseDM", "2:4")
         | one("sparse", "2:4 straight-through", "2:4", "sparse.decay=0", UNTAUGHT)
         | one("sparse", "2:4 frozen masks", "2:4", "sparse.frozen=true", UNTAUGHT)
         | {
             "dense widths, distilled": Student(
                 "slimmable",
-                {"dense, 0.75": "w0.75", "dense, 0.625": "w0.62", "dense, 0.5": "w0.50"},
-                ("slim.widths=0.75,0.625,0.5", "slim.shared_noise=true", "train.lr=1e-3"),
+                {"dense, 0.75": "w0.75", "dense, 0.5": "w0.50"},
+                ("slim.widths=0.75,0.5", "slim.shared_noise=true", "train.lr=1e-3"),
             )
         }
         | one("sparse", "1:4 SparseDM", "1:4", "sparse.pattern=1:4"),
@@ -114,7 +117,6 @@ SUITES = {
             "SparseDM for plain straight-through": ("2:4 SparseDM", "2:4 straight-through"),
             "straight-through for frozen masks": ("2:4 straight-through", "2:4 frozen masks"),
             "2:4 for a dense net of 56 % of the MACs": ("2:4 SparseDM", "dense, 0.75"),
-            "2:4 for a dense net of 40 % of the MACs": ("2:4 SparseDM", "dense, 0.625"),
             "1:4 for a dense net of a quarter": ("1:4 SparseDM", "dense, 0.5"),
         },
     ),
@@ -133,7 +135,7 @@ def recipe_of(suite: Suite, size: int, edits: list[str]) -> Recipe:
 
 def trained(args: argparse.Namespace, suite: Suite, recipe: Recipe, watch: RichWatch) -> dict[tuple[str, int], Path]:
     """Run folders by training and seed, seed by seed."""
-    runs, teacher = {}, str(MODELS / f"fashion{args.size}-dense")
+    runs, teacher = {}, str(MODELS / f"fashion{args.size}-{suite.teacher}")
     for seed in range(args.seeds):
         for name in args.only or suite.students:
             student = suite.students[name]
@@ -145,7 +147,7 @@ def trained(args: argparse.Namespace, suite: Suite, recipe: Recipe, watch: RichW
 
 def gathered(args: argparse.Namespace, suite: Suite, runs: Mapping[tuple[str, int], Path]) -> tuple[Bank, Mapping]:
     """Every trained row and the teacher in one bank, which a judge measures on the same noise; the noise process."""
-    dense, noise = load_denoiser(MODELS / f"fashion{args.size}-dense")
+    dense, noise = load_denoiser(MODELS / f"fashion{args.size}-{suite.teacher}")
     bank = Bank({"full": dense}, "full", noise["prediction_type"])
     for (name, seed), out in runs.items():
         made = open_model(out).bank
