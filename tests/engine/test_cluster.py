@@ -75,6 +75,14 @@ def test_a_worker_that_is_killed_costs_its_task_and_nothing_else(workers, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_task_that_kills_every_worker_is_one_line(workers):
+    with pytest.raises(RunError, match=r"WorkerCrashedError.* expected a worker") as told:
+        workers.submit(exec, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", {}).result(300)
+    assert "\n" not in str(told.value)
+    assert workers.submit(pow, 2, 3).result(60) == 8
+
+
+@pytest.mark.slow
 def test_an_error_of_ours_comes_back_as_it_was_raised(workers):
     with pytest.raises(PlanError) as there:
         workers.submit(Budget.parse, "much").result(60)

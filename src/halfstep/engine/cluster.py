@@ -2,8 +2,9 @@
 
 What is `Held` (a bank, what draws and judges by it) is shipped once to each node and opened once in each worker; a task
 names it, and carries only what differs: a plan and a few numbers. A task whose worker dies is run again elsewhere, so
-that a kill costs what was in flight. What comes back does not hang on who did it or when: callers ask in rounds, in an
-order of their own, and a picture hangs on its seed and number alone.
+that a kill costs what was in flight; one that kills every worker is an error and not a wait for ever. What comes back
+does not hang on who did it or when: callers ask in rounds, in an order of their own, and a picture hangs on its seed
+and number alone.
 
 Between machines things travel as pickles, which run code: Ray is for machines that are one's own, and trust each other.
 """
@@ -33,6 +34,8 @@ from halfstep.core.watch import SILENT, Watch
 LOCAL = "local"
 ANSWER = 5.0
 """Seconds in which an address has to answer."""
+RETRIES = 5
+"""How often a task is run again whose worker died: killed, out of memory, or gone with its node."""
 _WHERE = "--ray"
 
 
@@ -52,7 +55,7 @@ class Cluster(Executor):
         self.names: dict[int, tuple[str, Held]] = {}
         needs = {"num_cpus": 1} | ({"num_gpus": 1} if device.type == "cuda" else {})
         # Ray tries a task again when its worker or node dies, and not when it raises
-        self.task = ray.remote(**needs, max_retries=-1, retry_exceptions=False)(_run)
+        self.task = ray.remote(**needs, max_retries=RETRIES, retry_exceptions=False)(_run)
         self.versions = versions()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -174,7 +177,8 @@ def _lost(error: BaseException) -> BaseException:
         return RunError(got=cause, expected="Halfstep on every node", where=_WHERE, do="install it there")
     if cause is not None:
         return cause
-    return RunError(got=f"{type(error).__name__}: {error}", expected="a worker", where=_WHERE, do="see `ray status`")
+    told = " ".join(str(error).split())
+    return RunError(got=f"{type(error).__name__}: {told}", expected="a worker", where=_WHERE, do="see `ray status`")
 
 
 # ---------------------------------------------------------------------------------------------------------- connecting
@@ -223,6 +227,7 @@ def connected(address: str) -> Any:
         _require_answer(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its own later default, of which it warns
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # those for want of memory are counted by themselves
     import ray
 
     if ray.is_initialized():
