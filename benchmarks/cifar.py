@@ -77,7 +77,7 @@ def measure(data: str, images: int, features: list[str], samplers: list[str], wo
             plan = reference_plan(subject.bank, subject.process, SAMPLERS[name])
             drawn, pictures = judge.features(plan, images, 0, 64)
             found, least = judge.distances(drawn, 0, 200), judge.floor(images)
-            low, high = found.interval()
+            low, high = found.interval
             rows.append((name, kind, f"{found.value:.2f} [{low:.2f}, {high:.2f}]", f"{least.high:.2f}"))
             disk.write_png(work / f"{name.replace(' ', '-').replace(',', '')}.png", picture_grid(pictures, columns=16))
             watch.say(" ".join(rows[-1]))

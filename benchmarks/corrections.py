@@ -1,4 +1,4 @@
-"""Where a correction of the predicted noise helps, and why: DDIM, DPM-Solver++ and UniPC in 5 to 20 calls.
+"""Where a correction of the predicted noise helps, and why: DDIM, DPM-Solver++, UniPC and PNDM, 5 to 20 calls.
 
     python benchmarks/corrections.py          # Fashion-MNIST 16x16, benchmarks/models/fashion16-small; resumable
 
@@ -53,6 +53,7 @@ SAMPLERS = {
     "DDIM": SampleSpec(scheduler="ddim"),
     "DPM-Solver++ 2": SampleSpec(scheduler="dpmsolver++"),
     "UniPC 2": SampleSpec(scheduler="unipc"),
+    "PNDM": SampleSpec(scheduler="pndm"),
 }
 CALLS = (5, 8, 10, 15, 20)
 SHOWN = 10
@@ -106,20 +107,25 @@ def correction_of(plan: StepPlan) -> str:
 
 
 def table_of(judge: Judge, plans: dict, known: dict[str, Distances], images: int) -> Table:
+    """Each correction beside its own sampler uncorrected; the scale also beside the best uncorrected of as many."""
     rows, least = [], judge.floor(images).high
     for (name, calls), cell in plans.items():
         plain = known[cell[PLAIN].digest]
-        low, high = plain.interval()
+        low, high = plain.interval
         cells = []
         for what in CONTROLS:
             change = difference(plain, known[cell[what].digest], judge.reference, least)
             cells.append(f"{change_cell(change)} ({correction_of(cell[what])})")
+        rivals = {one: known[plans[one, calls][PLAIN].digest] for one in SAMPLERS}
+        best = min(rivals, key=lambda one: rivals[one].value)
+        beside = difference(rivals[best], known[cell[CONTROLS[0]].digest], judge.reference, least)
+        cells.append(f"{change_cell(beside)} ({best})")
         rows.append((name, f"{calls}", f"{plain.value:.2f} [{low:.2f}, {high:.2f}]", *cells))
     note = (
         f"{images} pictures, corrected for bias, 95 % intervals over pictures, changes paired; floor {least:.2f}. "
-        "In brackets what was chosen, on other noise."
+        "In brackets what was chosen, on other noise, and in the last column which sampler is the best uncorrected."
     )
-    columns = ("sampler", "calls", "FD, uncorrected", *CONTROLS)
+    columns = ("sampler", "calls", "FD, uncorrected", *CONTROLS, "one scale, beside the best uncorrected")
     return Table(title="Corrections by sampler and calls", columns=columns, rows=tuple(rows), note=note)
 
 

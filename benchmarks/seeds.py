@@ -7,7 +7,7 @@ Every student is trained `--seeds` times, seed by seed, from the same teacher in
 Told: the held-out denoising loss, and Fréchet distances by two kinds of features under DDIM and under the best sampler
 that is free; what an ingredient does is the difference of two rows, paired over seeds (Student's t: with three of them
 an interval is wide). --train-only and --only let several processes share the trainings.
-Everything goes to runs/seeds/, the tables to benchmarks/seeds-<suite><size>.md.
+Everything goes to runs/seeds/, the tables to benchmarks/seeds-<suite><size>.md (-1 of one seed).
 """
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ def main() -> None:
     for table in tables(columns, bank, suite, args):
         text.append(f"## {table.title}\n\n{markdown(table)}")
         Console().print(rich_table(table))
-    Path(__file__).with_name(f"seeds-{args.suite}{args.size}.md").write_text("\n\n".join(text) + "\n")
+    few = f"-{args.seeds}" if args.seeds != parser.get_default("seeds") else ""
+    Path(__file__).with_name(f"seeds-{args.suite}{args.size}{few}.md").write_text("\n\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
