@@ -3,11 +3,11 @@
     python benchmarks/cifar.py train --data folder:cifar10/train      # resumable
     python benchmarks/cifar.py export                                 # benchmarks/models/cifar32-dense, fp16
     python benchmarks/cifar.py supernet --data folder:cifar10/train   # three widths of it, resumable
-    python benchmarks/cifar.py measure --data folder:cifar10/train    # benchmarks/cifar.md
+    python benchmarks/cifar.py measure --data folder:cifar10/train --model runs/cifar/supernet    # benchmarks/cifar.md
 
 `folder:` holds one folder for each class. `train --model benchmarks/models/cifar32-dense --work runs/cifar-on` trains
 on from what is committed. Measured: the Fréchet distance by ImageNet's features and by a classifier trained on the
-data, corrected for bias, beside its floor, under DDIM in fifty steps and some that are free. Work in runs/cifar/.
+data, corrected for bias, beside its floor, under DDIM and under a sampler that is free. Work in runs/cifar/.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from halfstep.core.recipe import SampleSpec
 from halfstep.core.recipes import named
 from halfstep.data.pictures import picture_grid
 from halfstep.engine.sampling import reference_plan
+from halfstep.measure.quality import Distances, difference
 from halfstep.report.page import Table, markdown, rich_table
+from halfstep.report.words import change_cell
 
 RECIPE = named("default").edit(
     [
@@ -43,9 +45,8 @@ RECIPE = named("default").edit(
     ]
 )
 SAMPLERS = {
-    "DDIM, 50 steps": SampleSpec(steps=50),
+    "DDIM, 20 steps": SampleSpec(steps=20),
     "UniPC 2, 10 steps": SampleSpec(scheduler="unipc", steps=10),
-    "DPM-Solver++ 2, 10 steps": SampleSpec(scheduler="dpmsolver++", steps=10),
 }
 KEPT = MODELS / "cifar32-dense"
 NARROWER = RECIPE.edit(["train.steps=2000", "train.lr=5e-4", "slim.widths=0.75,0.5,0.25", "slim.shared_noise=true"])
@@ -66,25 +67,35 @@ def export(work: Path) -> None:
     disk.write_atomic(KEPT, write)
 
 
-def measure(data: str, images: int, features: list[str], samplers: list[str], work: Path, watch: RichWatch) -> None:
-    """A row for each sampler and kind of features; and pictures of each sampler from the same noise."""
+def measure(model: str, args: argparse.Namespace, watch: RichWatch) -> None:
+    """A row for each sampler, entry and kind of features, changes paired with the dense net under that sampler; and
+    pictures of the same noise, a grid for each sampler and entry."""
     rows = []
-    for kind in features:
+    for kind in args.features:
         recipe = replace(RECIPE, eval=replace(RECIPE.eval, features=kind))
-        subject = open_subject(str(KEPT), data, recipe, watch=watch)
-        judge = judge_for(subject.bank, subject, work / "measured" / kind, watch)
-        for name in samplers:
-            plan = reference_plan(subject.bank, subject.process, SAMPLERS[name])
-            drawn, pictures = judge.features(plan, images, 0, 64)
-            found, least = judge.distances(drawn, 0, 200), judge.floor(images)
-            low, high = found.interval
-            rows.append((name, kind, f"{found.value:.2f} [{low:.2f}, {high:.2f}]", f"{least.high:.2f}"))
-            disk.write_png(work / f"{name.replace(' ', '-').replace(',', '')}.png", picture_grid(pictures, columns=16))
-            watch.say(" ".join(rows[-1]))
+        subject = open_subject(model, args.data, recipe, watch=watch)
+        bank = subject.stand_ins
+        judge = judge_for(bank, subject, args.work / "measured" / kind, watch)
+        least = judge.floor(args.images).high
+        for name in args.samplers:
+            plan = reference_plan(bank, subject.process, SAMPLERS[name], bank.prices())
+            found: dict[str, Distances] = {}
+            for entry in bank:
+                drawn, pictures = judge.features(plan.uniform(entry), args.images, 0, 64)
+                one = found[entry] = judge.distances(drawn, 0, 200)
+                change = difference(found[bank.reference], one, judge.reference, least)
+                low, high = one.interval
+                beside = change_cell(change) if entry != bank.reference else "–"
+                share = f"{plan.uniform(entry).macs / plan.macs:.0%}"
+                rows.append((name, entry, share, kind, f"{one.value:.2f} [{low:.2f}, {high:.2f}]", beside))
+                title = f"{name} {entry}".replace(",", "").replace(" ", "-")
+                disk.write_png(args.work / f"{title}.png", picture_grid(pictures, columns=16))
+                watch.say(" ".join(rows[-1]))
     note = (
-        f"{images} pictures against {len(subject.images)} real ones, classes as often as in the data; 95 % intervals."
+        f"{args.images} pictures against {len(subject.images)} real ones, classes as often as in the data; floor "
+        f"{least:.2f}; 95 % intervals over pictures."
     )
-    columns = ("sampler", "features", "FD", "floor")
+    columns = ("sampler", "entry", "MACs", "features", "FD", "change")
     table = Table(title="CIFAR-10 by class, 32x32", columns=columns, rows=tuple(rows), note=note)
     Path(__file__).with_suffix(".md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
     Console().print(rich_table(table))
@@ -94,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("train", "export", "supernet", "measure"))
     parser.add_argument("--data", default="folder:cifar10/train")
-    parser.add_argument("--model", help="train: on from this model")
+    parser.add_argument("--model", help="train: on from this model; supernet, measure: this one")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--features", nargs="*", default=["own", "imagenet"])
     parser.add_argument("--samplers", nargs="*", choices=list(SAMPLERS), default=list(SAMPLERS))
@@ -110,7 +121,7 @@ def main() -> None:
     elif args.stage == "export":
         export(args.work)
     else:
-        measure(args.data, args.images, args.features, args.samplers, args.work, watch)
+        measure(args.model or str(KEPT), args, watch)
 
 
 if __name__ == "__main__":

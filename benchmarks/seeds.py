@@ -81,20 +81,20 @@ SUITES = {
         ("train.steps=2000", "train.lr=1e-3", "spectral.reduction=7"),
         one("spectral", "plain, fresh", "spectral", PLAIN, *ALONE)
         | one("spectral", "gates, fresh", "spectral", *ALONE)
-        | one("spectral", "plain, teacher's", "spectral", PLAIN, TEACHERS, *ALONE)
-        | one("spectral", "gates, teacher's", "spectral", TEACHERS, *ALONE)
-        | one("spectral", "plain, teacher's, distilled", "spectral", PLAIN, TEACHERS, *DISTILLED)
-        | one("spectral", "gates, teacher's, distilled", "spectral", TEACHERS, *DISTILLED)
-        | one("spectral", "gates, teacher's, by spectrum", "spectral", TEACHERS),
+        | one("spectral", "plain, cut", "spectral", PLAIN, TEACHERS, *ALONE)
+        | one("spectral", "gates, cut", "spectral", TEACHERS, *ALONE)
+        | one("spectral", "plain, cut, distilled", "spectral", PLAIN, TEACHERS, *DISTILLED)
+        | one("spectral", "gates, cut, distilled", "spectral", TEACHERS, *DISTILLED)
+        | one("spectral", "gates, cut, by spectrum", "spectral", TEACHERS),
         {
-            "the teacher's channels (plain)": ("plain, teacher's", "plain, fresh"),
-            "the teacher's channels (gates)": ("gates, teacher's", "gates, fresh"),
+            "the teacher's channels (plain)": ("plain, cut", "plain, fresh"),
+            "the teacher's channels (gates)": ("gates, cut", "gates, fresh"),
             "gates (fresh)": ("gates, fresh", "plain, fresh"),
-            "gates (teacher's)": ("gates, teacher's", "plain, teacher's"),
-            "gates (teacher's, distilled)": ("gates, teacher's, distilled", "plain, teacher's, distilled"),
-            "distillation (plain)": ("plain, teacher's, distilled", "plain, teacher's"),
-            "distillation (gates)": ("gates, teacher's, distilled", "gates, teacher's"),
-            "the spectrum's weights": ("gates, teacher's, by spectrum", "gates, teacher's, distilled"),
+            "gates (cut)": ("gates, cut", "plain, cut"),
+            "gates (cut, distilled)": ("gates, cut, distilled", "plain, cut, distilled"),
+            "distillation (plain)": ("plain, cut, distilled", "plain, cut"),
+            "distillation (gates)": ("gates, cut, distilled", "gates, cut"),
+            "the spectrum's weights": ("gates, cut, by spectrum", "gates, cut, distilled"),
         },
     ),
     "sparse": Suite(
@@ -139,7 +139,7 @@ def trained(args: argparse.Namespace, suite: Suite, recipe: Recipe, watch: RichW
     for seed in range(args.seeds):
         for name in args.only or suite.students:
             student = suite.students[name]
-            out = args.work / f"{args.suite}{args.size}" / f"{file_name(name).replace(chr(39), '')}-{seed}"
+            out = args.work / f"{args.suite}{args.size}" / f"{file_name(name)}-{seed}"
             verbs.make(student.method, teacher, DATA, out, replace(recipe.edit(student.edits), seed=seed), watch=watch)
             runs[name, seed] = out
     return runs
