@@ -206,8 +206,10 @@ def distance(judge: Judge, pictures: np.ndarray) -> float:
 
 
 def paired(more: np.ndarray) -> str:
-    """The mean of differences over seeds and its 95 % interval by Student's t."""
-    half = stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else float("nan")
+    """The mean of differences over seeds and its 95 % interval by Student's t; one difference has none."""
+    if len(more) < 2:
+        return f"{more.mean():+.3g}"
+    half = stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / len(more) ** 0.5
     return f"{more.mean():+.3g} [{more.mean() - half:+.3g}, {more.mean() + half:+.3g}]"
 
 
@@ -221,14 +223,15 @@ def tables(columns: Mapping[str, Mapping[str, float]], bank: Bank, suite: Suite,
     for row in rows:
         cells = (_spread(by[c][row], columns[c]["full"]) for c in by)
         lines.append((row, f"1/{prices['full'].macs / prices[f'{row} 0'].macs:.2g}", *cells))
-    note = f"Means of {len(seeds)} trainings ± their spread, in brackets of the teacher's; {args.images} pictures."
+    told = f"Means of {len(seeds)} trainings ± their spread" if len(seeds) > 1 else "One training each"
+    note = f"{told}, in brackets of the teacher's; {args.images} pictures."
     yield Table(title="Students", columns=("", "MACs", *columns), rows=tuple(lines), note=note)
     effects = [
         (what, *(paired(by[c][ours] - by[c][other]) for c in by))
         for what, (ours, other) in suite.effects.items()
         if ours in rows and other in rows
     ]
-    note = "Below zero: better. Paired over the seeds, 95 % by Student's t."
+    note = "Below zero: better." + " Paired over the seeds, 95 % by Student's t." * (len(seeds) > 1)
     yield Table(title="What each ingredient does", columns=("", *columns), rows=tuple(effects), note=note)
 
 
