@@ -84,10 +84,16 @@ def prepared(base: Path) -> Path:
     return base
 
 
-def ran(command: list[str], kill_after: float | None = None, hurt: Callable[[], object] | None = None) -> int:
+def ran(
+    command: list[str],
+    kill_after: float | None = None,
+    hurt: Callable[[], object] | None = None,
+    fresh: bool = False,
+) -> int:
     """The exit code of a command in a child, -9 where it was killed after so many seconds. `hurt`: what is done to the
-    child's world before it begins. What it says goes into a file beside the run folder."""
-    child = os.fork()
+    child's world before it begins. `fresh`: in an interpreter of its own, for Ray, which hangs in a fork of a process
+    that has used it. What it says goes into a file beside the run folder."""
+    child = _begun(command) if fresh else os.fork()
     if child == 0:
         _be(command, hurt)
     begun, status = time.monotonic(), None
@@ -103,6 +109,14 @@ def ran(command: list[str], kill_after: float | None = None, hurt: Callable[[], 
             os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
     return os.waitstatus_to_exitcode(status)
+
+
+def _begun(command: list[str]) -> int:
+    """The process of a command that was begun in a new interpreter."""
+    (said := said_by(command)).parent.mkdir(parents=True, exist_ok=True)
+    to_file = (os.POSIX_SPAWN_OPEN, 1, str(said), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    words, world = [sys.executable, "-m", "halfstep", *command], {**os.environ, "OMP_NUM_THREADS": "1"}
+    return os.posix_spawn(sys.executable, words, world, file_actions=[to_file, (os.POSIX_SPAWN_DUP2, 1, 2)])
 
 
 def _be(command: list[str], hurt: Callable[[], object] | None) -> None:
@@ -192,7 +206,7 @@ def killed_until(name: str, base: Path, seed: int, kills: int, seconds: float, a
     """A command killed at random moments of what it has left to do, again and again, until so many kills are done (or
     one, and so many `seconds` are past, of which none is spent on what it takes when left alone); every time that it
     ends, what it left is compared, and it begins anew. `also`: words of the killed command alone, which are to make no
-    difference."""
+    difference; it runs in interpreters of its own then."""
     draw, tally, place = random.Random(f"{name}-{seed}"), Tally(), base / f"{name.replace(' ', '-')}-{seed}"
     alone, out = place / "alone", place / "killed"
     command = COMMANDS[name](base)
@@ -205,19 +219,19 @@ def killed_until(name: str, base: Path, seed: int, kills: int, seconds: float, a
     wanted = found_in(alone)
     if also:  # these words have a time of their own
         begun = time.monotonic()
-        ran([*command, *also, "--out", str(out)])
+        ran([*command, *also, "--out", str(out)], fresh=True)
         whole = time.monotonic() - begun
         shutil.rmtree(out)
     end = time.monotonic() + seconds
     while tally.hurt < kills and (time.monotonic() < end or not tally.hurt):
-        code = ran([*command, *also, "--out", str(out)], kill_after=draw.uniform(0, 1.15 * whole))
+        code = ran([*command, *also, "--out", str(out)], draw.uniform(0, 1.15 * whole), fresh=bool(also))
         if code == -signal.SIGKILL:
             tally.hurt += 1
             continue
         tally.take(code, out, wanted)
         shutil.rmtree(out)
     if out.exists() or not tally.ended:  # a kill before the first write leaves nothing, and is to be gone on from too
-        tally.take(ran([*command, *also, "--out", str(out)]), out, wanted)
+        tally.take(ran([*command, *also, "--out", str(out)], fresh=bool(also)), out, wanted)
     shutil.rmtree(place)
     return tally
 
