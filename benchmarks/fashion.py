@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,11 +252,8 @@ def progress_curve(found: dict, images: int) -> Curve:
 
 
 @torch.no_grad()
-def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
-    """Mean squared error of the predicted noise on test images, the same noise and timesteps for every net.
-
-    It tells trainings apart where distances of generated images do not: it is paired, and has no sampling in it.
-    """
+def held_out(bank: Bank, noise: Mapping, count: int) -> dict[str, torch.Tensor]:
+    """Squared errors [count] of the predicted noise on test images, the same noise and timesteps for every net."""
     size, channels = bank.config["sample_size"], bank.config["in_channels"]
     clean = load_images(DATA, size=size, channels=channels, split="test").batch(slice(0, count))
     torch.manual_seed(0)
@@ -266,6 +264,15 @@ def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
         predict = predictor(bank[name])
         found = [predict(x, t, {}, Memo()) for x, t in zip(noisy.split(128), timestep.split(128), strict=True)]
         losses[name] = (torch.cat(found) - target).square().mean((1, 2, 3))
+    return losses
+
+
+def loss_table(bank: Bank, noise: dict, count: int = 1024) -> Table:
+    """Mean squared error of the predicted noise on test images, paired with the dense net.
+
+    It tells trainings apart where distances of generated images do not: there is no sampling in it.
+    """
+    losses = held_out(bank, noise, count)
     rows = []
     for name, loss in losses.items():
         rows.append((name, f"{loss.mean():.5f}", paired(loss - losses[bank.reference], 5)))

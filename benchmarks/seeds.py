@@ -20,11 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from rich.console import Console
 from scipy import stats
 
-from fashion import DATA, MODELS, file_name
+from fashion import DATA, MODELS, file_name, held_out
 from halfstep.app import verbs
 from halfstep.app.measurement import judge_for
 from halfstep.app.subject import open_model, open_subject
@@ -32,14 +31,12 @@ from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.recipes import named
-from halfstep.data.images import load_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Own
 from halfstep.engine.sampling import reference_plan
 from halfstep.measure.features import extract
 from halfstep.measure.judge import Judge
 from halfstep.nets.content import fingerprint
-from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.models import load_denoiser
 from halfstep.report.page import Table, markdown, rich_table
 
@@ -157,21 +154,6 @@ def gathered(args: argparse.Namespace, suite: Suite, runs: Mapping[tuple[str, in
     return bank, noise
 
 
-@torch.no_grad()
-def held_out(bank: Bank, noise: Mapping, count: int = 2048) -> dict[str, float]:
-    """Mean squared error of the predicted noise on test pictures, the same noise and timesteps for every net."""
-    clean = load_images(DATA, size=bank.config["sample_size"], channels=1, split="test").batch(slice(0, count))
-    torch.manual_seed(0)
-    timestep, target = torch.randint(0, noise["num_train_timesteps"], (count,)), torch.randn_like(clean)
-    noisy = DDPMScheduler.from_config(noise).add_noise(clean, target, timestep)
-    losses = {}
-    for name in bank:
-        predict, pairs = predictor(bank[name]), zip(noisy.split(128), timestep.split(128), strict=True)
-        found = torch.cat([predict(x, t, {}, Memo()) for x, t in pairs])
-        losses[name] = float((found - target).square().mean())
-    return losses
-
-
 def distances(
     bank: Bank, noise: Mapping, recipe: Recipe, args: argparse.Namespace, watch: RichWatch
 ) -> dict[str, dict[str, float]]:
@@ -258,7 +240,8 @@ def main() -> None:
     if args.train_only:
         return
     bank, noise = gathered(args, suite, runs)
-    columns = {"loss": held_out(bank, noise), **distances(bank, noise, recipe, args, watch)}
+    losses = {name: float(found.mean()) for name, found in held_out(bank, noise, 2048).items()}
+    columns = {"loss": losses, **distances(bank, noise, recipe, args, watch)}
     text = [f"# {suite.title}", f"{recipe.train.steps} steps of {recipe.train.batch} each."]
     for table in tables(columns, bank, suite, args):
         text.append(f"## {table.title}\n\n{markdown(table)}")
