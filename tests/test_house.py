@@ -86,6 +86,14 @@ def test_every_public_name_is_there():
     assert [getattr(halfstep, name).__name__ for name in halfstep.__all__[:-1]] == halfstep.__all__[:-1]
 
 
+def test_type_checkers_see_every_public_name_in_the_home_that_it_is_fetched_from():
+    import halfstep
+
+    (seen,) = (node for node in tree("__init__").body if isinstance(node, ast.If))
+    told = {alias.name: node.module for node in seen.body for alias in node.names}
+    assert told == {name: f"halfstep.{home}" for name, home in halfstep._HOMES.items()}
+
+
 def test_no_drawer_modules_and_no_pickle():
     for module in MODULES:
         assert Path(module).name not in ("utils", "misc", "common", "helpers")

@@ -3,6 +3,24 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see of the names that `__getattr__` fetches
+    from halfstep.app.subject import open_subject  # noqa: F401
+    from halfstep.app.verbs import compress, evaluate, optimize, profile, sample, shrink, train, tune  # noqa: F401
+    from halfstep.core.errors import HalfstepError  # noqa: F401
+    from halfstep.core.plan import Correction, Guide, Price, Row, Sampler, StepPlan  # noqa: F401
+    from halfstep.core.process import Process  # noqa: F401
+    from halfstep.core.recipe import Recipe  # noqa: F401
+    from halfstep.core.results import Cost, Quality  # noqa: F401
+    from halfstep.data.images import load_images  # noqa: F401
+    from halfstep.engine.attach import attach, attached, detach  # noqa: F401
+    from halfstep.engine.bank import Bank  # noqa: F401
+    from halfstep.engine.entry import Entry  # noqa: F401
+    from halfstep.engine.pipelines import plan_for  # noqa: F401
+    from halfstep.engine.stepaware import StepAwarePipeline  # noqa: F401
+    from halfstep.methods.slimmable import Supernet  # noqa: F401
+    from halfstep.nets.models import load_denoiser  # noqa: F401
 
 __version__ = "0.1.0"
 

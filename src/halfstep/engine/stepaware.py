@@ -85,7 +85,7 @@ class StepAwarePipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         callback_on_step_end: Callable[[Any, int, float, dict], dict | None] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | Any:  # a tuple without `return_dict`
         """Draw `batch_size` images, or of each `prompt` (of a model of text) `num_images_per_prompt`.
 
         `negative_prompt`: what guidance leads away from, one for all or one for each prompt (default: nothing).
