@@ -26,7 +26,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from halfstep.engine.sampling import denoise, fewer_steps, image_generators, ref
 from halfstep.measure.features import extract
 from halfstep.measure.judge import Judge, measure_plans
 from halfstep.measure.quality import compare
-from halfstep.measure.restore import CLASSICAL, compare_denoisers, restore_picture
+from halfstep.measure.restore import CLASSICAL, Denoiser, Tiles, compare_denoisers, restore_picture
 from halfstep.methods.continuous import continuous_net
 from halfstep.nets.continuous import with_solver
 from halfstep.nets.denoiser import Memo, predictor
@@ -133,7 +133,8 @@ def cost_table(bank: Bank, repeats: int) -> Table:
     """Parameters, MACs and latency of one call at batch 64, eager and compiled, all in turns."""
     nets = {name: bank[name] for name in bank}
     eager = call_times(nets, batch=64, repeats=repeats)
-    compiled = call_times({name: torch.compile(net) for name, net in nets.items()}, batch=64, repeats=repeats)
+    faster = {name: cast(torch.nn.Module, torch.compile(net)) for name, net in nets.items()}
+    compiled = call_times(faster, batch=64, repeats=repeats)
     first, rows = nets["U-Net"], []
     for name, net in nets.items():
         times = [sorted(found[name])[len(found[name]) // 2] for found in (eager, compiled)]
@@ -189,8 +190,10 @@ def denoise_table(bank: Bank, noise: dict, sigma: float = 0.1, count: int = 64, 
     """How well noisy test pictures are restored: the nets, and classical methods."""
     images = load_images(DATA, size=bank.config["sample_size"], channels=bank.config["in_channels"], split="test")
     pictures = list((images.batch(slice(0, count)) / 2 + 0.5).unbind(0))
-    kind = {"process": noise, "size": images.size, "channels": images.channels, "steps": steps}
-    methods = {name: partial(restore_picture, predictor(bank[name]), **kind) for name in bank}
+    tiles = Tiles(size=images.size, channels=images.channels)
+    methods: dict[str, Denoiser] = {
+        name: partial(restore_picture, predictor(bank[name]), process=noise, tiles=tiles, steps=steps) for name in bank
+    }
     records = compare_denoisers(methods | CLASSICAL, pictures, sigma, 0)
     first = torch.tensor(records[0].psnrs_db)
     rows = []
@@ -329,9 +332,9 @@ def main() -> None:
     trainings = [part for part in parts if part not in ("memory", "cost", "variants")]
     if trainings:
         subject = open_subject(None, DATA, recipe, watch=watch)
-        judge, settings = judge_for(trained(work, recipe, watch), subject, work, watch), recipe
+        judge = judge_for(trained(work, recipe, watch), subject, work, watch)
         for part in trainings:
-            measure_quality(part, judge, load_denoiser(MODELS / "fashion32-dense")[1], settings, work, watch)
+            measure_quality(part, judge, load_denoiser(MODELS / "fashion32-dense")[1], recipe, work, watch)
     tables = tuple(table for table in (kept(work, part) for part in PARTS) if table)
     lines = {}
     for log in sorted(work.glob("*/log.jsonl")):
