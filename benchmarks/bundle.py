@@ -23,6 +23,7 @@ from halfstep.core.bundled import FASHION_IMAGES, features_of, model_of
 from halfstep.core.disk import write_atomic
 from halfstep.core.recipe import SampleSpec
 from halfstep.core.recipes import named
+from halfstep.data.arrays import save_arrays
 from halfstep.data.images import load_images
 from halfstep.engine.sampling import reference_plan
 from halfstep.engine.stepaware import StepAwarePipeline
@@ -40,14 +41,9 @@ def write_images(source: str, watch: RichWatch) -> None:
         draw = np.random.default_rng(SEED)
         of_class = [np.flatnonzero(images.labels == k) for k in range(len(images.classes))]
         index = np.sort(np.concatenate([draw.choice(found, count, replace=False) for found in of_class]))
-        arrays[f"{split}_images"] = np.array(images.pixels[index, 0])
+        arrays[f"{split}_images"] = np.array(images.pixels[index][:, 0])
         arrays[f"{split}_labels"] = images.labels[index].astype(np.uint8)
-    write_atomic(FASHION_IMAGES, lambda file: _compressed(file, arrays))
-
-
-def _compressed(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    with file.open("wb") as opened:
-        np.savez_compressed(opened, **arrays)
+    write_atomic(FASHION_IMAGES, lambda file: save_arrays(file, arrays))
 
 
 def write_features(source: str, work: Path, watch: RichWatch) -> None:

@@ -41,7 +41,7 @@ def captions_of(images: Images, seed: int = 0) -> list[str]:
     Bright and dark: the upper and lower third of the class by mean light where there is cloth; wide and narrow: by how
     many columns have cloth.
     """
-    pixels, labels = np.asarray(images.pixels[:, 0], dtype=np.float32), images.labels
+    pixels, labels = np.asarray(images.pixels[:][:, 0], dtype=np.float32), images.labels
     assert labels is not None, "Fashion-MNIST has labels"
     cloth = pixels > 20
     light = (pixels * cloth).sum((1, 2)) / cloth.sum((1, 2)).clip(1)

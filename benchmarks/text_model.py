@@ -126,7 +126,7 @@ class Run:
                 self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
 
     def save(self) -> None:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, p in self.params.items():
             tensors |= {f"model.{name}": p.data.contiguous(), f"mean.{name}": self.mean[name].contiguous()}
             for key in ("exp_avg", "exp_avg_sq"):
@@ -458,7 +458,7 @@ def write_folder(folder: Path) -> None:
     lines = []
     for k, text in enumerate(captions_of(images)):
         name = f"{k:05d}.png"
-        Image.fromarray(np.asarray(images.pixels[k, 0])).save(folder / name)
+        Image.fromarray(np.asarray(images.pixels[k : k + 1][0, 0])).save(folder / name)
         lines.append(disk.to_json({"file_name": name, "text": text}, where=folder))
     disk.write_text(folder / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
 
