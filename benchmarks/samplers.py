@@ -23,7 +23,7 @@ from halfstep.app.measurement import judge_for
 from halfstep.app.subject import open_subject
 from halfstep.core.plan import StepPlan
 from halfstep.core.process import Process
-from halfstep.core.recipe import SampleSpec
+from halfstep.core.recipe import SamplerName, SampleSpec
 from halfstep.core.recipes import named
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.engine.bank import Bank
@@ -49,7 +49,7 @@ def main() -> None:
     bank = Bank({"full": net}, "full", process.prediction)
     recipe = named("digits")
     judge = judge_for(bank, open_subject(None, "digits", recipe, watch=watch), args.out, watch)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     with watch.stage("samplers", 2 * len(SCHEDULERS)) as told:
         for name in SCHEDULERS:
             cells = []
@@ -77,13 +77,13 @@ def main() -> None:
     show_table(table, "samplers.md")
 
 
-def as_it_comes(bank: Bank, process: Process, name: str, steps: int) -> StepPlan:
+def as_it_comes(bank: Bank, process: Process, name: SamplerName, steps: int) -> StepPlan:
     """The sampler with the betas of the process and its own defaults for the rest."""
     cls, options = SCHEDULERS[name]
     return plan_for(bank, cls.from_config(process.config() | options), steps)
 
 
-def as_put(bank: Bank, process: Process, name: str, steps: int) -> StepPlan:
+def as_put(bank: Bank, process: Process, name: SamplerName, steps: int) -> StepPlan:
     return reference_plan(bank, process.config(), replace(SampleSpec(), scheduler=name, steps=steps))
 
 

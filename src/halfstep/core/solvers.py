@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfstep.core.recipe import SamplerName
+
 EVEN = ("leading", "trailing", "linspace")
 """Even spacings of the training's timesteps (arXiv 2305.08891, table 2); every scheduler of betas has them."""
 SPACED: dict[str, tuple[str, str]] = {
@@ -31,7 +33,7 @@ class Solver:
     flow: str = ""
 
 
-SOLVERS = {
+SOLVERS: dict[SamplerName, Solver] = {
     "ddim": Solver("DDIMScheduler", "DDIM"),
     "ddpm": Solver("DDPMScheduler", "DDPM"),
     "dpmsolver++": Solver(

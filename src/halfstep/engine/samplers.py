@@ -20,7 +20,7 @@ from halfstep.core.process import FLOW_SCHEDULERS, Process
 from halfstep.core.recipe import Order, SamplerName, SampleSpec, Spacing
 from halfstep.core.solvers import SOLVERS, SPACED, Solver, solver_of
 
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+SCHEDULERS: dict[SamplerName, tuple[Any, dict[str, Any]]] = {
     name: (getattr(diffusers, solver.cls), dict(solver.options)) for name, solver in SOLVERS.items()
 }
 """The samplers that a recipe names, with what their configs say beside the process. Others enter as the model's own, or
