@@ -85,7 +85,7 @@ def export(size: int, work: Path) -> None:
             pipe.save_pretrained(target)
         elif source.is_dir():
             pipeline = DDPMPipeline.from_pretrained(source, torch_dtype=torch.float16)
-            disk.write_atomic(target, lambda folder, pipeline=pipeline: pipeline.save_pretrained(folder))
+            disk.write_atomic(target, pipeline.save_pretrained)
 
 
 def with_small(bank: Bank, folder: Path) -> Bank:

@@ -44,7 +44,7 @@ from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
 from halfstep.core.plan import NONE, StepPlan
-from halfstep.core.recipe import Recipe, SampleSpec
+from halfstep.core.recipe import Order, Recipe, SamplerName, SampleSpec, Spacing
 from halfstep.core.recipes import named
 from halfstep.core.results import Difference
 from halfstep.core.seeds import Stage, stage_seed
@@ -82,10 +82,16 @@ def ground_of(size: int, recipe: Recipe, work: Path, watch: RichWatch) -> Ground
 # ------------------------------------------------------------------------------------------------------------ the plans
 
 
+def us_of(plan: StepPlan) -> float:
+    """Microseconds of a plan that was priced here."""
+    assert plan.whole.us is not None, "priced here"
+    return plan.whole.us
+
+
 def question_of(what: str, today: StepPlan, parts: tuple[float, ...]) -> Question:
     """Parts of what today's plan takes, or of its MACs."""
     if what == "time":
-        return Question("us", tuple(round(1000 * today.whole.us / part) for part in parts))
+        return Question("us", tuple(round(1000 * us_of(today) / part) for part in parts))
     return Question("macs", tuple(int(today.macs / part) for part in parts))
 
 
@@ -133,7 +139,7 @@ def stock_plans(stock: Stock, calls: tuple[int, ...]) -> dict[str, StepPlan]:
     return found
 
 
-CONTENDERS = {
+CONTENDERS: dict[int, tuple[tuple[SamplerName, Spacing, Order, int], ...]] = {
     16: (
         ("pndm", "own", 0, 9),
         ("pndm", "trailing", 0, 11),
@@ -263,12 +269,12 @@ def key_rows(plans: dict[str, StepPlan], found: dict[str, Distances], ground: Gr
         near = [name for name in plans if is_free(plans[name]) and within(change[name]) and name not in rows]
         for names, told in ((held, "held"), (near, "within 5 % as measured")):
             if names:
-                best = min(names, key=lambda name: plans[name].whole.us)
+                best = min(names, key=lambda name: us_of(plans[name]))
                 rows.setdefault(best, f"the best free at the quality of {goal} ({told})")
-    best: float = np.inf
-    for name in sorted((n for n in plans if is_free(plans[n])), key=lambda n: plans[n].whole.us):
-        if found[name].value < best:
-            best = found[name].value
+    least = np.inf
+    for name in sorted((n for n in plans if is_free(plans[n])), key=lambda n: us_of(plans[n])):
+        if found[name].value < least:
+            least = found[name].value
             rows.setdefault(name, "free frontier")
     for name in plans:
         if name.startswith("joint"):
@@ -371,7 +377,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     ground = ground_of(args.size, recipe_of(args.size, args.set), work, watch)
     if args.only == "quality":
-        ground.prices.priced = lambda plan: plan  # no time is asked for
+        ground.prices.priced = lambda plan: plan  # type: ignore[method-assign]  # no time is asked for
     parts = tuple(float(one) for one in args.parts.split(",") if one)
     if args.only in (None, "search"):
         for name, plan in found_plans(ground, HERE / f"free{args.size}-plans.json", args.units, parts).items():

@@ -22,6 +22,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -48,7 +49,7 @@ from halfstep.report.page import Table
 
 TRUTH, GUIDES, FLOW = 101, 102, 103
 """Seeds of the noise that the truth, the guides and the solvers' table are drawn from."""
-ARMS = {
+ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "DPM-Solver++ 2M": (diffusers.DPMSolverMultistepScheduler, {}),
     "UniPC": (diffusers.UniPCMultistepScheduler, {}),
     "DDIM": (diffusers.DDIMScheduler, {}),
@@ -162,7 +163,7 @@ def guides_of(drawn: Drawn, tried: list[Tried], pool: int, watch: RichWatch) -> 
             near.append(drawn.fidelities(one.plan))
             features.append(drawn.features(one.plan, pool, GUIDES))
             told(i + 1, one.arm)
-    mean_macs = np.mean([one.plan.macs for one in tried])
+    mean_macs = float(np.mean([one.plan.macs for one in tried]))
     target, found = drawn.target, []
     for metric in ("pixels", "SSIM", "features"):
         for n in (n for n in FEW if n <= target.count):
@@ -170,6 +171,7 @@ def guides_of(drawn: Drawn, tried: list[Tried], pool: int, watch: RichWatch) -> 
             extra = n * target.plan.macs / mean_macs
             found.append(Guide(f"fidelity, {metric}", n, values, extra))
     twins = target.features
+    assert twins is not None, "the target has an extractor"
     for n in (n for n in dict.fromkeys((*FEW, *MANY)) if n <= target.count):
         parts = list(stretches_of(n, target.count))
         values = np.array([[apart(one[rows], twins[rows]) for one in features] for rows in parts])
@@ -280,7 +282,7 @@ def plans_table(tried: list[Tried], truth: list[dict[str, float]], guides: list[
 def solvers(bank: Bank, process: Process) -> Iterator[tuple[str, str, StepPlan]]:
     """(sampler, spacing, plan) of the dense net, coarse and fine."""
     prices = bank.prices()
-    grids = (
+    grids: tuple[tuple[str, Any, dict[str, bool], tuple[str, ...], tuple[int, ...]], ...] = (
         (
             "DPM-Solver++ 2M",
             diffusers.DPMSolverMultistepScheduler,

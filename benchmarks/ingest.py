@@ -68,7 +68,7 @@ def make(root: Path, count: int, shard: int) -> None:
                     info = tarfile.TarInfo(f"{begin + k:09d}.{suffix}")
                     info.size = len(part)
                     tar.addfile(info, io.BytesIO(part))
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]
 
 
 def anonymous() -> int:

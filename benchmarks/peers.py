@@ -18,7 +18,7 @@ import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -229,7 +229,8 @@ def times_of(size: int, rows: Sequence[Row], batch: int, repeats: int) -> list[f
     used: dict[tuple[Backend, Layout], set[str]] = {}
     for row in rows:
         used.setdefault((row.backend, row.layout), set()).update(row.plan.called)
-    banks, calls = {}, {}
+    banks: dict[tuple[Backend, Layout], Bank] = {}
+    calls: dict[tuple[Backend, Layout, str], Callable[[], object]] = {}
     for (backend, layout), names in used.items():
         whole_bank = bank_of(size)
         bank = banks[backend, layout] = whole_bank.only({whole_bank.reference, *names})
@@ -284,14 +285,14 @@ def at_equal_quality(rows: Sequence[Row], known: dict[str, Quality], ms: Sequenc
             ]
             mine, theirs = ([k for k in able if (rows[k].group == "ours") is own] for own in (True, False))
             line = f"- {words.capitalize()} beside {'DDIM-50' if base == 'today' else 'the best free'}: "
-            fastest = [min(ones, key=lambda k: ms[k], default=None) for ones in (theirs, mine)]
+            other, own = (min(ones, key=lambda k: ms[k], default=None) for ones in (theirs, mine))
             said = [
                 "none" if k is None else f"{rows[k].told} (1/{ms[0] / ms[k]:.1f}, FD {known[rows[k].plan.digest].fd})"
-                for k in fastest
+                for k in (other, own)
             ]
             line += f"the fastest of the others is {said[0]}, of ours {said[1]}"
-            if None not in fastest:
-                line += f": {ms[fastest[0]] / ms[fastest[1]]:.2f} times as fast"
+            if other is not None and own is not None:
+                line += f": {ms[other] / ms[own]:.2f} times as fast"
             told.append(f"{line}.")
     return "\n".join(told)
 

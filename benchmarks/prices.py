@@ -62,7 +62,7 @@ def plans_of(subject: Subject) -> dict[str, StepPlan]:
 def rows_of(bank: Bank, plans: dict[str, StepPlan], book: PriceBook, repeats: int) -> list[tuple[str, ...]]:
     calls = {name: partial(drawing, bank, plan, book.batch) for name, plan in plans.items()}
     measured = interleave(calls, repeats=repeats, warmup=1, clock=book.clock)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, plan in plans.items():
         found, told, fixed = (
             median(measured[name]),

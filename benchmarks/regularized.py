@@ -44,7 +44,7 @@ from halfstep.measure.judge import Judge
 from halfstep.methods.regularized import name_of
 from halfstep.nets.models import load_denoiser
 from halfstep.report.figures import Curve
-from halfstep.report.page import Grid, Report, Table, rich_table, write_report
+from halfstep.report.page import Grid, Part, Report, Table, rich_table, write_report
 from halfstep.search.corrections import corrected_plans
 from halfstep.search.scores import open_scores
 
@@ -115,8 +115,11 @@ def measure_cell(judge: Judge, plans: dict[str, StepPlan], count: int, seed: int
         features, shown[name] = judge.features(plan, count, stage_seed(seed, Stage.REPORT), SHOWN)
         fd = judge.distances(features, seed, 2)
         found = judge.quality(features, fd)
-        rows[name] = {"fd": fd.raw} | {metric: found[metric].value for metric in ("precision", "recall")}
-        rows[name]["corrections"] = sorted(set(plan.corrections))
+        rows[name] = {
+            "fd": fd.raw,
+            **{metric: found[metric].value for metric in ("precision", "recall")},
+            "corrections": sorted(set(plan.corrections)),
+        }
     if pictures is not None:
         disk.write_atomic(pictures, lambda file: save_arrays(file, shown))
     return rows
@@ -141,8 +144,9 @@ def measure(
             continue
         subject = open_subject(None, data, recipe, watch=watch)
         judge, settings = judge_for(banks[seed], subject, work, watch), recipe
-        rule = {"scheduler": "ddpm", "variance": "beta"} if kind == "beta" else {"scheduler": kind}
-        sample = replace(settings.sample, steps=calls, **rule)
+        sample = replace(settings.sample, steps=calls, scheduler="ddim" if kind == "ddim" else "ddpm")
+        if kind == "beta":
+            sample = replace(sample, variance="beta")
         plan = reference_plan(judge.bank, noise, sample, prices[seed])
         plans = plans_of(judge, plan, settings, work / f"shrink-{kind}-{calls}-{seed}", seed, watch)
         pictures = work / f"pictures-{kind}-{calls}.npz" if seed == 0 else None
@@ -280,7 +284,7 @@ def write_page(name: str, work: Path, recipe: Recipe) -> list[Table]:
     summary = " ".join(line.removeprefix("- ") + "." for line in said)
     facts = {"calls": ", ".join(map(str, CALLS)), "images": f"{recipe.eval.images}"}
     figures = tuple(curve_of(kind, results) for kind in SAMPLERS if (kind, CALLS[0]) in results)
-    parts = (*tables, *grids, *figures)
+    parts: tuple[Part, ...] = (*tables, *grids, *figures)
     write_report(Report(title=page[0][2:], summary=summary, facts=facts, parts=parts), work)
     draw_twenty(name, work)
     return tables

@@ -104,6 +104,8 @@ def levels_at(t: torch.Tensor) -> torch.Tensor:
 class ToyNet(nn.Module):
     """A residual MLP [B, d] -> [B, d] with the face of a diffusers model; timesteps 0 ... 999, fractions too."""
 
+    frequencies: torch.Tensor
+
     def __init__(self, d: int, width: int = 256, blocks: int = 3):
         super().__init__()
         self.start, self.end = nn.Linear(d, width), nn.Linear(width, d)
@@ -135,7 +137,8 @@ def trained(toy: Toy, spec: RegularSpec, steps: int, seed: int, told: Callable[[
 
     objective = regular_objective(net, draw, spec, levels, "epsilon")
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, fused=True)
-    mine, theirs = list(net.parameters()), list(average.parameters())
+    mine: list[torch.Tensor] = list(net.parameters())
+    theirs: list[torch.Tensor] = list(average.parameters())
     began = time.process_time()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / steps))
@@ -360,12 +363,12 @@ def main() -> None:
     with Progress(*columns) as progress:
         whole = progress.add_task("parts", total=len(jobs))
         inner = progress.add_task("", total=args.steps)
+        step = partial(progress.update, inner)
         for toy, r, seed in jobs:
             name = f"{toy.name} r={r:g} seed={seed} steps={args.steps}"
             if name not in parts:
                 progress.update(inner, description=f"train {name}", completed=0)
-                step = partial(progress.update, inner)
-                net, seconds = trained(toy, RegularSpec(r=r), args.steps, seed, lambda n, step=step: step(completed=n))
+                net, seconds = trained(toy, RegularSpec(r=r), args.steps, seed, lambda n: step(completed=n))
                 progress.update(inner, description=f"sample {name}")
                 rows = list(rows_of(net, toy, seed, controls=r == 0))
                 parts[name] = {"data": toy.name, "r": r, "seed": seed, "seconds": seconds, "rows": rows}

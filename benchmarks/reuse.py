@@ -263,8 +263,7 @@ def cycled(bank: Bank, plan: StepPlan, pattern: Sequence[str]) -> StepPlan:
     rows: list[str] = []
     for name in itertools.islice(itertools.cycle(pattern), len(plan.rows)):
         link = bank.entries[name].weights
-        unfed = isinstance(link, Reuse) and rows.count(link.of) < link.rows_before
-        rows.append(link.of if unfed else name)
+        rows.append(link.of if isinstance(link, Reuse) and rows.count(link.of) < link.rows_before else name)
     return plan.with_entries(rows)
 
 
@@ -378,7 +377,8 @@ def ranks(bench: Bench, work: Path, watch: RichWatch, count: int, plans: int = 3
     for arm, plan in bench.arms.items():
         length, most = len(plan.rows), max(AGES)
         one_row, chain, closed = stretch_costs(bench, plan, count, most)
-        draw, drawn = np.random.default_rng(0), []
+        draw = np.random.default_rng(0)
+        drawn: list[tuple[int, ...]] = []
         while len(drawn) < plans:
             fresh = (0, *sorted(draw.choice(np.arange(1, length), draw.integers(1, length - 1), replace=False)))
             ends = (*fresh[1:], length)
@@ -387,14 +387,14 @@ def ranks(bench: Bench, work: Path, watch: RichWatch, count: int, plans: int = 3
         costs_, distances, apart = [], [], []
         with watch.stage(f"ranks {arm}", plans) as told:
             for i, fresh in enumerate(drawn):
-                ends = list(zip(fresh, (*fresh[1:], length), strict=True))
-                stretches = [(a, b - a - 1) for a, b in ends if b - a > 1]
-                additive = sum(one_row[r] for a, b in ends for r in range(a + 1, b))
+                spans = list(zip(fresh, (*fresh[1:], length), strict=True))
+                stretches = [(a, b - a - 1) for a, b in spans if b - a > 1]
+                additive = sum(one_row[r] for a, b in spans for r in range(a + 1, b))
                 costs_.append(
                     (additive, sum(chain[s] for s in stretches), sum(closed[s] for s in stretches), -len(fresh))
                 )
-                rows = ["full" if r in fresh else "full~0" for r in range(length)]
-                found = measured(bench, plan.with_entries(rows), converged)
+                entries = ["full" if r in fresh else "full~0" for r in range(length)]
+                found = measured(bench, plan.with_entries(entries), converged)
                 distances.append(found.distance)
                 apart.append(found.apart.mean())
                 told(i + 1, f"{found.distance:.2f}")
@@ -421,8 +421,8 @@ def stretch_costs(bench: Bench, plan: StepPlan, count: int, most: int) -> tuple[
     generators = image_generators(bench.seed + 1, 0, count)
     noise = start_noise(bank, generators)
 
-    def end(rows: Sequence[str]) -> torch.Tensor:
-        for step in trajectory(bank, plan.with_entries(rows), noise, generators):
+    def end(entries: Sequence[str]) -> torch.Tensor:
+        for step in trajectory(bank, plan.with_entries(entries), noise, generators):
             last = step.after
         return last
 
@@ -430,8 +430,8 @@ def stretch_costs(bench: Bench, plan: StepPlan, count: int, most: int) -> tuple[
     closed = {}
     for anchor, reused in itertools.product(range(length), range(1, most + 1)):
         if anchor + reused < length:
-            rows = ["full~0" if anchor < r <= anchor + reused else "full" for r in range(length)]
-            closed[anchor, reused] = float((end(rows) - base).square().mean())
+            entries = ["full~0" if anchor < r <= anchor + reused else "full" for r in range(length)]
+            closed[anchor, reused] = float((end(entries) - base).square().mean())
     rows, model = traced(bench, plan, count), bank["full"]
     error = {}
     for i, age in itertools.product(range(1, length), range(1, most + 1)):

@@ -146,14 +146,14 @@ def main() -> None:
     recipe = named("fashion").edit(["sample.layout=contiguous"])
     with tempfile.TemporaryDirectory() as out, torch.inference_mode():
         subject = open_subject("fashion", "fashion", recipe)
-        ground = Ground(subject, subject.bank, Path(out), SILENT)
+        ground = Ground(subject, subject.stand_ins, Path(out), SILENT)
         plans = plans_of(ground, args.plans)
         rows = efficiency(ground, plans, args.images, args.repeats)
         sdxl = of_sdxl(ground, 64)
         driver = own_work(ground, plans, args.images, args.tasks)
     columns = ("", "seconds", "pictures a second", "of one worker's, per worker")
     title = f"{args.plans} plans of {args.images} pictures"
-    tables = (Table(title=title, columns=columns, rows=rows, note=""),)
+    tables: tuple[Table, ...] = (Table(title=title, columns=columns, rows=rows, note=""),)
     tables += (Table(title="The driver's processor time", columns=("", ""), rows=driver, note=""),)
     columns = ("", "pictures", "calls of the dense net", "GPU hours")
     title = "A search by the default recipe, one budget, of a net of SDXL's size"

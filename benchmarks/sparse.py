@@ -75,13 +75,12 @@ def dense_model(net: str, work: Path, watch: RichWatch) -> Path:
 def smaller_model(net: str, work: Path, recipe: Recipe, watch: RichWatch) -> Path:
     """The control: a dense model of half the MACs, from scratch, for as long as dense training and fine-tuning."""
     dense = named("fashion32-uvit-dense" if net == "uvit" else "fashion32-dense")
-    shape = (
-        {"channels": (88,), "head_dim": 22}
-        if net == "uvit"
-        else {"channels": (24, 44, 44), "groups": 4, "head_dim": 44}
-    )
+    if net == "uvit":
+        model = replace(dense.model, channels=(88,), head_dim=22)
+    else:
+        model = replace(dense.model, channels=(24, 44, 44), groups=4, head_dim=44)
     steps = dense.train.steps + recipe.train.steps
-    smaller = replace(dense, model=replace(dense.model, **shape), train=replace(dense.train, steps=steps))
+    smaller = replace(dense, model=model, train=replace(dense.train, steps=steps))
     return verbs.train(DATA, work / "smaller", smaller, watch=watch)
 
 
@@ -145,6 +144,7 @@ def masked_loss_table(bank: Bank, noise: dict) -> Table:
 def flipped(bank: Bank, name: str) -> float:
     """The share of mask entries that differ from the dense weights' own mask."""
     masking = bank.entries[name].masking
+    assert masking is not None, f"{name} has no mask"
     dense, ours = (dict(bank[entry].named_parameters()) for entry in ("full", name))
     changed = [(keep_mask(dense[k], masking.pattern) ^ (ours[k] != 0)).flatten() for k in masking.names]
     return torch.cat(changed).float().mean().item()

@@ -40,7 +40,7 @@ def median(times: list[float]) -> float:
 
 
 def layer_rows() -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for out, inside in LAYERS:
         weight = masked(torch.randn(out, inside, device="cuda"), TWO_FOUR).bfloat16()
         sparse = torch.sparse.to_sparse_semi_structured(weight)
@@ -57,7 +57,7 @@ def layer_rows() -> list[tuple[str, ...]]:
 
 @torch.no_grad()
 def model_rows() -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, (dim, depth, heads, batch) in MODELS.items():
         model = UViT2DModel(embed_dim=dim, depth=depth, num_heads=heads).cuda().bfloat16().eval()
         net = sparsify(model)

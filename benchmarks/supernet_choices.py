@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +40,15 @@ VARIANTS = {
     "leading concat slices (released code)": SlimSpec(distill="none", concat="leading"),
     "shared timestep and noise": SlimSpec(distill="none", shared_noise=True),
 }
+
+
+class Measured(TypedDict):
+    """A variant's held-out losses by width, before and after training, and the seconds that it took."""
+
+    before: list[float]
+    after: list[float]
+    seconds: float
+    widths: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -70,7 +80,7 @@ def main() -> None:
     clean = test.subset(min(2048, len(test))).batch(slice(0, 2048))
     diffusion = Diffusion(Process.of(noise))
     spec = TrainSpec(steps=args.steps, batch=args.batch, lr=args.lr, warmup=50, ema_decay=0.99, log_every=100)
-    rows = {}
+    rows: dict[str, Measured] = {}
     for name, slim in VARIANTS.items():
         if args.only not in name:
             continue
@@ -84,9 +94,9 @@ def main() -> None:
             pass
         seconds = time.perf_counter() - begun
         net.load_state_dict(state.average())
-        rows[name] = {"before": before, "after": held_out_losses(supernet, diffusion, clean), "seconds": seconds}
-        rows[name]["widths"] = supernet.widths
-        print(f"{name}: {[f'{x:.4f}' for x in rows[name]['after']]} in {seconds:.0f} s", flush=True)
+        after = held_out_losses(supernet, diffusion, clean)
+        rows[name] = {"before": before, "after": after, "seconds": seconds, "widths": supernet.widths}
+        print(f"{name}: {[f'{x:.4f}' for x in after]} in {seconds:.0f} s", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=2))
     table = Table(title=f"Held-out denoising loss by width after {args.steps} steps of batch {args.batch}")

@@ -17,7 +17,7 @@ import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -34,7 +34,7 @@ from halfstep.core import disk
 from halfstep.core.machine import cpu_name
 from halfstep.core.plan import Price, StepPlan
 from halfstep.core.process import Process
-from halfstep.core.recipe import SampleSpec
+from halfstep.core.recipe import Order, SamplerName, SampleSpec, Spacing
 from halfstep.core.seeds import Stage, stage_seed
 from halfstep.data.arrays import read_arrays, save_arrays
 from halfstep.data.captions import read_captions
@@ -56,8 +56,10 @@ from text_tables import Measured, grid_rows, page, pareto
 
 SEED = stage_seed(0, Stage.REPORT)
 STEPS = 50
-RACED = (("dpmsolver++", 2, ("own", "karras")), ("dpmsolver++", 3, ("own", "karras")), ("unipc", 2, ("own",)),
-         ("deis", 3, ("karras",)), ("pndm", 0, ("own",)))  # fmt: skip
+RACED: tuple[tuple[SamplerName, Order, tuple[Spacing, ...]], ...] = (
+    ("dpmsolver++", 2, ("own", "karras")), ("dpmsolver++", 3, ("own", "karras")), ("unipc", 2, ("own",)),
+    ("deis", 3, ("karras",)), ("pndm", 0, ("own",)),
+)  # fmt: skip
 COUNTS = (4, 5, 6, 8, 10, 15, 20)
 KEPT = 2
 """Samplers of every number of steps that are measured against the data: the nearest to the converged pictures."""
@@ -150,8 +152,9 @@ class Drawer:
     def draw(self, row: Row, begin: int = 0, count: int = BATCH) -> torch.Tensor:
         """float32 [count, 1, 32, 32] in [-1, 1]; picture k of its own generator and prompt."""
         index = torch.from_numpy(self.order[np.arange(begin, begin + count) % len(self.order)])
-        given = {"prompt_embeds": self.text[index], "negative_prompt_embeds": self.null.expand(count, -1, -1)}
-        given |= {"guidance_scale": GUIDANCE, "num_inference_steps": row.plan.sampler.steps, "output_type": "pt"}
+        given: dict[str, object] = {"prompt_embeds": self.text[index]}
+        given |= {"negative_prompt_embeds": self.null.expand(count, -1, -1), "guidance_scale": GUIDANCE}
+        given |= {"num_inference_steps": row.plan.sampler.steps, "output_type": "pt"}
         with self.under(row):
             return self.pipe(**given, generator=image_generators(SEED, begin, count)).images * 2 - 1
 
@@ -219,8 +222,7 @@ def raced(pipe: Any) -> list[list[Row]]:
 def spoken(pipe: Any, base: Row, phrases: Sequence[Sequence[str]], name: str, group: str) -> Row:
     """A plan of phrases under a row's sampler, attached."""
     sampler = base.plan.sampler
-    given = {"sampler": sampler, "guidance": GUIDANCE, "phrases": phrases, "prices": prices_of(pipe)}
-    plan = plan_for(pipe, sampler.steps, **given)
+    plan = plan_for(pipe, sampler.steps, phrases=phrases, guidance=GUIDANCE, sampler=sampler, prices=prices_of(pipe))
     return Row(f"{name}, {sampler.told}", group, plan, "plan")
 
 
@@ -381,7 +383,7 @@ def times_of(drawer: Drawer, rows: Sequence[Row], repeats: int, file: Path) -> d
     if not repeats and file.is_file():
         return json.loads(file.read_text())
     latents = torch.zeros(BATCH, 4, 8, 8)
-    calls = {row.key: partial(drawer.draw, row) for row in rows}
+    calls: dict[str, Callable[[], object]] = {row.key: partial(drawer.draw, row) for row in rows}
     calls["prompts"] = partial(drawer.encode, [drawer.texts[k] for k in drawer.order[:BATCH]])
     calls["decoding"] = torch.no_grad()(lambda: drawer.pipe.vae.decode(latents))
     if not repeats:

@@ -60,8 +60,9 @@ def ground_of(model: Path, edits: list[str], work: Path) -> Ground:
 
 def found_plans(ground: Ground) -> dict[str, StepPlan]:
     """For every budget the plan and its controls, by name, and what a search calls the best free."""
-    today = ground.today
-    question = Question("us", tuple(round(1000 * share * today.whole.us) for share in SHARES))
+    today, us = ground.today, ground.today.whole.us
+    assert us is not None, "its prices are times"
+    question = Question("us", tuple(round(1000 * share * us) for share in SHARES))
     with ground.side_by_side(1):
         free, among = ground.free, ground.families
         answers = search_joint(ground.track, ground.book, ground.stock, among, today, question, ground.recipe)

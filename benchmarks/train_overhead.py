@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ def main() -> None:
     losses = {name: next(loop) for name, loop in loops.items()}  # the warm-up: one turn that does not count
     for k in range(turns):
         for name in list(loops) if k % 2 == 0 else reversed(list(loops)):
-            took, losses[name] = seconds(lambda name=name: next(loops[name]), device)
+            took, losses[name] = seconds(partial(next, loops[name]), device)
             times[name].append(1e3 * took / args.turn)
 
     precision = "bf16 autocast" if use_bf16(spec, device) else "float32"

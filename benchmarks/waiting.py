@@ -59,6 +59,7 @@ def turns(processes: dict[str, subprocess.Popen[str]], repeats: int) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in processes}
     for turn in range(repeats + 2):
         for name, process in processes.items():
+            assert process.stdout is not None, "a pipe"
             print(file=process.stdin, flush=True)
             took = float(process.stdout.readline())
             if turn > 1:
