@@ -19,7 +19,7 @@ from halfstep.core.plan import StepPlan
 from halfstep.engine.sampling import plan_for
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.report.charts import strip
-from halfstep.report.figures import Pareto, Series, draw_all
+from halfstep.report.figures import Pareto, Series, Style, draw_all
 from halfstep.report.palette import INK, ROLES, SOFT, entry_colours
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def frontier_picture() -> bytes:
     for cells in rows:
         kind = next(told for begin, told in kinds.items() if cells[0].startswith(begin))
         points.setdefault(kind, []).append(measured(cells))
-    style = {"plans of the search": "frontier", "today": "mark", "best free": "mark"}
+    style: Mapping[str, Style] = {"plans of the search": "frontier", "today": "mark", "best free": "mark"}
     series = tuple(
         Series(name=name, points=tuple(each), style=style.get(name, "group")) for name, each in points.items()
     )  # fmt: skip

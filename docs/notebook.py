@@ -24,7 +24,9 @@ def run(source: str, known: dict[str, Any]) -> list[dict[str, Any]]:
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(printed):
         exec(compile(tree, "a cell", "exec"), known)
-        value = eval(compile(ast.Expression(last.value), "a cell", "eval"), known) if last else None
+        value = (
+            eval(compile(ast.Expression(last.value), "a cell", "eval"), known) if isinstance(last, ast.Expr) else None
+        )
     found: list[dict[str, Any]] = []
     if printed.getvalue():
         found.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue()})

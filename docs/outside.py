@@ -99,8 +99,10 @@ def on_files(files: Any, config: Any) -> Any:
     """Add what is linked to."""
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     for path in sorted(outside([*pages, *ALWAYS]) | set(ALWAYS)):
-        given = {"abs_src_path": str(ROOT / path)} if path.endswith(AS_IT_IS) else {"content": page_of(path)}
-        files.append(File.generated(config, uri_of(path), **given))
+        if path.endswith(AS_IT_IS):
+            files.append(File.generated(config, uri_of(path), abs_src_path=str(ROOT / path)))
+        else:
+            files.append(File.generated(config, uri_of(path), content=page_of(path)))
     return files
 
 

@@ -16,6 +16,8 @@ from halfstep.report.strips import WIDTH, PlanChart, draw_strips, height_of
 if TYPE_CHECKING:  # matplotlib loads only when something is drawn
     from matplotlib.axes import Axes
 
+Style = Literal["line", "points", "star", "frontier", "mark", "group"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -28,7 +30,7 @@ class Series:
 
     name: str
     points: tuple[tuple[float, float, float | None, float | None], ...]
-    style: Literal["line", "points", "star", "frontier", "mark", "group"]
+    style: Style
 
 
 @dataclass(frozen=True, kw_only=True)
