@@ -7,11 +7,13 @@ import functools
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "halfstep"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "halfstep"
 ROOMS = ("core", "data", "nets", "engine", "measure", "search", "training", "methods", "report", "app")
 """From the ground up: a room's modules import from their own room and from those before it."""
 ADDRESSES = ("bank", "recipe", "sampling")
@@ -92,6 +94,12 @@ def test_type_checkers_see_every_public_name_in_the_home_that_it_is_fetched_from
     (seen,) = (node for node in tree("__init__").body if isinstance(node, ast.If))
     told = {alias.name: node.module for node in seen.body for alias in node.names}
     assert told == {name: f"halfstep.{home}" for name, home in halfstep._HOMES.items()}
+
+
+def test_all_that_is_linted_is_type_checked_but_the_tests():
+    linted = re.search(r"ruff check (.*)", (ROOT / "Makefile").read_text())[1].split()
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    assert {path.split("/")[0] for path in checked} == set(linted) - {"tests"}
 
 
 def test_no_drawer_modules_and_no_pickle():
