@@ -49,7 +49,7 @@ SAMPLERS = {
     "UniPC 2, 10 steps": SampleSpec(scheduler="unipc", steps=10),
 }
 KEPT = MODELS / "cifar32-dense"
-NARROWER = RECIPE.edit(["train.steps=2000", "train.lr=5e-4", "slim.widths=0.75,0.5,0.25", "slim.shared_noise=true"])
+NARROWER = RECIPE.edit(["train.steps=4500", "train.lr=1e-3", "slim.widths=0.75,0.5", "slim.shared_noise=true"])
 
 
 def export(work: Path) -> None:

@@ -1,12 +1,14 @@
 """Where a correction of the predicted noise helps, and why: DDIM, DPM-Solver++, UniPC and PNDM, 5 to 20 calls.
 
     python benchmarks/corrections.py          # Fashion-MNIST 16x16, benchmarks/models/fashion16-small; resumable
+    python benchmarks/corrections.py --images 30000 --samplers "UniPC 2" PNDM --calls 8 10 --controls "one scale"
 
 Nothing is trained. For every sampler and number of calls the best scale and the best threshold of all rows are chosen
 on the noise of a search, and measured on other noise beside the same sampler uncorrected, paired. The figure follows
 the variance of the sample: what a perfect sampler has at each call is alpha times the data's variance plus the noise's
 (Var[x_t] = a_t Var[x_0] + 1 - a_t, over pictures, by pixel), of all of the picture and of its finest Haar bands.
-Work in runs/corrections/, the table to benchmarks/corrections.md, the figures to docs/corrections-*.png.
+Work in runs/corrections/, the table to benchmarks/corrections.md, the figures to docs/corrections-*.png; of a part (the
+second command: more pictures of the rivals) there is the table alone, benchmarks/corrections-<images>.md.
 """
 
 from __future__ import annotations
@@ -68,16 +70,17 @@ EDITS = (
 )
 
 
-def chosen_plans(judge: Judge, noise: dict, work: Path, recipe: Recipe, watch: RichWatch) -> dict:
+def chosen_plans(judge: Judge, noise: dict, args: argparse.Namespace, recipe: Recipe, watch: RichWatch) -> dict:
     """(sampler, calls) -> uncorrected and corrected plans by name, chosen on the noise of the search."""
     prices, found = judge.bank.prices(), {}
-    for name, spec in SAMPLERS.items():
-        for calls in CALLS:
+    for name in args.samplers:
+        spec = SAMPLERS[name]
+        for calls in args.calls:
             plan = reference_plan(judge.bank, noise, replace(spec, steps=calls, batch=recipe.sample.batch), prices)
-            folder = work / f"{spec.scheduler}-{calls}"
+            folder = args.work / f"{spec.scheduler}-{calls}"
             folder.mkdir(parents=True, exist_ok=True)
             shrunk = corrected_plans(open_scores(judge, folder), plan, recipe.shrink, watch=watch)
-            found[name, calls] = {one: shrunk.plans[one] for one in (PLAIN, *CONTROLS)}
+            found[name, calls] = {one: shrunk.plans[one] for one in (PLAIN, *args.controls)}
     return found
 
 
@@ -109,23 +112,24 @@ def correction_of(plan: StepPlan) -> str:
 def table_of(judge: Judge, plans: dict, known: dict[str, Distances], images: int) -> Table:
     """Each correction beside its own sampler uncorrected; the scale also beside the best uncorrected of as many."""
     rows, least = [], judge.floor(images).high
+    controls = [what for what in next(iter(plans.values())) if what != PLAIN]
     for (name, calls), cell in plans.items():
         plain = known[cell[PLAIN].digest]
         low, high = plain.interval
         cells = []
-        for what in CONTROLS:
+        for what in controls:
             change = difference(plain, known[cell[what].digest], judge.reference, least)
             cells.append(f"{change_cell(change)} ({correction_of(cell[what])})")
-        rivals = {one: known[plans[one, calls][PLAIN].digest] for one in SAMPLERS}
+        rivals = {one: known[plans[one, calls][PLAIN].digest] for one, of in plans if of == calls}
         best = min(rivals, key=lambda one: rivals[one].value)
-        beside = difference(rivals[best], known[cell[CONTROLS[0]].digest], judge.reference, least)
+        beside = difference(rivals[best], known[cell[controls[0]].digest], judge.reference, least)
         cells.append(f"{change_cell(beside)} ({best})")
         rows.append((name, f"{calls}", f"{plain.value:.2f} [{low:.2f}, {high:.2f}]", *cells))
     note = (
         f"{images} pictures, corrected for bias, 95 % intervals over pictures, changes paired; floor {least:.2f}. "
         "In brackets what was chosen, on other noise, and in the last column which sampler is the best uncorrected."
     )
-    columns = ("sampler", "calls", "FD, uncorrected", *CONTROLS, "one scale, beside the best uncorrected")
+    columns = ("sampler", "calls", "FD, uncorrected", *controls, f"{controls[0]}, beside the best uncorrected")
     return Table(title="Corrections by sampler and calls", columns=columns, rows=tuple(rows), note=note)
 
 
@@ -181,6 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODELS / "fashion16-small"))
     parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--samplers", nargs="*", choices=list(SAMPLERS), default=list(SAMPLERS))
+    parser.add_argument("--calls", nargs="*", type=int, choices=CALLS, default=CALLS)
+    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=CONTROLS)
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path, default=Path("runs/corrections"))
     args = parser.parse_args()
@@ -188,19 +195,23 @@ def main() -> None:
     recipe = named("fashion16").edit([*EDITS, "eval.features=fashion", *args.set])
     subject = open_subject(args.model, DATA, recipe, watch=watch)
     judge = judge_for(subject.bank, subject, args.work, watch)
-    plans = chosen_plans(judge, subject.process, args.work, recipe, watch)
+    plans = chosen_plans(judge, subject.process, args, recipe, watch)
     known = measured(judge, plans, args.images, args.work / "measured.jsonl", watch)
-    figures = curves(judge.bank, plans, judge.images.batch(slice(0, 10_000)), 1024)
-    tables = table_of(judge, plans, known, args.images), ends(figures)
-    for one, spec in zip(figures, SAMPLERS.values(), strict=True):
-        png = draw_png(one, colours_of([one]))
-        target = Path(__file__).parents[1] / "docs" / f"corrections-{spec.scheduler.strip('+')}.png"
-        disk.write_atomic(target, lambda file, png=png: file.write_bytes(png))
+    tables, part = [table_of(judge, plans, known, args.images)], ""
+    if len(plans) == len(SAMPLERS) * len(CALLS):
+        figures = curves(judge.bank, plans, judge.images.batch(slice(0, 10_000)), 1024)
+        tables.append(ends(figures))
+        for one, spec in zip(figures, SAMPLERS.values(), strict=True):
+            png = draw_png(one, colours_of([one]))
+            target = Path(__file__).parents[1] / "docs" / f"corrections-{spec.scheduler.strip('+')}.png"
+            disk.write_atomic(target, lambda file, png=png: file.write_bytes(png))
+    else:
+        part = f"-{args.images}"
     text = [f"# Corrections of few-step sampling\n\n{args.model}, {DATA}"]
     for table in tables:
         text.append(f"## {table.title}\n\n{markdown(table)}")
         Console().print(rich_table(table))
-    Path(__file__).with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    Path(__file__).with_name(f"corrections{part}.md").write_text("\n\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/seeds.py spectral      # Fashion-MNIST 16x16; trains what is missing, resumable; --size 32
     python benchmarks/seeds.py sparse
+    python benchmarks/seeds.py continuous    # beside it the PSNR of restored test pictures
 
 Every student is trained `--seeds` times, seed by seed, from the same teacher in benchmarks/models.
 Told: the held-out denoising loss, and Fréchet distances by two kinds of features under DDIM and under the best sampler
@@ -16,6 +17,7 @@ import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +31,18 @@ from halfstep.app.measurement import judge_for
 from halfstep.app.subject import open_model, open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
+from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.recipes import named
+from halfstep.data.images import load_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Own
 from halfstep.engine.sampling import reference_plan
 from halfstep.measure.features import extract
 from halfstep.measure.judge import Judge
+from halfstep.measure.restore import Tiles, compare_denoisers, restore_picture
 from halfstep.nets.content import fingerprint
+from halfstep.nets.denoiser import predictor
 from halfstep.nets.models import load_denoiser
 from halfstep.report.page import Table, markdown, rich_table
 
@@ -46,7 +52,8 @@ Effects = Mapping[str, tuple[str, str]]
 
 @dataclass(frozen=True)
 class Student:
-    """One training: the method and its edits of the suite's recipe; `entries`: row -> entry of its bank."""
+    """One training: the method, or "train" for a plain net from scratch, and its edits of the suite's recipe;
+    `entries`: row -> entry of its bank."""
 
     method: str
     entries: Mapping[str, str]
@@ -70,7 +77,20 @@ def one(method: str, row: str, entry: str, *edits: str) -> dict[str, Student]:
 
 PLAIN, TEACHERS = "spectral.wavelet=false", "spectral.start=teacher"
 ALONE, DISTILLED = ("spectral.spatial=0", "spectral.freq=0"), ("spectral.freq=0",)
+SMALLER = ("spectral.reduction=16", *ALONE)
 UNTAUGHT = "sparse.teacher=0"
+ODE, ALONE_ODE = ("continuous.levels=2", "continuous.head_dim=16"), "continuous.teacher=0"
+FIRST, SECOND = ("continuous.base=8", *ODE), ("continuous.base=12", "continuous.order=2", *ODE)
+ONE_STEP = "continuous.steps=1"
+
+
+def plain(row: str, channels: str, head_dim: int, groups: int) -> dict[str, Student]:
+    """A plain U-Net from scratch, without attention but in the middle."""
+    attention = ",".join("false" for _ in channels.split(","))
+    shape = (f"model.channels={channels}", f"model.attention={attention}", f"model.head_dim={head_dim}")
+    return one("train", row, "full", *shape, f"model.groups={groups}")
+
+
 SUITES = {
     "spectral": Suite(
         "Students of the teacher's channels",
@@ -82,7 +102,9 @@ SUITES = {
         | one("spectral", "gates, cut", "spectral", TEACHERS, *ALONE)
         | one("spectral", "plain, cut, distilled", "spectral", PLAIN, TEACHERS, *DISTILLED)
         | one("spectral", "gates, cut, distilled", "spectral", TEACHERS, *DISTILLED)
-        | one("spectral", "gates, cut, by spectrum", "spectral", TEACHERS),
+        | one("spectral", "gates, cut, by spectrum", "spectral", TEACHERS)
+        | one("spectral", "plain, cut, 16 times", "spectral", PLAIN, TEACHERS, *SMALLER)
+        | one("spectral", "gates, cut, 16 times", "spectral", TEACHERS, *SMALLER),
         {
             "the teacher's channels (plain)": ("plain, cut", "plain, fresh"),
             "the teacher's channels (gates)": ("gates, cut", "gates, fresh"),
@@ -92,6 +114,7 @@ SUITES = {
             "distillation (plain)": ("plain, cut, distilled", "plain, cut"),
             "distillation (gates)": ("gates, cut, distilled", "gates, cut"),
             "the spectrum's weights": ("gates, cut, by spectrum", "gates, cut, distilled"),
+            "gates (16 times)": ("gates, cut, 16 times", "plain, cut, 16 times"),
         },
     ),
     "sparse": Suite(
@@ -117,6 +140,32 @@ SUITES = {
             "1:4 for a dense net of a quarter": ("1:4 SparseDM", "dense, 0.5"),
         },
     ),
+    "continuous": Suite(
+        "Continuous and plain U-Nets of two levels",
+        "dense",
+        ("train.steps=2000", "train.lr=1e-3"),
+        one("continuous", "order 2", "continuous@1", *SECOND, ONE_STEP, ALONE_ODE)
+        | one("continuous", "order 2, distilled", "continuous@1", *SECOND, ONE_STEP)
+        | plain("plain, same parameters and MACs", "28,28", 28, 4)
+        | plain("plain, three levels", "24,24,24", 24, 8)
+        | one("continuous", "order 1", "continuous@1", *FIRST, ONE_STEP, ALONE_ODE)
+        | {
+            "order 2, one or two": Student(
+                "continuous",
+                {"order 2, one of 1 or 2 steps": "continuous@1", "order 2, two of 1 or 2 steps": "continuous@2"},
+                (*SECOND, "continuous.steps=1,2", ALONE_ODE),
+            )
+        },
+        {
+            "order 2 for a plain net of the same parameters and MACs": ("order 2", "plain, same parameters and MACs"),
+            "... distilled": ("order 2, distilled", "plain, same parameters and MACs"),
+            "order 2 for a plain net of the same parameters": ("order 2", "plain, three levels"),
+            "distillation": ("order 2, distilled", "order 2"),
+            "order 2 for order 1": ("order 2", "order 1"),
+            "training for one or two steps": ("order 2, one of 1 or 2 steps", "order 2"),
+            "a second solver step": ("order 2, two of 1 or 2 steps", "order 2, one of 1 or 2 steps"),
+        },
+    ),
 }
 SAMPLERS = {
     16: {"DDIM, 20": SampleSpec(steps=20), "PNDM, 10": SampleSpec(scheduler="pndm", steps=10)},
@@ -133,11 +182,16 @@ def recipe_of(suite: Suite, size: int, edits: list[str]) -> Recipe:
 def trained(args: argparse.Namespace, suite: Suite, recipe: Recipe, watch: RichWatch) -> dict[tuple[str, int], Path]:
     """Run folders by training and seed, seed by seed."""
     runs, teacher = {}, str(MODELS / f"fashion{args.size}-{suite.teacher}")
+    process = Process.of(open_model(teacher).scheduler)
     for seed in range(args.seeds):
         for name in args.only or suite.students:
             student = suite.students[name]
             out = args.work / f"{args.suite}{args.size}" / f"{file_name(name)}-{seed}"
-            verbs.make(student.method, teacher, DATA, out, replace(recipe.edit(student.edits), seed=seed), watch=watch)
+            one = replace(recipe.edit(student.edits), seed=seed)
+            if student.method == "train":
+                verbs.train(DATA, out, replace(one, noise=process), watch=watch)
+            else:
+                verbs.make(student.method, teacher, DATA, out, one, watch=watch)
             runs[name, seed] = out
     return runs
 
@@ -187,6 +241,16 @@ def distance(judge: Judge, pictures: np.ndarray) -> float:
     return float(judge.distances(extract(judge.extractor, batches), 0, 100).value)
 
 
+def restored(bank: Bank, noise: Mapping, sigma: float = 0.1, count: int = 64, steps: int = 4) -> dict[str, float]:
+    """Mean PSNR in dB of test pictures with noise `sigma` (of [0, 1]), restored in `steps` calls."""
+    size, channels = bank.config["sample_size"], bank.config["in_channels"]
+    clean = load_images(DATA, size=size, channels=channels, split="test").batch(slice(0, count))
+    told = {"process": noise, "tiles": Tiles(size=size, channels=channels), "steps": steps}
+    nets = {name: partial(restore_picture, predictor(bank[name]), **told) for name in bank}
+    records = compare_denoisers(nets, list((clean / 2 + 0.5).unbind(0)), sigma, 0)
+    return {one.name: one.psnr_db for one in records}
+
+
 def paired(more: np.ndarray) -> str:
     """The mean of differences over seeds and its 95 % interval by Student's t; one difference has none."""
     if len(more) < 2:
@@ -213,7 +277,7 @@ def tables(columns: Mapping[str, Mapping[str, float]], bank: Bank, suite: Suite,
         for what, (ours, other) in suite.effects.items()
         if ours in rows and other in rows
     ]
-    note = "Below zero: better." + " Paired over the seeds, 95 % by Student's t." * (len(seeds) > 1)
+    note = "Below zero: better (but for the PSNR)." + " Paired over the seeds, 95 % by Student's t." * (len(seeds) > 1)
     yield Table(title="What each ingredient does", columns=("", *columns), rows=tuple(effects), note=note)
 
 
@@ -242,6 +306,8 @@ def main() -> None:
     bank, noise = gathered(args, suite, runs)
     losses = {name: float(found.mean()) for name, found in held_out(bank, noise, 2048).items()}
     columns = {"loss": losses, **distances(bank, noise, recipe, args, watch)}
+    if args.suite == "continuous":
+        columns["PSNR, dB"] = restored(bank, noise)
     text = [f"# {suite.title}", f"{recipe.train.steps} steps of {recipe.train.batch} each."]
     for table in tables(columns, bank, suite, args):
         text.append(f"## {table.title}\n\n{markdown(table)}")
