@@ -1,7 +1,7 @@
 """Where a correction of the predicted noise helps, and why: DDIM, DPM-Solver++, UniPC and PNDM, 5 to 20 calls.
 
     python benchmarks/corrections.py          # Fashion-MNIST 16x16, benchmarks/models/fashion16-small; resumable
-    python benchmarks/corrections.py --images 30000 --samplers "UniPC 2" PNDM --calls 8 10 --controls "one scale"
+    python benchmarks/corrections.py --images 20000 --samplers "UniPC 2" PNDM --calls 8 10 --controls "one scale"
 
 Nothing is trained. For every sampler and number of calls the best scale and the best threshold of all rows are chosen
 on the noise of a search, and measured on other noise beside the same sampler uncorrected, paired. The figure follows

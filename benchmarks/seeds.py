@@ -143,7 +143,7 @@ SUITES = {
     "continuous": Suite(
         "Continuous and plain U-Nets of two levels",
         "dense",
-        ("train.steps=2000", "train.lr=1e-3"),
+        ("train.steps=1500", "train.lr=1e-3"),
         one("continuous", "order 2", "continuous@1", *SECOND, ONE_STEP, ALONE_ODE)
         | one("continuous", "order 2, distilled", "continuous@1", *SECOND, ONE_STEP)
         | plain("plain, same parameters and MACs", "28,28", 28, 4)
