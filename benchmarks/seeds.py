@@ -7,7 +7,12 @@
 Every student is trained `--seeds` times, seed by seed, from the same teacher in benchmarks/models.
 Told: the held-out denoising loss, and Fréchet distances by two kinds of features under DDIM and under the best sampler
 that is free; what an ingredient does is the difference of two rows, paired over seeds (Student's t: with three of them
-an interval is wide). --train-only and --only let several processes share the trainings.
+an interval is wide). --train-only and --only let several processes share the trainings. --bank FOLDER writes the
+students of the first seed and the teacher as one pipeline, among which a search chooses for every step:
+
+    python benchmarks/seeds.py sparse --bank runs/seeds/bank
+    halfstep search --recipe fashion16 --model runs/seeds/bank --data idx:... --budget 0.1 --out runs/seeds/plan
+
 Everything goes to runs/seeds/, the tables to benchmarks/seeds-<suite><size>.md (-1 of one seed).
 """
 
@@ -38,6 +43,7 @@ from halfstep.data.images import load_images
 from halfstep.engine.bank import Bank
 from halfstep.engine.entry import Own
 from halfstep.engine.sampling import reference_plan
+from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.features import extract
 from halfstep.measure.judge import Judge
 from halfstep.measure.restore import Tiles, compare_denoisers, restore_picture
@@ -295,15 +301,21 @@ def main() -> None:
     parser.add_argument("--features", nargs="*", default=["fashion", "imagenet"])
     parser.add_argument("--only", nargs="*", help="these trainings alone")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--bank", type=Path, help="write this pipeline and measure nothing")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
     parser.add_argument("--work", type=Path, default=Path("runs/seeds"))
     args = parser.parse_args()
     watch, suite = RichWatch(), SUITES[args.suite]
     recipe = recipe_of(suite, args.size, args.set)
+    if args.bank:
+        args.seeds = 1
     runs = trained(args, suite, recipe, watch)
     if args.train_only:
         return
     bank, noise = gathered(args, suite, runs)
+    if args.bank:
+        StepAwarePipeline(bank, reference_plan(bank, noise, recipe.sample)).save_pretrained(args.bank)
+        return
     losses = {name: float(found.mean()) for name, found in held_out(bank, noise, 2048).items()}
     columns = {"loss": losses, **distances(bank, noise, recipe, args, watch)}
     if args.suite == "continuous":
