@@ -46,7 +46,7 @@ from halfstep.engine.sampling import reference_plan
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.features import extract
 from halfstep.measure.judge import Judge
-from halfstep.measure.restore import Tiles, compare_denoisers, restore_picture
+from halfstep.measure.restore import Denoiser, Tiles, compare_denoisers, restore_picture
 from halfstep.nets.content import fingerprint
 from halfstep.nets.denoiser import predictor
 from halfstep.nets.models import load_denoiser
@@ -251,8 +251,10 @@ def restored(bank: Bank, noise: Mapping, sigma: float = 0.1, count: int = 64, st
     """Mean PSNR in dB of test pictures with noise `sigma` (of [0, 1]), restored in `steps` calls."""
     size, channels = bank.config["sample_size"], bank.config["in_channels"]
     clean = load_images(DATA, size=size, channels=channels, split="test").batch(slice(0, count))
-    told = {"process": noise, "tiles": Tiles(size=size, channels=channels), "steps": steps}
-    nets = {name: partial(restore_picture, predictor(bank[name]), **told) for name in bank}
+    tiles = Tiles(size=size, channels=channels)
+    nets: dict[str, Denoiser] = {
+        name: partial(restore_picture, predictor(bank[name]), process=noise, tiles=tiles, steps=steps) for name in bank
+    }
     records = compare_denoisers(nets, list((clean / 2 + 0.5).unbind(0)), sigma, 0)
     return {one.name: one.psnr_db for one in records}
 
