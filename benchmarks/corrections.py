@@ -30,6 +30,7 @@ from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
 from halfstep.core import disk
 from halfstep.core.plan import StepPlan
+from halfstep.core.process import Process
 from halfstep.core.recipe import Recipe, SampleSpec
 from halfstep.core.recipes import named
 from halfstep.core.seeds import Stage, stage_seed
@@ -70,7 +71,7 @@ EDITS = (
 )
 
 
-def chosen_plans(judge: Judge, noise: dict, args: argparse.Namespace, recipe: Recipe, watch: RichWatch) -> dict:
+def chosen_plans(judge: Judge, noise: Process, args: argparse.Namespace, recipe: Recipe, watch: RichWatch) -> dict:
     """(sampler, calls) -> uncorrected and corrected plans by name, chosen on the noise of the search."""
     prices, found = judge.bank.prices(), {}
     for name in args.samplers:
@@ -194,7 +195,7 @@ def main() -> None:
     watch = RichWatch()
     recipe = named("fashion16").edit([*EDITS, "eval.features=fashion", *args.set])
     subject = open_subject(args.model, DATA, recipe, watch=watch)
-    judge = judge_for(subject.bank, subject, args.work, watch)
+    judge = judge_for(subject.stand_ins, subject, args.work, watch)
     plans = chosen_plans(judge, subject.process, args, recipe, watch)
     known = measured(judge, plans, args.images, args.work / "measured.jsonl", watch)
     tables, part = [table_of(judge, plans, known, args.images)], ""
@@ -204,7 +205,7 @@ def main() -> None:
         for one, spec in zip(figures, SAMPLERS.values(), strict=True):
             png = draw_png(one, colours_of([one]))
             target = Path(__file__).parents[1] / "docs" / f"corrections-{spec.scheduler.strip('+')}.png"
-            disk.write_atomic(target, lambda file, png=png: file.write_bytes(png))
+            disk.write_bytes(target, png)
     else:
         part = f"-{args.images}"
     text = [f"# Corrections of few-step sampling\n\n{args.model}, {DATA}"]

@@ -56,7 +56,8 @@ def kept_in(kept: dict[str, list[torch.Tensor]], _: int, name: str, picture: tor
 
 def rows_of(records: list[Restored], nets: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row for each method; its PSNR beside the first's, picture by picture."""
-    rows, first = [], torch.tensor(records[0].psnrs_db)
+    rows: list[tuple[str, ...]] = []
+    first = torch.tensor(records[0].psnrs_db)
     for one in records:
         size = ("", "")
         if net := nets.get(one.name):

@@ -96,6 +96,12 @@ def test_type_checkers_see_every_public_name_in_the_home_that_it_is_fetched_from
     assert told == {name: f"halfstep.{home}" for name, home in halfstep._HOMES.items()}
 
 
+@pytest.mark.slow
+def test_the_types_are_right():
+    found = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_all_that_is_linted_is_type_checked_but_the_tests():
     linted = re.search(r"ruff check (.*)", (ROOT / "Makefile").read_text())[1].split()
     checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
