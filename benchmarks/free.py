@@ -18,6 +18,11 @@ The table at 32x32, 16 minutes of search, an hour of pictures and two minutes of
         --set sample.batch=64                          # and once more with --parts 30, and 25
     python benchmarks/free.py --size 32 --only quality --key --images 4096 --set search.reuse=0 --set sample.batch=64
     python benchmarks/free.py --size 32 --only table   --key --images 4096 --set search.reuse=0 --set sample.batch=64
+
+The same by other features, without times, in benchmarks/free32-imagenet.md:
+
+    python benchmarks/free.py --size 32 --only quality --features imagenet --images 1536 --set search.reuse=0 \\
+        --set sample.batch=64 --rows "DDIM, 50|best free|trailing, (8|10)|^joint, 1/(8|16|22)"
 """
 
 from __future__ import annotations
@@ -350,6 +355,26 @@ def table_of(size: int, ground: Ground, plans, found, times, rows) -> Table:
     )
 
 
+def distances_table(size: int, judge: Judge, plans: dict[str, StepPlan], found: dict[str, Distances]) -> Table:
+    """Distances alone, beside DDIM-50 and beside the best free of the search."""
+    today = plans["DDIM, 50 steps"]
+    beside = [changes(judge, found, base) for base in ("DDIM, 50 steps", "best free")]
+    rows = []
+    for name, plan in sorted(plans.items(), key=lambda row: -row[1].macs):
+        low, high = found[name].interval
+        told = (f"{change_cell(one[name])}, {one[name].verdict(0.05)}" for one in beside)
+        share = f"1/{today.macs / plan.macs:.1f}"
+        rows.append((name, f"{len(plan.called)}", share, f"{found[name].value:.1f} [{low:.1f}, {high:.1f}]", *told))
+    n = found["best free"].n
+    note = (
+        f"FD corrected for bias on {n:,} images of one noise against {judge.reference.n:,} real ones, features "
+        f"{judge.extractor.name}, floor {judge.floor(n).high:.1f}; 95 % intervals, changes paired; held: no more than "
+        "5 % worse by the whole interval."
+    )
+    columns = ("", "calls", "of DDIM-50's MACs", "FD", "beside DDIM-50", "beside the best free")
+    return Table(title=f"Fashion-MNIST {size}x{size} by other features", columns=columns, rows=tuple(rows), note=note)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, choices=(16, 32), default=16)
@@ -365,15 +390,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="draw for so long, and keep what was drawn")
     parser.add_argument("--data", default="", help="where Fashion-MNIST lies, as --data of halfstep")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
+    parser.add_argument("--features", default="", help="others than the table's, as eval.features; with --only quality")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
+    if args.features:
+        args.set.append(f"eval.features={args.features}")
     if args.device:
         use_device(args.device)
     if args.data:
         global DATA
         DATA = args.data
     torch.set_num_threads(args.threads)
-    watch, work = RichWatch(), args.work or Path(f"runs/free{args.size}")
+    watch, work = RichWatch(), args.work or Path(f"runs/free{args.size}{args.features}")
     work.mkdir(parents=True, exist_ok=True)
     ground = ground_of(args.size, recipe_of(args.size, args.set), work, watch)
     if args.only == "quality":
@@ -387,9 +415,12 @@ def main() -> None:
     plans = all_plans(ground, args.size, args.key)
     plans = {name: plan for name, plan in plans.items() if re.search(args.rows, name)}
     found = measured(ground, plans, args.images, work / "distances.jsonl", args.seconds)
-    if args.only == "quality":
-        return
     plans = {name: plan for name, plan in plans.items() if name in found}
+    if args.only == "quality":
+        if args.features:
+            table = distances_table(args.size, ground.book.judge, plans, found)
+            (HERE / f"free{args.size}-{args.features}.md").write_text(f"# {table.title}\n\n{markdown(table)}\n")
+        return
     rows = key_rows(plans, found, ground)
     times = ground.book.judge.wall_ms(
         {name: plans[name] for name in rows}, batch=ground.recipe.sample.timed, repeats=args.repeats
