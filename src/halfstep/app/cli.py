@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 import typer.core
+from typer import _completion_shared as scripts
 
 import halfstep.core.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
 from halfstep import __version__
@@ -79,6 +80,10 @@ compress_app = typer.Typer(
     no_args_is_help=True, help="Make cheaper denoisers that can stand in for yours: one METHOD each."
 )
 app.add_typer(compress_app, name="compress")
+
+# Typer's script for zsh, autoloaded by the first Tab of a shell, registers itself for the next Tab and offers nothing
+# (pallets/click#2344 is the same fault); a file that is being autoloaded completes at once. Typer has no public door.
+scripts._completion_scripts["zsh"] += '\n[[ $zsh_eval_context[-1] == loadautofunc ]] && %(complete_func)s "$@"\n'
 
 SCHEMES = ("idx:", "folder:", "npz:", "tar:", "parquet:", "hub:")
 """What `--data` begins with, where it is nothing bundled."""
