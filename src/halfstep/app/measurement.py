@@ -133,6 +133,7 @@ def judge_for(
         cache=out / "state",
         batch=recipe.sample.batch,
         conditions=subject.conditions,
+        watch=watch,
     )
 
 

@@ -54,7 +54,8 @@ MOST_KEPT = 1 << 30
 class Judge:
     """Scores plans of one bank. The same seed means the same noise for every plan (common random numbers).
 
-    `conditions`: of generated images, by default in the data's mix of classes.
+    `conditions`: of generated images, by default in the data's mix of classes. `watch`: is told how far the features of
+    the real images are, where the folder `cache` has none of them.
     `drawer`: what a worker needs of it. `kept`: a folder of drawn batches, which are not drawn again (see `parts`).
     """
 
@@ -67,12 +68,13 @@ class Judge:
         cache: Path | None,
         batch: int,
         conditions: Conditions | None = None,
+        watch: Watch = SILENT,
     ):
         images = fit(bank.config, images, bank.vae, bank.classes).images
         self.bank, self.images, self.extractor, self.batch = bank, images, extractor, batch
         self.conditions = mix_of(images.labels, bank.config) if conditions is None else conditions
         self.drawer = Drawer(bank, extractor, batch, self.conditions)
-        self.reference: Reference = reference_stats(extractor, images, cache=cache)
+        self.reference: Reference = reference_stats(extractor, images, cache=cache, watch=watch)
         self.asked = self._classes_asked()
         self.kept: Path | None = None
         self._floors: dict[int, Floor] = {}

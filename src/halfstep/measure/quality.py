@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from threadpoolctl import ThreadpoolController
 from halfstep.core.disk import write_atomic
 from halfstep.core.errors import DataError, HalfstepError, ModelError
 from halfstep.core.results import Difference, Floor, Quality
+from halfstep.core.watch import SILENT, Told, Watch
 from halfstep.measure.features import Extractor, extract, finite, slices_of
 from halfstep.nets.content import digest_tensors
 from halfstep.nets.weights import open_weights
@@ -206,7 +207,9 @@ class Reference:
         return PER_FEATURE * len(self.mu)
 
 
-def reference_stats(extractor: Extractor, images: Images, *, cache: Path | None, limit: int | None = None) -> Reference:
+def reference_stats(
+    extractor: Extractor, images: Images, *, cache: Path | None, limit: int | None = None, watch: Watch = SILENT
+) -> Reference:
     """The reference of `images`, from the folder `cache` where the same network has seen the same images before.
 
     limit: use that many images, drawn once and for all (they may lie sorted by class); the fingerprint then says so.
@@ -220,7 +223,8 @@ def reference_stats(extractor: Extractor, images: Images, *, cache: Path | None,
     if found is not None:
         return found
     index = np.random.default_rng(0).permutation(len(images))[:n]
-    features = _features(extract(extractor, (images.batch(index[rows]) for rows in slices_of(len(index)))))
+    with watch.stage("features of the real pictures", len(index)) as told:
+        features = _features(extract(extractor, _told_batches(images, index, told)))
     reference = Reference(
         mu=features.mean(0),
         cov=np.atleast_2d(np.cov(features, rowvar=False)),
@@ -235,6 +239,13 @@ def reference_stats(extractor: Extractor, images: Images, *, cache: Path | None,
         about["digest"] = _digest(arrays)
         write_atomic(path, lambda temporary: save_arrays(arrays, temporary, about))
     return reference
+
+
+def _told_batches(images: Images, index: np.ndarray, told: Told) -> Iterator[torch.Tensor]:
+    """The pictures of `index`, batch by batch; told is how many were taken."""
+    for rows in slices_of(len(index)):
+        yield images.batch(index[rows])
+        told(rows.stop)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
