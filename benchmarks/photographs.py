@@ -39,7 +39,7 @@ NETS: dict[str, ContinuousSpec | ModelSpec] = {
     "plain, three levels": ModelSpec(channels=(24,) * 3, attention=(False,) * 3, head_dim=24),
     "continuous, order 2": ContinuousSpec(base=12, levels=2, order=2, head_dim=16, steps=(1,), teacher=0.0),
 }
-EDITS = ("data.size=32", "data.flip=true", "train.steps=1500", "train.batch=32", "train.lr=1e-3", "train.warmup=100")
+EDITS = ("data.size=32", "data.flip=true", "train.steps=1000", "train.batch=32", "train.lr=1e-3", "train.warmup=100")
 SIGMAS, STEPS, SHOWN = (0.05, 0.1, 0.2), 4, 12
 
 

@@ -10,8 +10,11 @@ that is free; what an ingredient does is the difference of two rows, paired over
 an interval is wide). --train-only and --only let several processes share the trainings. --bank FOLDER writes the
 students of the first seed and the teacher as one pipeline, among which a search chooses for every step:
 
-    python benchmarks/seeds.py sparse --bank runs/seeds/bank
-    halfstep search --recipe fashion16 --model runs/seeds/bank --data idx:... --budget 0.1 --out runs/seeds/plan
+    python benchmarks/seeds.py sparse --bank runs/seeds/bank     # and --only "dense widths, distilled" to .../widths
+    halfstep search --model runs/seeds/bank --budget 0.1 --out runs/seeds/plan10 --recipe fashion16 --data idx:... \\
+        --set eval.features=fashion --set search.arms=2 --set search.final_images=2048    # the widths': widths10
+    halfstep compare runs/seeds/widths10 runs/seeds/plan10 --out runs/seeds/compared --recipe fashion16 \\
+        --data idx:... --set eval.features=fashion --set eval.images=8192
 
 Everything goes to runs/seeds/, the tables to benchmarks/seeds-<suite><size>.md (-1 of one seed).
 """
