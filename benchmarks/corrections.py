@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import halfstep.core.threads  # noqa: F401  # isort: skip (before torch)
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fashion import DATA, MODELS
+from fashion import DATA, MODELS, KeptDistances
 from halfstep.app.measurement import judge_for
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
@@ -87,20 +86,15 @@ def chosen_plans(judge: Judge, noise: Process, args: argparse.Namespace, recipe:
 
 def measured(judge: Judge, plans: dict, images: int, file: Path, watch: RichWatch) -> dict[str, Distances]:
     """Distances with paired resamples by the plan's digest, on the report's noise; kept line by line."""
-    seed, known = stage_seed(0, Stage.REPORT), {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        record = json.loads(line)
-        if record["n"] == images:
-            known[record["plan"]] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
+    seed = stage_seed(0, Stage.REPORT)
+    kept = KeptDistances(file, images, seed)
+    known = kept.read()
     for (name, calls), cell in plans.items():
         for what, plan in cell.items():
             if plan.digest in known:
                 continue
-            one = judge.distances(judge.features(plan, images, seed)[0], seed, 300)
-            disk.append_record(
-                file, {"plan": plan.digest, "n": images, "raw": one.raw, "resamples": one.resamples.tolist()}
-            )
-            known[plan.digest] = one
+            one = known[plan.digest] = judge.distances(judge.features(plan, images, seed)[0], seed, 300)
+            kept.keep(plan, one)
             watch.say(f"{name}, {calls} calls, {what}: {one.value:.2f}")
     return known
 

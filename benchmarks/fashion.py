@@ -17,9 +17,10 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
@@ -37,6 +38,7 @@ from halfstep.engine.bank import Bank
 from halfstep.engine.sampling import fewer_steps, reference_plan
 from halfstep.engine.stepaware import StepAwarePipeline
 from halfstep.measure.judge import Judge, measure_plans
+from halfstep.measure.quality import Distances
 from halfstep.nets.denoiser import Memo, predictor
 from halfstep.nets.models import load_denoiser
 from halfstep.report import page as pages
@@ -252,6 +254,28 @@ def progress_curve(found: dict, images: int) -> Curve:
 
 
 @torch.no_grad()
+@dataclass(frozen=True)
+class KeptDistances:
+    """Distances of plans by `images` pictures on the noise of `seed`, kept line by line, so that a run that is cut goes
+    on; a file holds those of other numbers of pictures too."""
+
+    file: Path
+    images: int
+    seed: int
+
+    def read(self) -> dict[str, Distances]:
+        """By the plan's digest."""
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        records = [one for one in map(json.loads, lines) if (one["n"], one["seed"]) == (self.images, self.seed)]
+        return {
+            one["plan"]: Distances(one["raw"], np.array(one["resamples"]), self.images, self.seed) for one in records
+        }
+
+    def keep(self, plan: StepPlan, found: Distances) -> None:
+        told = {"plan": plan.digest, "n": found.n, "seed": found.seed, "raw": found.raw}
+        disk.append_record(self.file, told | {"resamples": found.resamples.tolist()})
+
+
 def held_out(bank: Bank, noise: Mapping, count: int) -> dict[str, torch.Tensor]:
     """Squared errors [count] of the predicted noise on test images, the same noise and timesteps for every net."""
     size, channels = bank.config["sample_size"], bank.config["in_channels"]

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fashion import DATA, markdown
+from fashion import DATA, KeptDistances, markdown
 from halfstep.app.searching import LADDER, Ground, place_of
 from halfstep.app.subject import open_subject
 from halfstep.app.terminal import RichWatch
@@ -56,7 +56,7 @@ from halfstep.core.seeds import Stage, stage_seed
 from halfstep.engine.device import side_by_side, use_device
 from halfstep.engine.samplers import FEW
 from halfstep.measure.judge import Judge
-from halfstep.measure.quality import Distances, difference
+from halfstep.measure.quality import Distances, Reference, difference, distances
 from halfstep.report.page import Table, rich_table
 from halfstep.report.words import change_cell
 from halfstep.search.arms import Stock
@@ -215,11 +215,8 @@ def measured(
     so many `seconds` no more are begun."""
     begun = time.monotonic()
     judge, seed = ground.book.judge, stage_seed(ground.recipe.seed, Stage.REPORT)
-    known = {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        record = json.loads(line)
-        if (record["n"], record["seed"]) == (images, seed):
-            known[record["plan"]] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
+    kept = KeptDistances(file, images, seed)
+    known = kept.read()
     fresh = {name: plan for name, plan in plans.items() if plan.digest not in known}
     fresh = dict(sorted(fresh.items(), key=lambda one: one[1].macs))  # what is cut off late is the dearest
     extractor = judge.extractor
@@ -229,9 +226,8 @@ def measured(
         waiting: list = []
 
         def keep(plan: StepPlan, future: Future) -> None:
-            record = future.result()
-            disk.append_record(file, {"plan": plan.digest, **record})
-            known[plan.digest] = Distances(record["raw"], np.array(record["resamples"]), images, seed)
+            known[plan.digest] = future.result()
+            kept.keep(plan, known[plan.digest])
 
         light = partial(_distances, judge.reference, extractor.name)
         for done, plan in enumerate(fresh.values()):
@@ -247,12 +243,9 @@ def measured(
     return {name: known[plan.digest] for name, plan in plans.items() if plan.digest in known}
 
 
-def _distances(reference, name: str, features: np.ndarray, seed: int) -> dict:
-    from halfstep.measure.quality import distances
-
+def _distances(reference: Reference, name: str, features: np.ndarray, seed: int) -> Distances:
     torch.set_num_threads(1)
-    found = distances(features, reference, n_boot=BOOT, seed=seed, features_name=name)
-    return {"raw": found.raw, "resamples": found.resamples.tolist(), "n": found.n, "seed": seed}
+    return distances(features, reference, n_boot=BOOT, seed=seed, features_name=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
