@@ -21,8 +21,8 @@ The table at 32x32, 16 minutes of search, an hour of pictures and two minutes of
 
 The same by other features, without times, in benchmarks/free32-imagenet.md:
 
-    python benchmarks/free.py --size 32 --only quality --features imagenet --images 1536 --set search.reuse=0 \\
-        --set sample.batch=64 --rows "DDIM, 50|best free|trailing, (8|10)|^joint, 1/(8|16|22)"
+    python benchmarks/free.py --size 32 --only quality --key --features imagenet --images 1536 \\
+        --set search.reuse=0 --set sample.batch=64 --rows "^DDIM, 50|best free|trailing, (8|10)|^joint, 1/(8|16|22)"
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def alone_plans(ground: Ground) -> dict[str, StepPlan]:
     found = {}
     for steps in (50, 20):
         base = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=steps)))
-        for name in base.prices:
+        for name in ground.subject.stand_ins:  # without those that take a step's features, which no plan begins with
             if name != base.reference:
                 found[f"{name} alone, DDIM, {steps} steps"] = base.uniform(name)
         for scale in (0.99, 0.98):
