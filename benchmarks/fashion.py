@@ -253,7 +253,6 @@ def progress_curve(found: dict, images: int) -> Curve:
     return Curve(title="Search progress", xlabel="generated images", ylabel="best score within the budget", lines=lines)
 
 
-@torch.no_grad()
 @dataclass(frozen=True)
 class KeptDistances:
     """Distances of plans by `images` pictures on the noise of `seed`, kept line by line, so that a run that is cut goes
@@ -276,6 +275,7 @@ class KeptDistances:
         disk.append_record(self.file, told | {"resamples": found.resamples.tolist()})
 
 
+@torch.no_grad()
 def held_out(bank: Bank, noise: Mapping, count: int) -> dict[str, torch.Tensor]:
     """Squared errors [count] of the predicted noise on test images, the same noise and timesteps for every net."""
     size, channels = bank.config["sample_size"], bank.config["in_channels"]

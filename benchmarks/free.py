@@ -125,9 +125,14 @@ def found_plans(ground: Ground, file: Path, units: str, parts: tuple[float, ...]
     return known_plans(file)
 
 
+def plans_file(size: int, features: str) -> Path:
+    """Where the plans of a search that was led by these features are kept; "": those of the table."""
+    return HERE / f"free{size}{features and '-'}{features}-plans.json"
+
+
 def known_plans(file: Path) -> dict[str, StepPlan]:
-    """Those of the file."""
-    known = json.loads(file.read_text())
+    """Those of the file, which may not be there."""
+    known = json.loads(file.read_text()) if file.is_file() else {}
     return {name: StepPlan.from_json(one) for plans in known.values() for name, one in plans.items()}
 
 
@@ -186,11 +191,14 @@ def replace_steps(ground: Ground, spec: SampleSpec) -> StepPlan:
     return subject.reference(ground.bank)
 
 
-def all_plans(ground: Ground, size: int, only_key: bool) -> dict[str, StepPlan]:
-    """Every row; those of the search first."""
+def all_plans(ground: Ground, size: int, only_key: bool, features: str) -> dict[str, StepPlan]:
+    """Every row; those of the searches first: of the table's, and of one that was led by other `features`."""
     plans = {"DDIM, 50 steps": ground.today}
     plans["DDIM, 20 steps"] = ground.priced(replace_steps(ground, SampleSpec(scheduler="ddim", steps=20)))
-    plans |= known_plans(HERE / f"free{size}-plans.json")
+    plans |= known_plans(plans_file(size, ""))
+    if features:
+        led = known_plans(plans_file(size, features))
+        plans |= {f"{name}, led by {features}": plan for name, plan in led.items()}
     plans |= contenders(ground.stock, size)
     if only_key:
         plans = {name: plan for name, plan in plans.items() if not (is_free(plan) and len(plan.rows) < FEWEST[size])}
@@ -383,7 +391,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="draw for so long, and keep what was drawn")
     parser.add_argument("--data", default="", help="where Fashion-MNIST lies, as --data of halfstep")
     parser.add_argument("--set", action="append", default=[], help="edit the recipe, as halfstep's --set")
-    parser.add_argument("--features", default="", help="others than the table's, as eval.features; with --only quality")
+    parser.add_argument("--features", default="", help="others than the table's, as eval.features")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
     if args.features:
@@ -401,11 +409,12 @@ def main() -> None:
         ground.prices.priced = lambda plan: plan  # type: ignore[method-assign]  # no time is asked for
     parts = tuple(float(one) for one in args.parts.split(",") if one)
     if args.only in (None, "search"):
-        for name, plan in found_plans(ground, HERE / f"free{args.size}-plans.json", args.units, parts).items():
+        file = plans_file(args.size, args.features)
+        for name, plan in found_plans(ground, file, args.units, parts).items():
             print(f"{name}: {plan}\n")
     if args.only == "search":
         return
-    plans = all_plans(ground, args.size, args.key)
+    plans = all_plans(ground, args.size, args.key, args.features)
     plans = {name: plan for name, plan in plans.items() if re.search(args.rows, name)}
     found = measured(ground, plans, args.images, work / "distances.jsonl", args.seconds)
     plans = {name: plan for name, plan in plans.items() if name in found}
