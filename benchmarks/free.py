@@ -22,7 +22,8 @@ The table at 32x32, 16 minutes of search, an hour of pictures and two minutes of
 The same by other features, without times, in benchmarks/free32-imagenet.md:
 
     python benchmarks/free.py --size 32 --only quality --key --features imagenet --images 1536 \\
-        --set search.reuse=0 --set sample.batch=64 --rows "^DDIM, 50|best free|trailing, (8|10)|^joint, 1/(8|16|22)"
+        --set search.reuse=0 --set sample.batch=64 \\
+        --rows "^DDIM, (50|20) steps$|best free|trailing, (8|10)|, (4|5) steps$|^joint|^uniform w0.75"
 """
 
 from __future__ import annotations
