@@ -81,7 +81,8 @@ def main() -> None:
     if args.train_only:
         return
     images = load_images(args.test, size=32, channels=3)
-    chosen = torch.linspace(0, len(images) - 1, args.images).long()  # of every class
+    order = torch.randperm(args.images, generator=torch.Generator().manual_seed(0))  # what is shown is of every class
+    chosen = torch.linspace(0, len(images) - 1, args.images).long()[order]
     pictures = [images.batch(slice(int(k), int(k) + 1))[0] / 2 + 0.5 for k in chosen]
     tiles = Tiles(size=32, channels=3)
     methods: dict[str, Denoiser] = {
