@@ -23,7 +23,14 @@ The same by other features, without times, in benchmarks/free32-imagenet.md:
 
     python benchmarks/free.py --size 32 --only quality --key --features imagenet --images 1536 \\
         --set search.reuse=0 --set sample.batch=64 \\
-        --rows "^DDIM, (50|20) steps$|best free|trailing, (8|10)|, (4|5) steps$|^joint|^uniform w0.75"
+        --rows "^DDIM, (50|20) steps$|best free|trailing, (8|10)|, (4|5) steps$|^joint|^uniform w0.75|^uniform.*led"
+
+and a search that is led by them, whose plans that table has too (20 minutes of a crowded core):
+
+    python benchmarks/free.py --size 32 --only search --units MACs --parts 7,12 --features imagenet \\
+        --set search.reuse= --set search.images=384 --set search.error_images=16 --set search.fit=10 \\
+        --set search.genes=4 --set search.arms=1 --set search.race=8 --set search.final_images=1536 \\
+        --set eval.bootstrap=100 --set sample.batch=64
 """
 
 from __future__ import annotations
@@ -358,22 +365,23 @@ def table_of(size: int, ground: Ground, plans, found, times, rows) -> Table:
 
 
 def distances_table(size: int, judge: Judge, plans: dict[str, StepPlan], found: dict[str, Distances]) -> Table:
-    """Distances alone, beside DDIM-50 and beside the best free of the search."""
+    """Distances alone, beside DDIM-50, and beside the best free of each search."""
     today = plans["DDIM, 50 steps"]
-    beside = [changes(judge, found, base) for base in ("DDIM, 50 steps", "best free")]
+    bases = ["DDIM, 50 steps", *(name for name in plans if name.startswith("best free"))]
+    beside = [changes(judge, found, base) for base in bases]
     rows = []
     for name, plan in sorted(plans.items(), key=lambda row: -row[1].macs):
         low, high = found[name].interval
         told = (f"{change_cell(one[name])}, {one[name].verdict(0.05)}" for one in beside)
         share = f"1/{today.macs / plan.macs:.1f}"
         rows.append((name, f"{len(plan.called)}", share, f"{found[name].value:.1f} [{low:.1f}, {high:.1f}]", *told))
-    n = found["best free"].n
+    n = found[bases[0]].n
     note = (
         f"FD corrected for bias on {n:,} images of one noise against {judge.reference.n:,} real ones, features "
         f"{judge.extractor.name}, floor {judge.floor(n).high:.1f}; 95 % intervals, changes paired; held: no more than "
         "5 % worse by the whole interval."
     )
-    columns = ("", "calls", "of DDIM-50's MACs", "FD", "beside DDIM-50", "beside the best free")
+    columns = ("", "calls", "of DDIM-50's MACs", "FD", *(f"beside {base}" for base in bases))
     return Table(title=f"Fashion-MNIST {size}x{size} by other features", columns=columns, rows=tuple(rows), note=note)
 
 
