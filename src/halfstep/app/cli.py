@@ -8,13 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 import typer.core
-from typer import _completion_shared as scripts
 
 import halfstep.core.threads  # noqa: F401  (for its effect: before torch, which the verbs import)
 from halfstep import __version__
@@ -82,8 +81,12 @@ compress_app = typer.Typer(
 app.add_typer(compress_app, name="compress")
 
 # Typer's script for zsh, autoloaded by the first Tab of a shell, registers itself for the next Tab and offers nothing
-# (pallets/click#2344 is the same fault); a file that is being autoloaded completes at once. Typer has no public door.
-scripts._completion_scripts["zsh"] += '\n[[ $zsh_eval_context[-1] == loadautofunc ]] && %(complete_func)s "$@"\n'
+# (pallets/click#2344 is the same fault); a file that is being autoloaded completes at once. Typer has no public door: a
+# release that keeps its scripts elsewhere costs zsh its first Tab again, and no more.
+with suppress(ImportError, KeyError):
+    from typer._completion_shared import _completion_scripts
+
+    _completion_scripts["zsh"] += '\n[[ $zsh_eval_context[-1] == loadautofunc ]] && %(complete_func)s "$@"\n'
 
 SCHEMES = ("idx:", "folder:", "npz:", "tar:", "parquet:", "hub:")
 """What `--data` begins with, where it is nothing bundled."""
