@@ -197,11 +197,11 @@ def trained(args: argparse.Namespace, suite: Suite, recipe: Recipe, watch: RichW
         for name in args.only or suite.students:
             student = suite.students[name]
             out = args.work / f"{args.suite}{args.size}" / f"{file_name(name)}-{seed}"
-            one = replace(recipe.edit(student.edits), seed=seed)
+            edited = replace(recipe.edit(student.edits), seed=seed)
             if student.method == "train":
-                verbs.train(DATA, out, replace(one, noise=process), watch=watch)
+                verbs.train(DATA, out, replace(edited, noise=process), watch=watch)
             else:
-                verbs.make(student.method, teacher, DATA, out, one, watch=watch)
+                verbs.make(student.method, teacher, DATA, out, edited, watch=watch)
             runs[name, seed] = out
     return runs
 
@@ -313,8 +313,7 @@ def main() -> None:
     args = parser.parse_args()
     watch, suite = RichWatch(), SUITES[args.suite]
     recipe = recipe_of(suite, args.size, args.set)
-    if args.bank:
-        args.seeds = 1
+    args.seeds = 1 if args.bank else args.seeds
     runs = trained(args, suite, recipe, watch)
     if args.train_only:
         return
